@@ -1,0 +1,1 @@
+"""One file per target; each declares `TARGET`, an `export.target.Target`."""

@@ -1,0 +1,1 @@
+"""One file per engine; each declares `RUNTIME`, a subclass of `runtimes.base.Runtime`."""

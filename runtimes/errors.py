@@ -1,0 +1,49 @@
+"""What can go wrong, as one line each: what was expected, what was found, what to do."""
+
+import importlib
+from types import ModuleType
+
+
+class SlipwayError(Exception):
+    """The base of every error a user can meet. Its text is one line, fit to be printed as it is."""
+
+    exit_status = 1
+
+
+class InputError(SlipwayError):
+    """The command line, a request, or a file that the user gave is wrong."""
+
+    exit_status = 2
+
+
+class MissingPackage(InputError):
+    """An optional package is not installed; the text names the extra that brings it."""
+
+
+class ArtifactError(SlipwayError):
+    """A checkpoint, artifact or repository does not hold what its manifest says."""
+
+
+class EngineError(SlipwayError):
+    """An engine cannot open or run an artifact on this machine."""
+
+
+class ParityError(SlipwayError):
+    """A converted model does not say what the original says."""
+
+
+def require(module: str, *, extra: str) -> ModuleType:
+    """Import `module`, or raise `MissingPackage` naming the extra that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(
+            f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
+            f"install it with: pip install 'slipway[{extra}]'"
+        ) from error
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of an error without line breaks, cut to `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

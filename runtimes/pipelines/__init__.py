@@ -1,0 +1,1 @@
+"""One file per model; each declares `PIPELINE`, a subclass of `runtimes.pipeline.Pipeline`."""
