@@ -1,0 +1,154 @@
+"""Artifact: the manifest of a converted model. It says what the model is, how it was made, and what was proved."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import ArtifactError, InputError
+from runtimes.tensors import Signature
+
+MANIFEST = "artifact.json"
+FORMAT = "slipway.artifact/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One measured fact of parity and the limit it had to meet."""
+
+    value: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN: neither comparison holds."""
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What was really done with an artifact on the machine that made it."""
+
+    built: bool
+    deserialized: bool
+    ran: bool
+    compared: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A converted model in one folder: this manifest beside the files it lists.
+
+    `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted.
+    """
+
+    model: str
+    target: str
+    runtime: str
+    precision: str
+    pipeline: str
+    config: Mapping[str, Any]
+    signature: Signature
+    files: Mapping[str, str]
+    built_with: Mapping[str, str]
+    checkpoint: str
+    key: str
+    facts: Facts
+    parity: Mapping[str, Check] = field(default_factory=dict)
+
+    @property
+    def proved(self) -> bool:
+        """True when the artifact was compared with the original and every check passed."""
+        return self.facts.compared and bool(self.parity) and all(check.passed for check in self.parity.values())
+
+    @property
+    def name(self) -> str:
+        """The folder name: model_target, with the precision behind it when it is not fp32."""
+        return artifact_name(self.model, self.target, self.precision)
+
+    def save(self, folder: Path) -> None:
+        data = {slot: getattr(self, slot) for slot in self.__dataclass_fields__}
+        data |= {
+            "format": FORMAT,
+            "signature": self.signature.to_json(),
+            "facts": {name: getattr(self.facts, name) for name in Facts.__dataclass_fields__},
+            "parity": {
+                name: {"value": check.value, "limit": check.limit, "at_least": check.at_least}
+                for name, check in self.parity.items()
+            },
+        }
+        write_json(folder / MANIFEST, data)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Artifact":
+        """The manifest in `folder`; `ArtifactError` if there is none or it is not one."""
+        data = read_json(folder / MANIFEST)
+        if data.pop("format", None) != FORMAT:
+            raise ArtifactError(f"{folder / MANIFEST}: expected format {FORMAT}; export the model again")
+        data["signature"] = Signature.from_json(data["signature"])
+        data["facts"] = Facts(**data["facts"])
+        data["parity"] = {name: Check(**check) for name, check in data["parity"].items()}
+        return cls(**data)
+
+    def verify_files(self, folder: Path) -> None:
+        """`ArtifactError` unless every listed file is in `folder` with the digest listed."""
+        verify_digests(folder, self.files)
+
+
+def artifact_name(model: str, target: str, precision: str) -> str:
+    return f"{model}_{target}" if precision == "fp32" else f"{model}_{target}_{precision}"
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    for block in iter(lambda: stream.read(1 << 20), b""):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def sha256_json(data: Any) -> str:
+    """The digest of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below `folder` by relative path, sorted; the manifest itself is left out."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in paths}
+
+
+def verify_digests(folder: Path, files: Mapping[str, str]) -> None:
+    """`ArtifactError` unless every file of `files` is in `folder`, unchanged."""
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path}: expected this file, found none; make it again")
+        found = sha256_file(path)
+        if found != expected:
+            raise ArtifactError(f"{path}: expected sha256 {expected[:12]}…, found {found[:12]}…; make it again")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file; a one-line error if it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: expected this file, found none") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: expected JSON in UTF-8, found {error}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the whole new one."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(draft, path)

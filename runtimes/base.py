@@ -1,0 +1,127 @@
+"""Runtime: one way to open, run and close a converted model, whatever engine runs it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from runtimes import plugins
+from runtimes.artifact import Artifact
+from runtimes.errors import EngineError, InputError
+from runtimes.tensors import Tensors
+
+Opened = TypeVar("Opened", bound="Runtime")
+
+
+class Runtime(ABC):
+    """A context manager that runs one artifact. `run` checks everything; an engine writes open, infer and close.
+
+    `device` is "cpu" or "cuda"; `threads` bounds the threads of one call.
+    """
+
+    engine: str
+
+    def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> None:
+        self.root = root
+        self.artifact = artifact
+        self.signature = artifact.signature
+        self.device = device
+        self.threads = threads
+
+    @abstractmethod
+    def open(self) -> None:
+        """Load the artifact; `EngineError` if this machine cannot run it on `device`."""
+
+    @abstractmethod
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """Outputs by name for feeds that were checked already."""
+
+    def close(self) -> None:
+        """Free what `open` took. Closing twice is allowed."""
+
+    @property
+    @abstractmethod
+    def provider(self) -> str:
+        """What really runs the model, as the engine reports it."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """Outputs by name; `InputError` if a feed is wrong, `ArtifactError` if the engine breaks the signature."""
+        sizes = self.signature.check_inputs(feeds)
+        outputs = self.infer(feeds)
+        self.signature.check_outputs(outputs, sizes)
+        return outputs
+
+    def stream(self, batch: int = 1) -> "Stream":
+        """A stream of `batch` rows whose recurrent state is kept between steps, zero at first."""
+        return CarriedStream(self, batch)
+
+    def fresh(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """Outputs for feeds without state, with the state at zero."""
+        name = self.signature.free_inputs[0].name
+        if name not in feeds:
+            raise InputError(f"expected input '{name}', found {', '.join(sorted(feeds)) or 'none'}")
+        return self.run({**feeds, **self.signature.zero_state(len(feeds[name]))})
+
+    def __enter__(self: Opened) -> Opened:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Stream(ABC):
+    """Rows that go on where their last step ended."""
+
+    @abstractmethod
+    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """Visible outputs for the next piece of every row; `feeds` has no state."""
+
+    @abstractmethod
+    def reset(self, rows: Iterable[int]) -> None:
+        """Let these rows start anew at the next step."""
+
+    def close(self) -> None:
+        """Forget the state. Closing twice is allowed."""
+
+
+class CarriedStream(Stream):
+    """A stream whose state lies in this process and travels through `Runtime.run`."""
+
+    def __init__(self, runtime: Runtime, batch: int) -> None:
+        self.runtime = runtime
+        self.state = runtime.signature.zero_state(batch)
+
+    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        outputs = self.runtime.run({**feeds, **self.state})
+        self.state = {source: outputs.pop(result) for source, result in self.runtime.signature.state}
+        return outputs
+
+    def reset(self, rows: Iterable[int]) -> None:
+        chosen = list(rows)
+        # An engine may hand out read-only arrays, so the state is copied before it is written.
+        self.state = {name: array.copy() for name, array in self.state.items()}
+        for array in self.state.values():
+            array[chosen] = 0
+
+
+def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = True, **options: Any) -> Runtime:
+    """A runtime, not yet entered, for the artifact in folder `root`; its files are verified first.
+
+    `engine` overrides the artifact's own (`triton` runs it on a server); `options` go to the engine.
+    """
+    root = Path(root)
+    artifact = Artifact.load(root)
+    if verify:
+        artifact.verify_files(root)
+    runtime_class = plugins.load("runtimes.engines", engine or artifact.runtime, "RUNTIME")
+    return runtime_class(root, artifact, **options)
+
+
+def refuse_device(engine: str, device: str, allowed: Iterable[str]) -> None:
+    """`EngineError` if `device` is none of those an engine has here."""
+    allowed = tuple(allowed)
+    if device not in allowed:
+        raise EngineError(f"engine {engine}: expected a device of {', '.join(allowed)} here, found '{device}'")

@@ -1,0 +1,78 @@
+"""What every command line shares: one-line errors, exit statuses, tables, progress."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from runtimes.errors import InputError, SlipwayError, one_line
+
+Main = Callable[[list[str] | None], int]
+INTERRUPTED = 130
+
+
+def command(main: Main) -> Main:
+    """A `main` that ends in an exit status: 0, 1 if something failed, 2 if the input was wrong. No traceback for those."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except SlipwayError as error:
+            print(f"error: {one_line(error, 2000)}", file=sys.stderr)
+            return error.exit_status
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
+        except SystemExit as exit_:  # argparse leaves this way
+            return exit_.code if isinstance(exit_.code, int) else 2
+
+    return run
+
+
+def parser(module: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with commands to paste."""
+    pasted = "\n".join(f"  python -m {module} {example}".rstrip() for example in examples)
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=f"{pasted}\n\n{summary}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def settings(pairs: Iterable[str]) -> dict[str, str]:
+    """`["a=1", "b=x"]` as a dict; `InputError` for a pair without '='."""
+    result = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise InputError(f"--set: expected NAME=VALUE, found '{pair}'")
+        result[name] = value
+    return result
+
+
+def existing_folder(path: str | Path, purpose: str) -> Path:
+    """The path; `InputError` unless it is a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(
+            f"expected a folder with {purpose} at {folder}, found {'a file' if folder.exists() else 'nothing'}"
+        )
+    return folder
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Rows in aligned columns; cells that look like numbers stand on the right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    lines = ["  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip()]
+    lines.append("  ".join("-" * width for width in widths))
+    for row in cells:
+        aligned = (
+            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        )
+        lines.append("  ".join(aligned).rstrip())
+    return "\n".join(lines)
