@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 
 def command(main: Main) -> Main:
-    """A `main` that ends in an exit status: 0, 1 if something failed, 2 if the input was wrong. No traceback for those."""
+    """A `main` that ends in an exit status: 0 fine, 1 something failed, 2 the input was wrong; never in a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
@@ -57,9 +57,8 @@ def existing_folder(path: str | Path, purpose: str) -> Path:
     """The path; `InputError` unless it is a folder."""
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(
-            f"expected a folder with {purpose} at {folder}, found {'a file' if folder.exists() else 'nothing'}"
-        )
+        found = "a file" if folder.exists() else "nothing"
+        raise InputError(f"expected a folder with {purpose} at {folder}, found {found}")
     return folder
 
 
