@@ -96,13 +96,14 @@ def _operator(
     from torch._higher_order_ops.scan import scan
 
     def step(state_BDN: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        # unsqueeze, not [:, None]: torch 2.13 cannot decompose a sliced symbolic batch inside the operator.
         step_BD, x_BD, in_BN, out_BN = now
-        decay_BDN = torch.exp(step_BD[:, :, None] * A_DN)
-        state_BDN = decay_BDN * state_BDN + (step_BD * x_BD)[:, :, None] * in_BN[:, None, :]
-        return state_BDN, (state_BDN @ out_BN[:, :, None])[:, :, 0]
+        decay_BDN = torch.exp(step_BD.unsqueeze(-1) * A_DN)
+        state_BDN = decay_BDN * state_BDN + (step_BD * x_BD).unsqueeze(-1) * in_BN.unsqueeze(1)
+        return state_BDN, torch.matmul(state_BDN, out_BN.unsqueeze(-1)).squeeze(-1)
 
     by_time = tuple(tensor.transpose(0, 1) for tensor in (step_BTD, x_BTD, in_BTN, out_BTN))
-    last_BDN, y_TBD = scan(step, state_BDN, by_time, dim=0)
+    last_BDN, y_TBD = scan(step, state_BDN.contiguous(), by_time, dim=0)
     return y_TBD.transpose(0, 1), last_BDN
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.pipelines.policy import ACTION_COUNT, CHARACTER_COUNT, HEADS, ID_COLUMNS, PREVIOUS_CONTROLLER
+from training.cells import run_cell
 from training.models.policy.blocks import FeedForward, Mamba, WindowAttention
 
 HEAD_WIDTHS = {"shoulder": 32}  # the other heads are 64 wide
@@ -50,10 +51,9 @@ class Recurrent(nn.Module):
         self.norm_out = nn.LayerNorm(config["hidden"], eps=1e-6)
 
     def forward(self, x_BTE: Tensor, *state_BLH: Tensor) -> tuple[Tensor, ...]:
-        state_LBH = [tensor.transpose(0, 1).contiguous() for tensor in state_BLH]
-        x_BTH, last = self.cell(self.norm_in(x_BTE), tuple(state_LBH) if len(state_LBH) == 2 else state_LBH[0])
-        last = last if isinstance(last, tuple) else (last,)
-        return self.norm_out(x_BTH), *(tensor.transpose(0, 1) for tensor in last)
+        state_LBH = tuple(tensor.transpose(0, 1).contiguous() for tensor in state_BLH)
+        x_BTH, last_LBH = run_cell(self.cell, self.norm_in(x_BTE), state_LBH)
+        return self.norm_out(x_BTH), *(tensor.transpose(0, 1) for tensor in last_LBH)
 
 
 class Residual(nn.Module):
