@@ -236,9 +236,8 @@ def _object(value: Any, keys: Sequence[str], where: str, name: str = "") -> Mapp
 
 
 def _wrong(where: str, name: str | int, expected: str, found: Any) -> InputError:
-    kind = "column" if isinstance(name, int) else "field"
-    place = where if name == "" else f"{where}, {kind} '{name}'"
-    return InputError(f"{place}: expected {expected}, found {_show(found)}")
+    part = f", column {name}" if isinstance(name, int) else f", field '{name}'" if name else ""
+    return InputError(f"{where}{part}: expected {expected}, found {_show(found)}")
 
 
 def _show(value: Any) -> str:
