@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-_SCHEMA = "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, bool bidirectional, bool batch_first"
+_SCHEMA = (
+    "Tensor[] params, bool has_biases, int num_layers, float dropout, bool train, bool bidirectional, bool batch_first"
+)
 _library = torch.library.Library("slipway", "DEF")
 _library.define(f"lstm(Tensor input, Tensor[] hx, {_SCHEMA}) -> (Tensor, Tensor, Tensor)")
 _library.define(f"gru(Tensor input, Tensor hx, {_SCHEMA}) -> (Tensor, Tensor)")

@@ -112,7 +112,9 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
     import torch
 
     if checkpoint.model != spec.name:
-        raise ArtifactError(f"{checkpoint.folder}: expected a checkpoint of {spec.name}, found one of {checkpoint.model}")
+        raise ArtifactError(
+            f"{checkpoint.folder}: expected a checkpoint of {spec.name}, found one of {checkpoint.model}"
+        )
     module = spec.build(checkpoint.config).eval()
     frozen = spec.frozen(checkpoint.config)
     own = {name: array(tensor) for name, tensor in module.state_dict().items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtimes.pipelines.policy import ACTION_COUNT, CHARACTER_COUNT, HEADS, ID_COLUMNS, PREVIOUS_CONTROLLER
+from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, COLUMNS, HEADS, ID_COLUMNS
 from training.cells import run_cell
 from training.models.policy.blocks import FeedForward, Mamba, WindowAttention
 
@@ -28,7 +28,7 @@ class FrameInput(nn.Module):
         self.action_embedding = nn.Embedding(ACTION_COUNT, id_width)
         self.character_embedding = nn.Embedding(CHARACTER_COUNT, id_width)
         shown = torch.ones(ID_COLUMNS)
-        shown[PREVIOUS_CONTROLLER] = float(previous_controller)
+        shown[COLUMNS["controller"]] = float(previous_controller)
         self.register_buffer("shown", shown, persistent=False)
         self.width = ID_COLUMNS + 4 * id_width
 

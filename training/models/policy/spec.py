@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.pipelines.policy import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
+from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
 
@@ -157,7 +157,7 @@ def _spec(backbone: str) -> ModelSpec:
         feeds=feeds,
         agreement=agreement,
         tolerance={
-            "fp32": Tolerance(absolute=2e-4, relative=1e-4),
+            "fp32": Tolerance(absolute=2e-5, relative=1e-5),
             "fp16": Tolerance(absolute=3e-2, relative=2e-2),
         },
         recipe=recipe,
