@@ -8,7 +8,7 @@ from pathlib import Path
 
 from runtimes.errors import InputError, SlipwayError, one_line
 
-Main = Callable[[list[str] | None], int]
+Main = Callable[..., int]
 INTERRUPTED = 130
 
 

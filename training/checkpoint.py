@@ -121,13 +121,13 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
     _refuse_another_base(checkpoint, frozen, own)
     stored = load_file(checkpoint.folder / WEIGHTS)
     expected = {name: tensor.shape for name, tensor in own.items() if not _under(name, frozen)}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if expected != shapes:
+        wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
         name = wrong[0]
         raise ArtifactError(
             f"{checkpoint.folder / WEIGHTS}: {len(wrong)} parameters do not fit, first '{name}': "
-            f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+            f"expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
         )
     module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in stored.items()}, strict=False)
     return module

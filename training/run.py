@@ -106,7 +106,7 @@ def _trainer(recipe: Recipe, module: Any, states: Path, *, keep: bool) -> Any:
         use_cpu=settings_.get("device", "auto") == "cpu",
     )
     train_data, valid_data = recipe.datasets(arguments.train_batch_size * arguments.world_size)
-    callbacks = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
+    callbacks: list[Any] = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
 
     class InOrder(Trainer):
         """The datasets order their own rows (a permutation by formula), so samplers only count."""
@@ -151,7 +151,7 @@ def _parser() -> Any:
     result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
     result.add_argument(
-        "--out", type=Path, default=Path("checkpoints"), help="where checkpoints go, one folder a model"
+        "--out", type=Path, default=Path("checkpoints"), help="where checkpoints go (default: checkpoints)"
     )
     result.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
     result.add_argument("--work", type=Path, help="keep the Trainer's states here, so that --resume can go on")

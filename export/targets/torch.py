@@ -1,0 +1,54 @@
+"""The exported program itself: what every other target is compared with, eager or compiled."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.source import OPERATOR, Source
+from export.target import Built, Target
+from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
+from training.scan import Form
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+
+def convert(source: Source, precision: str, out: Path) -> Built:
+    """Write the program; for a recurrent model also its single step, in which no loop is left to interpret."""
+    import torch
+
+    torch.export.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
+    if source.signature.state:
+        step = source.program(Form(kind="loop"), precision, {"time": 1})
+        torch.export.save(tidy(step), out / STEP_FILE)
+    return Built(built_with={}, served=False)
+
+
+def tidy(program: "ExportedProgram") -> "ExportedProgram":
+    """The program without checks, casts and dropouts that do nothing, and with its cells by their own names.
+
+    A program as it is traced runs at half the speed of its module, most of it in checks of what cannot change.
+    """
+    from training.cells import name_cells
+
+    program = name_cells(program)
+    for node in list(program.graph.nodes):
+        name = str(node.target)
+        if name.startswith("aten._assert"):
+            program.graph.erase_node(node)
+        elif name == "aten.dropout.default" or (
+            name == "aten.to.dtype" and node.args[0].meta["val"].dtype == node.args[1]
+        ):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+TARGET = Target(
+    name="torch",
+    runtime="torch",
+    precisions=("fp32", "fp16", "bf16"),
+    packages=("torch",),
+    convert=convert,
+)
