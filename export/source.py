@@ -53,7 +53,7 @@ class Source:
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
-        """The traced module with its parameters in this precision; every axis is dynamic but those `fixed` to a size."""
+        """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed."""
         key = (form, precision, tuple(sorted((fixed or {}).items())))
         if key not in self._programs:
             self._programs[key] = self._trace(form, precision, fixed or {})

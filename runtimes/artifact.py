@@ -43,7 +43,8 @@ class Facts:
 class Artifact:
     """A converted model in one folder: this manifest beside the files it lists.
 
-    `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted.
+    `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted;
+    `note` says why the artifact was not run where it was made, if it was not.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Artifact:
     key: str
     facts: Facts
     parity: Mapping[str, Check] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def proved(self) -> bool:

@@ -1,5 +1,6 @@
 """The exported program itself: what every other target is compared with, eager or compiled."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ def tidy(program: "ExportedProgram") -> "ExportedProgram":
     """
     from training.cells import name_cells
 
-    program = name_cells(program)
+    program = name_cells(copy.deepcopy(program))
     for node in list(program.graph.nodes):
         name = str(node.target)
         if name.startswith("aten._assert"):
