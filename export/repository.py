@@ -105,6 +105,11 @@ def number_of(version: Path) -> int:
     return int(version.name)
 
 
+def pipeline_files(artifact: Artifact) -> list[str]:
+    """The files of an artifact that its pipeline may read."""
+    return [name for name in artifact.files if not name.endswith(WEIGHTS)]
+
+
 def holds_artifact(version: Path) -> bool:
     """False for the steps of an ensemble, which have a manifest too: that of the artifact they were made for."""
     return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
@@ -206,10 +211,9 @@ def _replace_config(model: Path, config: str | None, staging: Path) -> None:
 def _draft_step(version: Path, draft: Path) -> Path:
     """`draft` holds what a step needs of an artifact: the manifest, the pipeline's files, the program."""
     artifact = Artifact.load(version)
-    for name in (MANIFEST, *artifact.files):
-        if not name.endswith(WEIGHTS):
-            (draft / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(version / name, draft / name)
+    for name in (MANIFEST, *pipeline_files(artifact)):
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(version / name, draft / name)
     shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
     return draft
 

@@ -7,6 +7,7 @@ it is the unmodified core inside the PyPI package nvidia-pytriton, which has the
 
 import contextlib
 import http.client
+import json
 import os
 import shutil
 import socket
@@ -182,6 +183,20 @@ class TritonServer:
         self._log.seek(0)
         return "\n".join(self._log.read().splitlines()[-lines:])
 
+    def index(self) -> list[dict[str, str]]:
+        """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
+        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
+            # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
+            connection.request("POST", "/v2/repository/index", "{}", {"Content-Type": "application/json"})
+            models: list[dict[str, str]] = json.load(connection.getresponse())
+        return models
+
+    def failure(self) -> str:
+        """The line of the log that says why the server failed, or else its last one."""
+        lines = [line for line in self.log_tail(200).splitlines() if line.strip()] or ["nothing"]
+        telling = (line for sign in TELLING for line in reversed(lines) if sign in line)
+        return " ".join(next(telling, lines[-1]).strip("| ").split())
+
     def _launch(self) -> None:
         ports = choose_ports(self.host, self.ports)
         reached = LOOPBACK if self.host == EVERYWHERE else self.host
@@ -228,14 +243,13 @@ class TritonServer:
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + self.start_timeout_s
         while not (_answers(self.http_url, "/v2/health/ready") and _answers(self.metrics_url, "/metrics")):
-            tail = self.log_tail(200)
             # A stub without its libpython never gets ready, and the server would wait for it.
-            if not self.running or "error while loading shared libraries" in tail:
-                raise EngineError(f"expected Triton to start on {self.repository}, it says: {_reason(tail)}")
+            if not self.running or "error while loading shared libraries" in self.log_tail(200):
+                raise EngineError(f"expected Triton to start on {self.repository}, it says: {self.failure()}")
             if time.monotonic() > end:
                 raise EngineError(
                     f"expected Triton to be ready within {self.start_timeout_s:g} s on {self.repository}, "
-                    f"it is not; its last words: {_reason(tail)}"
+                    f"it is not; its last words: {self.failure()}"
                 )
             time.sleep(0.05)
 
@@ -257,18 +271,9 @@ def _hold(held: contextlib.ExitStack, host: str, port: int | None) -> int:
 
 
 def _answers(url: str, path: str) -> bool:
-    connection = http.client.HTTPConnection(url, timeout=1)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-def _reason(log: str) -> str:
-    """The line of a server's log that says why it failed, or else its last one."""
-    lines = [line for line in log.splitlines() if line.strip()] or ["nothing"]
-    telling = (line for sign in TELLING for line in reversed(lines) if sign in line)
-    return " ".join(next(telling, lines[-1]).strip("| ").split())
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=1)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
