@@ -31,8 +31,7 @@ class OnnxRuntime(Runtime):
         wanted = PROVIDERS[self.device]
         try:
             self.session = ort.InferenceSession(self.root / MODEL_FILE, options, providers=[wanted])
-        # ONNX Runtime's own exceptions share no public base narrower than these.
-        except (RuntimeError, ValueError, *_ort_errors(ort)) as error:
+        except _ort_errors(ort) as error:
             raise EngineError(f"onnxruntime cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
         # Asked for CUDA without a GPU, ONNX Runtime 1.31 says nothing and runs on the CPU.
         if self.provider != wanted:
@@ -54,9 +53,10 @@ class OnnxRuntime(Runtime):
 
 
 def _ort_errors(ort: Any) -> tuple[type[Exception], ...]:
+    """ONNX Runtime's own exceptions, which share no base narrower than Exception."""
     state = ort.capi.onnxruntime_pybind11_state
-    return (state.Fail, state.InvalidGraph, state.InvalidArgument, state.NoSuchFile, state.InvalidProtobuf,
-            state.NotImplemented, state.RuntimeException, state.EPFail)  # fmt: skip
+    kinds = (getattr(state, name) for name in dir(state))
+    return tuple(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception))
 
 
 RUNTIME = OnnxRuntime

@@ -1,0 +1,93 @@
+"""Steps that targets share: from a traced program to a checked ONNX file whose dynamic axes have their names."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.source import Source
+from runtimes.errors import ParityError, one_line, require
+from runtimes.tensors import Signature, TensorSpec
+from training.scan import Form
+
+if TYPE_CHECKING:
+    import onnx
+
+OPSET = 20
+EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB
+
+
+def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
+    """Write the model as ONNX with named dynamic axes, checked; `ParityError` if an axis was frozen on the way."""
+    import torch
+
+    onnx = require("onnx", extra="export")
+    program = source.program(form, precision)
+    signature = source.signature
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in signature.inputs],
+            output_names=[tensor.name for tensor in signature.outputs],
+            custom_translation_table=_cells(),
+            verbose=False,
+        )
+    weights_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    exported.save(path, external_data=weights_bytes > EXTERNAL_BYTES)
+    model = onnx.load(path, load_external_data=False)
+    name_axes(model, signature)
+    onnx.save(model, path)
+    check_onnx(path)
+
+
+def name_axes(model: "onnx.ModelProto", signature: Signature) -> None:
+    """Give every dynamic dimension of inputs and outputs the name of its axis, in place.
+
+    torch.export names dimensions s16, s29, ...; worse, it may freeze one silently. `ParityError` then.
+    """
+    names: dict[str, str] = {}
+    for tensor, value in zip(signature.inputs, model.graph.input, strict=True):
+        for size, dim in zip(tensor.shape, value.type.tensor_type.shape.dim, strict=True):
+            if isinstance(size, str):
+                if not dim.dim_param or names.setdefault(dim.dim_param, size) != size:
+                    raise _frozen(tensor, size, dim.dim_param or dim.dim_value)
+                dim.dim_param = size
+    for tensor, value in zip(signature.outputs, model.graph.output, strict=True):
+        for size, dim in zip(tensor.shape, value.type.tensor_type.shape.dim, strict=True):
+            if isinstance(size, str):
+                if names.get(dim.dim_param) != size:
+                    raise _frozen(tensor, size, dim.dim_param or dim.dim_value)
+                dim.dim_param = size
+    # The exporter's own shapes speak of s16; inference fills them in again under the new names.
+    del model.graph.value_info[:]
+
+
+def _frozen(tensor: TensorSpec, axis: str, found: Any) -> ParityError:
+    return ParityError(
+        f"tensor '{tensor.name}': expected axis '{axis}' to stay dynamic, found {found}; "
+        "write the model so that torch.export keeps it"
+    )
+
+
+def check_onnx(path: Path) -> None:
+    """`ParityError` unless the full checker and strict shape inference accept the file."""
+    onnx = require("onnx", extra="export")
+    from onnx import checker, shape_inference
+
+    try:
+        checker.check_model(str(path), full_check=True)
+        shape_inference.infer_shapes(onnx.load(path, load_external_data=False), strict_mode=True, data_prop=True)
+    except (checker.ValidationError, shape_inference.InferenceError) as error:
+        raise ParityError(f"{path.name}: expected valid ONNX, found {one_line(error)}") from error
+
+
+def _cells() -> dict[Any, Any]:
+    """How the traced cells of training/cells.py become ONNX LSTM and GRU."""
+    import torch
+    from onnxscript.function_libs.torch_lib.ops.core import aten_gru, aten_lstm
+
+    import training.cells  # noqa: F401  registers the operators
+
+    return {torch.ops.slipway.lstm.default: aten_lstm, torch.ops.slipway.gru.default: aten_gru}

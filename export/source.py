@@ -1,0 +1,106 @@
+"""Source: a restored model, traced lazily and once in each form; what every converted model is held against."""
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes.tensors import Tensors
+from training.checkpoint import Checkpoint, restore
+from training.scan import Form, scan_form
+from training.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
+OPERATOR = Form(kind="operator")
+
+
+class Source:
+    """The original: a checkpoint of a model, ready to answer and to be traced."""
+
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.signature = spec.signature(checkpoint.config)
+        self._programs: dict[tuple[Form, str], ExportedProgram] = {}
+
+    @cached_property
+    def module(self) -> "torch.nn.Module":
+        """The restored module in float32, frozen for good: a trace of trainable parameters fails inside operators."""
+        return restore(self.checkpoint, self.spec).requires_grad_(False)
+
+    @cached_property
+    def probe(self) -> Tensors:
+        return self.checkpoint.probe()
+
+    def feeds(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
+        """Realistic inputs of these sizes, without state."""
+        return self.spec.feeds(self.config, rng, sizes, self.probe)
+
+    def answer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """What eager torch says to these feeds, state at zero; state outputs included."""
+        import torch
+
+        batch = len(feeds[self.signature.free_inputs[0].name])
+        complete = {**feeds, **self.signature.zero_state(batch)}
+        with torch.no_grad():
+            outputs = self.module(*self._arguments(complete))
+        return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
+
+    def program(self, form: Form = OPERATOR, precision: str = "fp32") -> "ExportedProgram":
+        """The traced module with its parameters in this precision, every axis dynamic, traced at its opt sizes."""
+        key = (form, precision)
+        if key not in self._programs:
+            self._programs[key] = self._trace(form, precision)
+        return self._programs[key]
+
+    def example(self) -> Tensors:
+        """Complete feeds at the opt sizes, drawn alike every time."""
+        sizes = self.signature.sizes("opt")
+        return {**self.feeds(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
+
+    def _trace(self, form: Form, precision: str) -> "ExportedProgram":
+        import torch
+
+        dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in self.signature.axes}
+        shapes = [
+            {i: dims[size] for i, size in enumerate(tensor.shape) if isinstance(size, str)}
+            for tensor in self.signature.inputs
+        ]
+        module = cast(self.module, precision)
+        positional, variadic = _parameters(module)
+        with torch.no_grad(), scan_form(form):
+            return torch.export.export(
+                module,
+                self._arguments(self.example()),
+                dynamic_shapes=(*shapes[:positional], tuple(shapes[positional:])) if variadic else tuple(shapes),
+                strict=False,
+            )
+
+    def _arguments(self, feeds: Mapping[str, np.ndarray]) -> tuple["torch.Tensor", ...]:
+        import torch
+
+        return tuple(torch.from_numpy(feeds[tensor.name]) for tensor in self.signature.inputs)
+
+
+def cast(module: "torch.nn.Module", precision: str) -> "torch.nn.Module":
+    """The module itself in fp32, or a copy with its parameters in fp16 or bf16."""
+    import torch
+
+    if precision == "fp32":
+        return module
+    return copy.deepcopy(module).to({"fp16": torch.float16, "bf16": torch.bfloat16}[precision])
+
+
+def _parameters(module: "torch.nn.Module") -> tuple[int, bool]:
+    """How many named arguments `forward` takes, and whether it takes the rest as *state."""
+    import inspect
+
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    variadic: Any = inspect.Parameter.VAR_POSITIONAL
+    return len([kind for kind in kinds if kind is not variadic]), variadic in kinds

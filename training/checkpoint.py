@@ -1,0 +1,176 @@
+"""Checkpoints that hold what was trained and name, by digest, what was frozen. Safetensors only; no pickle is read."""
+
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from runtimes.artifact import digests, read_json, sha256_json, verify_digests, write_json
+from runtimes.errors import ArtifactError
+from runtimes.tensors import Tensors
+from training.spec import Config, Frozen, Metrics, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MANIFEST = "checkpoint.json"
+WEIGHTS = "weights.safetensors"
+PROBE = "probe.safetensors"
+ASSETS = "assets"
+FORMAT = "slipway.checkpoint/1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """The manifest of a trained model in `folder`.
+
+    `files` gives sha256 by relative path. `frozen` gives, by prefix, the source, its revision and sha256 by tensor.
+    """
+
+    folder: Path
+    model: str
+    preset: str
+    config: Config
+    step: int
+    metrics: Metrics
+    files: Mapping[str, str]
+    frozen: Mapping[str, Any]
+    trained_with: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Names everything a conversion can depend on."""
+        return sha256_json([self.model, self.config, dict(self.files), dict(self.frozen)])
+
+    @classmethod
+    def load(cls, folder: Path) -> "Checkpoint":
+        """The checkpoint in `folder` with every file verified; `ArtifactError` if one changed or is missing."""
+        data = read_json(folder / MANIFEST)
+        if data.pop("format", None) != FORMAT:
+            raise ArtifactError(f"{folder / MANIFEST}: expected format {FORMAT}; train the model again")
+        checkpoint = cls(folder=folder, **data)
+        verify_digests(folder, checkpoint.files)
+        return checkpoint
+
+    def probe(self) -> Tensors:
+        """Real inputs of the model, as the recipe chose them."""
+        return load_file(self.folder / PROBE)
+
+    @property
+    def assets(self) -> Path:
+        """Files the pipeline needs, such as a tokenizer; the folder may be missing."""
+        return self.folder / ASSETS
+
+
+def save_checkpoint(
+    folder: Path,
+    spec: ModelSpec,
+    module: "nn.Module",
+    *,
+    preset: str,
+    config: Config,
+    step: int,
+    metrics: Metrics,
+    probe: Tensors,
+) -> Checkpoint:
+    """Write the trained parameters, the probe and the manifest; the folder is complete or untouched."""
+    frozen = spec.frozen(config)
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
+    save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
+    save_file({name: np.ascontiguousarray(values) for name, values in probe.items()}, draft / PROBE)
+    manifest = {
+        "format": FORMAT,
+        "model": spec.name,
+        "preset": preset,
+        "config": config,
+        "step": step,
+        "metrics": metrics,
+        "files": digests(draft),
+        "frozen": {part.prefix: describe_frozen(part, tensors) for part in frozen},
+        "trained_with": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    write_json(draft / MANIFEST, manifest)
+    _swap(draft, folder)
+    return Checkpoint.load(folder)
+
+
+def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
+    """The module of a checkpoint, in eval mode.
+
+    `ArtifactError` if it is another model's checkpoint, if a parameter is missing, extra or of another shape, or if
+    a frozen part is not the one it was trained over.
+    """
+    import torch
+
+    if checkpoint.model != spec.name:
+        raise ArtifactError(
+            f"{checkpoint.folder}: expected a checkpoint of {spec.name}, found one of {checkpoint.model}"
+        )
+    module = spec.build(checkpoint.config).eval()
+    frozen = spec.frozen(checkpoint.config)
+    own = {name: array(tensor) for name, tensor in module.state_dict().items()}
+    _refuse_another_base(checkpoint, frozen, own)
+    stored = load_file(checkpoint.folder / WEIGHTS)
+    expected = {name: tensor.shape for name, tensor in own.items() if not _under(name, frozen)}
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise ArtifactError(
+            f"{checkpoint.folder / WEIGHTS}: {len(wrong)} parameters do not fit, first '{name}': "
+            f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+        )
+    module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in stored.items()}, strict=False)
+    return module
+
+
+def describe_frozen(part: Frozen, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Source, revision and the digest of every tensor of a frozen part."""
+    own = {name: tensor for name, tensor in tensors.items() if _under(name, (part,))}
+    return {**asdict(part), "tensors": {name: _sha256_tensor(tensor) for name, tensor in sorted(own.items())}}
+
+
+def array(tensor: "Tensor") -> np.ndarray:
+    """A parameter as a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor).numpy()
+
+
+def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: Mapping[str, np.ndarray]) -> None:
+    for part in frozen:
+        expected = checkpoint.frozen[part.prefix]["tensors"]
+        found = describe_frozen(part, own)["tensors"]
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ArtifactError(
+                f"{checkpoint.folder}: expected '{part.prefix}' from {part.source} as it was trained over, found "
+                f"another: {len(wrong)} tensors differ, first '{wrong[0]}'; give the base of revision {part.revision}"
+            )
+
+
+def _under(name: str, frozen: Iterable[Frozen]) -> bool:
+    return any(name.startswith(part.prefix + ".") for part in frozen)
+
+
+def _sha256_tensor(tensor: np.ndarray) -> str:
+    head = f"{tensor.dtype.str}{tensor.shape}".encode()
+    return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    """Put `draft` where `folder` is; the old one is removed only when the new one stands in its place."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

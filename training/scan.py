@@ -1,0 +1,133 @@
+"""Linear recurrences h_t = a_t h_(t-1) + b_t in several forms that agree, and the choice among them.
+
+Shapes: B batch, T time, D channels, N state size.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Kind = Literal["loop", "doubling", "operator", "kernel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How a recurrence is written: `kind`, and for doubling the longest sequence it must be right for.
+
+    loop      one step after another in Python; the definition, and the fastest form for training on a CPU
+    doubling  Hillis-Steele: log2(T) passes without a loop; what TensorRT builds well
+    operator  torch's scan operator, which becomes one ONNX Scan; what ONNX Runtime runs well
+    kernel    mamba-ssm's CUDA kernel
+    """
+
+    kind: Kind
+    length: int | None = None
+
+
+_form: ContextVar[Form | None] = ContextVar("form", default=None)
+
+
+@contextmanager
+def scan_form(form: Form) -> Iterator[None]:
+    """Inside, every recurrence is written in this form: while a model is traced, or to compare forms."""
+    token = _form.set(form)
+    try:
+        yield
+    finally:
+        _form.reset(token)
+
+
+def selective_scan(
+    x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y_t = C_t . h_t with h_t = exp(step_t A) h_(t-1) + step_t B_t x_t, and the last h.
+
+    Source: Gu and Dao, Mamba (2023), equations 2 and 3 with the simplified discretisation of B. `in` is B, `out` is C.
+    A must be negative, or the forms lose precision differently.
+    """
+    arguments = (x_BTD, step_BTD, A_DN, in_BTN, out_BTN, state_BDN)
+    form = _form.get() or (Form(kind="kernel") if _has_kernel(x_BTD) else Form(kind="loop"))
+    if form.kind == "doubling":
+        return _doubling(*arguments, length=form.length)
+    return {"loop": _loop, "operator": _operator, "kernel": _kernel}[form.kind](*arguments)
+
+
+def _loop(
+    x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(x_BTD.shape[1]):
+        decay_BDN = torch.exp(step_BTD[:, t, :, None] * A_DN)
+        state_BDN = decay_BDN * state_BDN + (step_BTD[:, t] * x_BTD[:, t])[:, :, None] * in_BTN[:, t, None, :]
+        outputs.append((state_BDN @ out_BTN[:, t, :, None])[:, :, 0])
+    return torch.stack(outputs, 1), state_BDN
+
+
+def _doubling(
+    x_BTD: Tensor,
+    step_BTD: Tensor,
+    A_DN: Tensor,
+    in_BTN: Tensor,
+    out_BTN: Tensor,
+    state_BDN: Tensor,
+    length: int | None,
+) -> tuple[Tensor, Tensor]:
+    time = x_BTD.shape[1]
+    decay_BTDN = torch.exp(step_BTD[..., None] * A_DN)
+    state_BTDN = (step_BTD * x_BTD)[..., None] * in_BTN[:, :, None, :]
+    for power in range(math.ceil(math.log2(length or time)) if (length or time) > 1 else 0):
+        shift = (0, 0, 0, 0, 2**power, 0)
+        state_BTDN = decay_BTDN * F.pad(state_BTDN, shift)[:, :time] + state_BTDN
+        decay_BTDN = decay_BTDN * F.pad(decay_BTDN, shift, value=1.0)[:, :time]
+    state_BTDN = state_BTDN + decay_BTDN * state_BDN[:, None]
+    return (state_BTDN @ out_BTN[..., None])[..., 0], state_BTDN[:, -1]
+
+
+def _operator(
+    x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    from torch._higher_order_ops.scan import scan
+
+    def step(state_BDN: Tensor, now: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        # unsqueeze, not [:, None]: torch 2.13 cannot decompose a sliced symbolic batch inside the operator.
+        step_BD, x_BD, in_BN, out_BN = now
+        decay_BDN = torch.exp(step_BD.unsqueeze(-1) * A_DN)
+        state_BDN = decay_BDN * state_BDN + (step_BD * x_BD).unsqueeze(-1) * in_BN.unsqueeze(1)
+        return state_BDN, torch.matmul(state_BDN, out_BN.unsqueeze(-1)).squeeze(-1)
+
+    by_time = tuple(tensor.transpose(0, 1) for tensor in (step_BTD, x_BTD, in_BTN, out_BTN))
+    last_BDN, y_TBD = scan(step, state_BDN.contiguous(), by_time, dim=0)
+    return y_TBD.transpose(0, 1), last_BDN
+
+
+def _kernel(
+    x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
+) -> tuple[Tensor, Tensor]:
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    x_BDT, step_BDT, in_BNT, out_BNT = (tensor.mT.contiguous() for tensor in (x_BTD, step_BTD, in_BTN, out_BTN))
+    y_BDT, last_BDN = selective_scan_fn(x_BDT, step_BDT, A_DN.float(), in_BNT, out_BNT, return_last_state=True)
+    # The kernel starts at zero; the initial state's share is added, for the recurrence is linear.
+    reach_BTDN = torch.exp(step_BTD.cumsum(1)[..., None] * A_DN) * state_BDN[:, None]
+    return y_BDT.mT + (reach_BTDN @ out_BTN[..., None])[..., 0], last_BDN + reach_BTDN[:, -1]
+
+
+def _has_kernel(tensor: Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    return _mamba_ssm() is not None
+
+
+def _mamba_ssm() -> Any:
+    try:
+        import mamba_ssm
+    except ImportError:
+        return None
+    return mamba_ssm

@@ -1,0 +1,149 @@
+"""ModelSpec: what a model is, for everyone else. Recipe: how it learns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes import plugins
+from runtimes.artifact import Check
+from runtimes.errors import InputError
+from runtimes.tensors import Signature, Tensors
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Config = dict[str, Any]
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """A size of a model: its config, and how it is trained by default."""
+
+    config: Config
+    training: Config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """Parameters under `prefix` that are not trained but come from `source` at `revision`, and are never stored."""
+
+    prefix: str
+    source: str
+    revision: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """How far an output may lie from torch's: |difference| <= absolute + relative * |torch|."""
+
+    absolute: float
+    relative: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model as training, export and parity see it. Nothing here imports torch until it is called.
+
+    signature    the tensors of a model of this config
+    build        the module of this config: its arguments and results are the signature's, in order
+    feeds        realistic inputs without state for these sizes, drawn from `probe` (real inputs) where given
+    agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
+    tolerance    by precision; a precision without one cannot be proved and so is not exported
+    skips        the reason why a target is not for this model, by target
+    """
+
+    name: str
+    pipeline: str
+    presets: Mapping[str, Preset]
+    signature: Callable[[Config], Signature]
+    build: Callable[[Config], "nn.Module"]
+    feeds: Callable[[Config, np.random.Generator, Mapping[str, int], Tensors], Tensors]
+    agreement: Callable[[Tensors, Tensors, Tolerance], dict[str, Check]]
+    tolerance: Mapping[str, Tolerance]
+    recipe: Callable[[], type["Recipe"]]
+    frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
+    skips: Mapping[str, str] = field(default_factory=dict)
+
+    def preset(self, name: str) -> Preset:
+        """The preset; `InputError` names those there are."""
+        if name not in self.presets:
+            raise InputError(f"{self.name}: expected a preset of {', '.join(self.presets)}; found '{name}'")
+        return self.presets[name]
+
+
+class Recipe(ABC):
+    """What Hugging Face's Trainer needs to train a model, and how the result is judged.
+
+    `training` holds the preset's training settings with the user's changes; `data` is None for synthetic data.
+    """
+
+    def __init__(self, config: Config, training: Config, data: Path | None) -> None:
+        self.config = config
+        self.training = training
+        self.data = data
+
+    @abstractmethod
+    def trainee(self, module: "nn.Module") -> "nn.Module":
+        """`module` with its loss: called with a batch, it gives {"loss": scalar}."""
+
+    @abstractmethod
+    def datasets(self, lanes: int) -> tuple[Any, Any]:
+        """Training and validation datasets; `lanes` is the number of rows a step takes over all devices."""
+
+    @abstractmethod
+    def evaluate(self, module: "nn.Module") -> "Evaluation":
+        """How good `module` is on the validation part."""
+
+    @abstractmethod
+    def probe(self) -> Tensors:
+        """A few real validation inputs, kept with the checkpoint so that parity is proved on them."""
+
+    def summary(self) -> list[str]:
+        """Lines worth telling the user about the data: what was read, what was skipped and why."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """Metrics of a model beside those of baselines that need no model."""
+
+    metrics: Metrics
+    baselines: Mapping[str, Metrics]
+
+
+def all_specs() -> dict[str, ModelSpec]:
+    """Every model there is, by name."""
+    packages = plugins.names("training.models")
+    specs = [spec for package in packages for spec in plugins.load("training.models", package, "SPECS")]
+    return {spec.name: spec for spec in specs}
+
+
+def find_spec(name: str) -> ModelSpec:
+    """The model of this name; `InputError` names the models there are."""
+    specs = all_specs()
+    if name not in specs:
+        raise InputError(f"expected a model of {', '.join(sorted(specs))}; found '{name}'")
+    return specs[name]
+
+
+def override(defaults: Config, changes: Mapping[str, str]) -> Config:
+    """`defaults` with the user's text values, each read as the type of the value it replaces."""
+    result = dict(defaults)
+    for name, text in changes.items():
+        result[name] = _parse(name, text, defaults[name])
+    return result
+
+
+def _parse(name: str, text: str, default: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"--set {name}: expected {kind.__name__} such as {default}, found '{text}'") from error
