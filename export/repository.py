@@ -1,0 +1,243 @@
+"""The Triton model repository: publishes artifacts so that whoever looks at it, at any time, sees whole models only.
+
+    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves
+    .model_repository/unserved/NAME/{1/, 2/}         artifacts that are kept, but that no Triton here can serve
+    .model_repository/{drafts/, staging/}            work in progress
+
+The second folder lies beside the first and not in it, because Triton takes every folder in a repository for a model,
+also one whose name begins with a dot, and does not start when it is none. Both must be on one file system: a version
+appears by one rename.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import runtimes
+from export.triton_config import STEPS, ensemble_config, model_config, step_config
+from runtimes.artifact import MANIFEST, Artifact, sha256_file
+from runtimes.errors import ArtifactError, one_line
+
+CONFIG = "config.pbtxt"
+STEP_FILE = "model.py"
+STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
+VERSIONS_KEPT = 2
+# A step needs what its pipeline reads, such as a tokenizer, and not what an engine runs.
+WEIGHTS = (".onnx", ".data", ".xml", ".bin", ".plan", ".pt2", ".safetensors")
+
+
+def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool = True) -> Path:
+    """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
+
+    `served=False` keeps it where no Triton sees it. `ArtifactError` if the draft is not what its manifest says, or if
+    the disk refuses; the repository is then as it was.
+    """
+    artifact.verify_files(draft)
+    config = model_config(artifact, artifact.runtime) if served else None
+    with _publishing(artifact.name, repository) as staging:
+        model = _home(repository, served) / artifact.name
+        number = max(map(number_of, _all_versions(repository, artifact.name)), default=0) + 1
+        published = _install(draft, model, number, config, staging)
+        _discard(versions(model)[:-VERSIONS_KEPT], staging)
+        if served:  # a version that was kept aside until now is out of date
+            _discard(versions(_home(repository, False) / artifact.name), staging)
+        return published
+
+
+def publish_ensemble(artifact: Artifact, repository: Path) -> None:
+    """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
+
+    `ArtifactError` if the artifact is not served.
+    """
+    served = versions(repository / artifact.name)
+    if not served:
+        raise ArtifactError(f"expected {artifact.name} in {repository}, found no version of it; publish it first")
+    with _publishing(artifact.model, repository) as staging:
+        for step in STEPS:
+            draft = _draft_step(served[-1], staging / step)
+            _install_changes(draft, repository / f"{artifact.model}_{step}", step_config(artifact, step), staging)
+        empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
+        empty.mkdir()
+        _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)
+
+
+@contextmanager
+def drafting(repository: Path) -> Iterator[Path]:
+    """A new folder to make an artifact in, fit for `publish`; whatever is left of it at the end is removed."""
+    drafts = _aside(repository) / "drafts"
+    drafts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with _locked(drafts):  # nobody sweeps a draft between its making and its locking
+            _sweep(drafts)
+            own = Path(tempfile.mkdtemp(dir=drafts))
+            stack.callback(shutil.rmtree, own, ignore_errors=True)
+            stack.enter_context(_locked(own))
+        draft = own / "draft"
+        draft.mkdir()
+        yield draft
+
+
+def newest(repository: Path, name: str) -> Path | None:
+    """The newest version folder of a published artifact, served or not."""
+    return max(_all_versions(repository, name), key=number_of, default=None)
+
+
+def published(repository: Path) -> list[Path]:
+    """The newest version folder of every published artifact, served or not, sorted by name."""
+    homes = [home for home in (_home(repository, True), _home(repository, False)) if home.is_dir()]
+    names = sorted({model.name for home in homes for model in home.iterdir()})
+    folders = (newest(repository, name) for name in names)
+    return [folder for folder in folders if folder and holds_artifact(folder)]
+
+
+def versions(model: Path) -> list[Path]:
+    """The version folders of a model, oldest first."""
+    if not model.is_dir():
+        return []
+    return sorted((folder for folder in model.iterdir() if folder.name.isdecimal()), key=number_of)
+
+
+def number_of(version: Path) -> int:
+    return int(version.name)
+
+
+def pipeline_files(artifact: Artifact) -> list[str]:
+    """The files of an artifact that its pipeline may read."""
+    return [name for name in artifact.files if not name.endswith(WEIGHTS)]
+
+
+def holds_artifact(version: Path) -> bool:
+    """False for the steps of an ensemble, which have a manifest too: that of the artifact they were made for."""
+    return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
+
+
+def _aside(repository: Path) -> Path:
+    repository = repository.absolute()
+    return repository.with_name(f".{repository.name}")
+
+
+def _home(repository: Path, served: bool) -> Path:
+    return repository if served else _aside(repository) / "unserved"
+
+
+def _all_versions(repository: Path, name: str) -> list[Path]:
+    return [*versions(_home(repository, True) / name), *versions(_home(repository, False) / name)]
+
+
+@contextmanager
+def _publishing(name: str, repository: Path) -> Iterator[Path]:
+    """An empty folder for staging, with no other publisher at work; a refusal of the disk is an `ArtifactError`."""
+    staging = _aside(repository) / "staging"
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        staging.parent.mkdir(exist_ok=True)
+        with _locked(staging.parent):
+            shutil.rmtree(staging, ignore_errors=True)  # what a publisher left that was killed
+            staging.mkdir()
+            try:
+                yield staging
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"expected to publish {name} in {repository}, found {one_line(error)}; it is as it was, publish again"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """No other process holds `folder`; `BlockingIOError` if one does and we do not wait. A killed holder lets go."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(drafts: Path) -> None:
+    """Remove the drafts whose makers were killed: nobody holds them."""
+    for draft in drafts.iterdir():
+        with suppress(BlockingIOError), _locked(draft, wait=False):
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+def _install(draft: Path, model: Path, number: int, config: str | None, staging: Path) -> Path:
+    """The version folder `number` of `model`, renamed into place after everything it holds is on the disk."""
+    version = model / str(number)
+    if model.is_dir():
+        _sync(draft)
+        _replace_config(model, config, staging)
+        draft.rename(version)
+    else:
+        whole = staging / model.name
+        whole.mkdir()
+        if config is not None:
+            (whole / CONFIG).write_text(config)
+        draft.rename(whole / version.name)
+        _sync(whole)
+        model.parent.mkdir(parents=True, exist_ok=True)
+        whole.rename(model)
+    _sync_one(model)
+    _sync_one(model.parent)
+    return version
+
+
+def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> None:
+    """`model` has this config and, as newest version, these files; what it has already stays untouched."""
+    present = versions(model)
+    if present and _contents(present[-1]) == _contents(draft):
+        _replace_config(model, config, staging)
+        return
+    number = number_of(present[-1]) + 1 if present else 1
+    _install(draft, model, number, config, staging)
+    _discard(versions(model)[:-VERSIONS_KEPT], staging)
+
+
+def _replace_config(model: Path, config: str | None, staging: Path) -> None:
+    path = model / CONFIG
+    if config is None or (path.is_file() and path.read_text() == config):
+        return
+    draft = staging / CONFIG
+    draft.write_text(config)
+    _sync_one(draft)
+    draft.replace(path)
+
+
+def _draft_step(version: Path, draft: Path) -> Path:
+    """`draft` holds what a step needs of an artifact: the manifest, the pipeline's files, the program."""
+    artifact = Artifact.load(version)
+    for name in (MANIFEST, *pipeline_files(artifact)):
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(version / name, draft / name)
+    shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
+    return draft
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+
+
+def _discard(folders: list[Path], staging: Path) -> None:
+    """Remove folders; each vanishes from the repository by one rename before it is taken apart."""
+    for folder in folders:
+        folder.rename(staging / f"{folder.parent.name}-{folder.name}")
+
+
+def _sync(folder: Path) -> None:
+    """Everything below `folder` is on the disk, not only in memory."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,231 @@
+"""What Triton is told about a model, as config.pbtxt: the artifact, the two steps around it, the ensemble of all."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runtimes.artifact import Artifact
+from runtimes.errors import ArtifactError
+from runtimes.tensors import BATCH, TensorSpec
+
+# What the newest version folder must hold for a Triton backend; the runtime of an artifact is the backend's name.
+MODEL_FILES = {
+    "onnxruntime": "model.onnx",
+    "openvino": "model.xml",
+    "tensorrt": "model.plan",
+    "vllm": "model.json",
+}
+STEPS = ("encode", "decode")
+REQUEST, ANSWER = "request", "answer"
+TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+    "uint8": "TYPE_UINT8",
+    "bool": "TYPE_BOOL",
+}
+
+QUEUE_DELAY_US = 500  # how long the first request of a batch waits for others
+QUEUE_TIMEOUT_US = 5_000_000  # a request that waited for longer is refused: its client has given up
+QUEUED_BATCHES = 16  # requests behind that many full batches are refused at once
+SEQUENCE_IDLE_US = 60_000_000
+SEQUENCES = 1024  # open at once; later ones wait until one ends
+NEWEST = {"latest": {"num_versions": 1}}
+
+Message = dict[str, Any]
+
+
+class Word(str):
+    """An enum's value, written without quotes."""
+
+
+def model_config(artifact: Artifact, backend: str) -> str:
+    """config.pbtxt for an artifact served by `backend`; `ArtifactError` for a backend that Triton does not have."""
+    if backend not in MODEL_FILES:
+        raise ArtifactError(
+            f"{artifact.name}: expected a Triton backend of {', '.join(MODEL_FILES)}, found '{backend}'; "
+            "publish it as not served"
+        )
+    if backend == "vllm":  # it completes its own config
+        return render({"name": artifact.name, "backend": backend, "instance_group": instances("MODEL")})
+    served_by = {"platform": "tensorrt_plan"} if backend == "tensorrt" else {"backend": backend}
+    on_gpu = backend == "tensorrt" or "gpu" in artifact.built_with
+    message = {
+        "name": artifact.name,
+        **served_by,
+        "max_batch_size": rows(artifact),
+        "input": [tensor(spec) for spec in artifact.signature.free_inputs],
+        "output": [tensor(spec) for spec in artifact.signature.visible_outputs],
+        "version_policy": NEWEST,
+        **(sequences(artifact) if artifact.signature.state else batches(artifact)),
+        "instance_group": instances("GPU" if on_gpu else "CPU"),
+    }
+    if backend == "onnxruntime" and not on_gpu:
+        message["parameters"] = parameters(intra_op_thread_count="1", inter_op_thread_count="1")
+    return render(message)
+
+
+def step_config(artifact: Artifact, step: str) -> str:
+    """config.pbtxt for a Python step: JSON request to tensors (`encode`) or tensors to JSON answer (`decode`)."""
+    if step == "encode":
+        tensors = {"input": [text(REQUEST)], "output": [tensor(spec) for spec in artifact.signature.free_inputs]}
+    else:
+        tensors = {"input": [tensor(spec) for spec in artifact.signature.visible_outputs], "output": [text(ANSWER)]}
+    return render(
+        {
+            "name": f"{artifact.model}_{step}",
+            "backend": "python",
+            "max_batch_size": rows(artifact),
+            **tensors,
+            "version_policy": NEWEST,
+            "instance_group": instances("CPU"),
+            "parameters": parameters(step=step),
+        }
+    )
+
+
+def ensemble_config(artifact: Artifact) -> str:
+    """config.pbtxt for the ensemble: a JSON request in, a JSON answer out, for whoever cannot speak in tensors."""
+    given = {spec.name: spec.name for spec in artifact.signature.free_inputs}
+    returned = {spec.name: spec.name for spec in artifact.signature.visible_outputs}
+    return render(
+        {
+            "name": artifact.model,
+            "platform": "ensemble",
+            "max_batch_size": rows(artifact),
+            "input": [text(REQUEST)],
+            "output": [text(ANSWER)],
+            "ensemble_scheduling": {
+                "step": [
+                    ensemble_step(f"{artifact.model}_encode", {REQUEST: REQUEST}, given),
+                    ensemble_step(artifact.name, given, returned),
+                    ensemble_step(f"{artifact.model}_decode", returned, {ANSWER: ANSWER}),
+                ]
+            },
+        }
+    )
+
+
+def rows(artifact: Artifact) -> int:
+    """The largest batch the artifact was proved for."""
+    return artifact.signature.axis(BATCH).max
+
+
+def tensor(spec: TensorSpec) -> Message:
+    """A tensor without its batch axis; the other dynamic axes are -1."""
+    described = {"name": spec.name, "data_type": Word(TYPES[spec.dtype]), "dims": dims(spec)}
+    # Triton has no tensor without dims: one number per row travels as [batch, 1].
+    return described if len(spec.shape) > 1 else described | {"dims": [1], "reshape": {"shape": []}}
+
+
+def dims(spec: TensorSpec) -> list[int]:
+    return [size if isinstance(size, int) else -1 for size in spec.shape[1:]]
+
+
+def text(name: str) -> Message:
+    return {"name": name, "data_type": Word("TYPE_STRING"), "dims": [1]}
+
+
+def batches(artifact: Artifact) -> Message:
+    """Requests that arrive together are run together; those that cannot be answered in time are refused."""
+    batch = artifact.signature.axis(BATCH)
+    return {
+        "dynamic_batching": {
+            "preferred_batch_size": sorted({batch.opt, batch.max}),
+            "max_queue_delay_microseconds": QUEUE_DELAY_US,
+            "default_queue_policy": {
+                "timeout_action": Word("REJECT"),
+                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
+                "allow_timeout_override": True,
+                "max_queue_size": QUEUED_BATCHES * batch.max,
+            },
+        },
+        "model_warmup": [warmup(artifact, size) for size in sorted({1, batch.opt, batch.max})],
+    }
+
+
+def warmup(artifact: Artifact, batch: int) -> Message:
+    """Zeros, so that the first client does not pay for lazy initialisation."""
+    sizes = artifact.signature.sizes("opt")
+    inputs = [
+        {
+            "key": spec.name,
+            "value": {
+                "data_type": Word(TYPES[spec.dtype]),
+                "dims": list(spec.resolve(sizes)[1:]) or [1],
+                "zero_data": True,
+            },
+        }
+        for spec in artifact.signature.inputs
+    ]
+    return {"name": f"zeros_{batch}", "batch_size": batch, "inputs": inputs}
+
+
+def sequences(artifact: Artifact) -> Message:
+    """Triton keeps the state of each sequence, zero at first, and batches steps of different sequences.
+
+    No control input is declared: the onnxruntime backend demands that a declared one is an input of the graph. There is
+    no warm-up either: its requests pass by the sequence batcher, hence come without state.
+    """
+    specs = {spec.name: spec for spec in artifact.signature.inputs}
+    return {
+        "sequence_batching": {
+            "max_sequence_idle_microseconds": SEQUENCE_IDLE_US,
+            "oldest": {"max_candidate_sequences": SEQUENCES, "max_queue_delay_microseconds": 0},
+            "state": [carried(specs[source], result) for source, result in artifact.signature.state],
+        }
+    }
+
+
+def carried(spec: TensorSpec, result: str) -> Message:
+    kind = {"data_type": Word(TYPES[spec.dtype]), "dims": dims(spec)}
+    return {
+        "input_name": spec.name,
+        "output_name": result,
+        **kind,
+        "initial_state": {"name": "zero", **kind, "zero_data": True},
+    }
+
+
+def ensemble_step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+    """A step that reads `inputs` and writes `outputs`: the model's name of a tensor -> the ensemble's."""
+    return {
+        "model_name": model,
+        "model_version": -1,
+        "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
+        "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
+    }
+
+
+def instances(kind: str) -> Message:
+    return {"count": 1, "kind": Word(f"KIND_{kind}")}
+
+
+def parameters(**values: str) -> list[Message]:
+    return [{"key": key, "value": {"string_value": value}} for key, value in values.items()]
+
+
+def render(message: Message) -> str:
+    """A message in protobuf's text format."""
+    return "\n".join(_lines(message, "")) + "\n"
+
+
+def _lines(message: Message, indent: str) -> Iterator[str]:
+    for name, value in message.items():
+        if isinstance(value, list) and not any(isinstance(each, dict) for each in value):
+            yield f"{indent}{name}: [{', '.join(map(_scalar, value))}]"
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, dict):
+                yield f"{indent}{name} {{"
+                yield from _lines(each, indent + "  ")
+                yield f"{indent}}}"
+            else:
+                yield f"{indent}{name}: {_scalar(each)}"
+
+
+def _scalar(value: str | int | bool) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    return json.dumps(value)  # quotes a string, and writes true and false

@@ -1,0 +1,178 @@
+"""A model behind a Triton server, over gRPC or HTTP: what a client of the deployment gets."""
+
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.artifact import Artifact
+from runtimes.base import Runtime, Stream
+from runtimes.errors import EngineError, InputError, SlipwayError
+from runtimes.tensors import Signature, Tensors, TensorSpec
+from runtimes.triton_client import CLIENTS, Answer, TritonClient
+
+DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
+TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}
+
+
+class TritonRuntime(Runtime):
+    """Runs requests on the server at `url` ("host:port"), which keeps a recurrent state: no tensor here carries it.
+
+    `signature` is the artifact's without state. For a recurrent model `run` makes every row a sequence of one request,
+    which starts from zero, and `stream` makes every row a sequence of its own.
+    """
+
+    engine = "triton"
+
+    def __init__(
+        self,
+        root: Path,
+        artifact: Artifact,
+        *,
+        url: str | None = None,
+        protocol: str = "grpc",
+        model: str | None = None,
+        timeout_s: float = 60.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(root, artifact, **options)
+        if protocol not in CLIENTS:
+            raise InputError(f"expected a protocol of {', '.join(CLIENTS)}; found '{protocol}'")
+        self.url = url or DEFAULT_URLS[protocol]
+        self.protocol = protocol
+        self.model = model or artifact.name
+        self.timeout_s = timeout_s
+        self.recurrent = bool(artifact.signature.state)
+        self.signature = Signature(
+            inputs=artifact.signature.free_inputs,
+            outputs=artifact.signature.visible_outputs,
+            axes=artifact.signature.axes,
+        )
+        self._client: TritonClient | None = None
+        self._provider = "not open"
+
+    def open(self) -> None:
+        self._client = CLIENTS[self.protocol](self.url, self.timeout_s)
+        metadata = self._client.metadata(self.model)
+        for what in ("inputs", "outputs"):
+            expected = {spec.name: described(spec) for spec in getattr(self.signature, what)}
+            found = {each["name"]: (each["datatype"], *map(int, each["shape"])) for each in metadata[what]}
+            if expected != found:
+                raise EngineError(
+                    f"{self.model} at {self.url}: expected {what} {expected}, found {found}; "
+                    "publish the artifact there, or name its model"
+                )
+        self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        given = {source for source, _ in self.artifact.signature.state} & feeds.keys()
+        if any(feeds[name].any() for name in given):
+            raise InputError(
+                f"expected {', '.join(sorted(given))} to be zero or left out: the server keeps the state; use stream"
+            )
+        return super().run({name: array for name, array in feeds.items() if name not in given})
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        if not self.recurrent:
+            return self.send(feeds)()
+        whole = {"sequence_start": True, "sequence_end": True}
+        return joined([self.send(row, sequence_id=new_sequence(), **whole) for row in rows(feeds)])
+
+    def stream(self, batch: int = 1) -> Stream:
+        return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
+
+    def send(self, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Answer:
+        """A call that waits for the visible outputs of a request that is on its way."""
+        if self._client is None:
+            raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
+        # One number per row travels as [batch, 1]: Triton has no tensor without dims.
+        wide = {name: array[:, None] if array.ndim == 1 else array for name, array in feeds.items()}
+        specs = self.signature.outputs
+        wait = self._client.send(self.model, wide, [spec.name for spec in specs], **sequence)
+
+        def answer() -> Tensors:
+            outputs = wait()
+            return {spec.name: narrowed(outputs[spec.name], spec) for spec in specs}
+
+        return answer
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self._client = None
+
+    @property
+    def provider(self) -> str:
+        return self._provider
+
+
+class SequenceStream(Stream):
+    """A stream whose state lies on the server, one sequence per row."""
+
+    def __init__(self, runtime: TritonRuntime, batch: int) -> None:
+        self.runtime = runtime
+        self.sequences = [new_sequence() for _ in range(batch)]
+        self.starting = set(self.sequences)
+        self.last: Mapping[str, np.ndarray] = {}
+
+    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        signature = self.runtime.signature
+        sizes = signature.check_inputs(feeds)
+        if sizes["batch"] != len(self.sequences):
+            raise InputError(f"expected {len(self.sequences)} rows as in every step, found {sizes['batch']}")
+        outputs = self._send(feeds)
+        signature.check_outputs(outputs, sizes)
+        self.starting.clear()
+        self.last = feeds
+        return outputs
+
+    def reset(self, rows: Iterable[int]) -> None:
+        self.starting.update(self.sequences[row] for row in rows)
+
+    def close(self) -> None:
+        # Only a request can end a sequence, so the last one is sent again. What the server has forgotten is ended.
+        with suppress(SlipwayError):
+            if self.last:
+                self._send(self.last, sequence_end=True)
+        self.last = {}
+
+    def _send(self, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Tensors:
+        return joined(
+            [
+                self.runtime.send(row, sequence_id=own, sequence_start=own in self.starting, **sequence)
+                for own, row in zip(self.sequences, rows(feeds), strict=True)
+            ]
+        )
+
+
+def new_sequence() -> int:
+    """A sequence id that no other client has; 0 would mean none."""
+    return 1 + secrets.randbelow(2**63 - 1)
+
+
+def rows(feeds: Mapping[str, np.ndarray]) -> Iterator[Tensors]:
+    """The rows of a batch, each a batch of one."""
+    for row in range(len(next(iter(feeds.values())))):
+        yield {name: array[row : row + 1] for name, array in feeds.items()}
+
+
+def joined(answers: Sequence[Answer]) -> Tensors:
+    """The rows that are on their way, as one batch."""
+    arrived = [answer() for answer in answers]
+    return {name: np.concatenate([row[name] for row in arrived]) for name in arrived[0]}
+
+
+def narrowed(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    return array[:, 0] if len(spec.shape) == 1 else array
+
+
+def described(spec: TensorSpec) -> tuple[str | int, ...]:
+    """The datatype and shape that Triton's metadata should give for a tensor."""
+    dims = [size if isinstance(size, int) else -1 for size in spec.shape[1:]] or [1]
+    return (TYPES[spec.dtype], -1, *dims)
+
+
+RUNTIME = TritonRuntime

@@ -1,0 +1,83 @@
+"""Serves a model repository with Triton, in the foreground, and picks up what is published meanwhile."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from runtimes.command import command, existing_folder, parser
+from runtimes.errors import EngineError, InputError
+from runtimes.triton_server import LOOPBACK, TritonServer
+
+POLL_S = 1
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM has come."""
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Serves until SIGINT or SIGTERM (status 0) or until the server dies (status 1)."""
+    arguments = parser(
+        "runtimes.serve",
+        "Serves every model of a repository over HTTP and gRPC, and newly published versions within seconds.",
+        "",
+        "--repository model_repository --http-port 8000 --grpc-port 8001 --metrics-port 8002",
+    )
+    arguments.add_argument("--repository", type=Path, default=Path("model_repository"))
+    arguments.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
+    arguments.add_argument("--http-port", type=int, default=8000)
+    arguments.add_argument("--grpc-port", type=int, default=8001)
+    arguments.add_argument("--metrics-port", type=int, default=8002)
+    arguments.add_argument("--log", type=Path, help="keep the server's own log in this file")
+    given = arguments.parse_args(argv)
+    repository = existing_folder(given.repository, "models")
+    if not any(repository.glob("*/config.pbtxt")):
+        raise InputError(f"expected models in {repository}, found none; run: python -m export.all --target onnx")
+    if given.host != LOOPBACK:
+        print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
+    ports = {name: getattr(given, name) for name in ("http_port", "grpc_port", "metrics_port")}
+    server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, log=given.log)
+    with suppress(Stopped), stopping_on_signals(), server:
+        watch(server)
+    return 0
+
+
+def watch(server: TritonServer) -> None:
+    """Prints where the server listens, then every model and every change; `EngineError` once the server has died."""
+    print(
+        f"HTTP     http://{server.http_url}\ngRPC     {server.grpc_url}\nmetrics  http://{server.metrics_url}/metrics"
+    )
+    known: list[str] = []
+    while server.running:
+        now = [" ".join(model.values()) for model in server.index()]
+        for line in (line for line in now if line not in known):
+            print(line, flush=True)
+        known = now
+        time.sleep(POLL_S)
+    raise EngineError(f"expected Triton to run until it is stopped, it died: {server.failure()}")
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM raises `Stopped`; more of them do not disturb the stopping."""
+
+    def stop(*_: object) -> None:
+        for each in signals:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, stop) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(None))

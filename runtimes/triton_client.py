@@ -1,0 +1,136 @@
+"""The two protocols of a Triton server behind one face: tensors by name in, tensors by name out, one-line errors."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import EngineError, InputError, one_line, require
+from runtimes.tensors import Tensors
+
+REFUSED = ("400", "StatusCode.INVALID_ARGUMENT")
+UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
+
+Answer = Callable[[], Tensors]
+
+
+class TritonClient(ABC):
+    """A connection to the server at `url` ("host:port"), opened by the first call.
+
+    Every call raises `InputError` if the server refuses it, `EngineError` if it fails or takes longer than `timeout_s`.
+    """
+
+    protocol: str
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.library = require(f"tritonclient.{self.protocol}", extra="client")
+        self.utils = require("tritonclient.utils", extra="client")
+        self.client: Any = self._connect()
+
+    @abstractmethod
+    def _connect(self) -> Any:
+        """The library's client."""
+
+    @abstractmethod
+    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
+        """The answer of the library's method `question` as a dict."""
+
+    @abstractmethod
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
+        """A call that waits for the library's result of a request that is on its way."""
+
+    def server_version(self) -> str:
+        with self._translated():
+            return str(self._ask("get_server_metadata")["version"])
+
+    def metadata(self, model: str) -> dict[str, Any]:
+        """What the server says of a model: versions, platform, inputs, outputs."""
+        with self._translated():
+            return self._ask("get_model_metadata", model)
+
+    def send(self, model: str, feeds: Mapping[str, np.ndarray], outputs: Iterable[str], **sequence: Any) -> Answer:
+        """A call that waits for the outputs of a request that is on its way.
+
+        `sequence` are its sequence_id, sequence_start and sequence_end.
+        """
+        inputs = []
+        for name, array in feeds.items():
+            described = self.library.InferInput(name, array.shape, self.utils.np_to_triton_dtype(array.dtype))
+            inputs.append(described.set_data_from_numpy(array))
+        with self._translated():
+            wait = self._submit(model, inputs, sequence)
+
+        def answer() -> Tensors:
+            with self._translated():
+                result = wait()
+                return {name: result.as_numpy(name) for name in outputs}
+
+        return answer
+
+    def close(self) -> None:
+        self.client.close()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Inside, the errors of the library become ours."""
+        try:
+            yield
+        except self.utils.InferenceServerException as error:
+            if error.status() in UNREACHABLE:
+                raise self._unreachable(error) from error
+            kind = InputError if error.status() in REFUSED else EngineError
+            raise kind(f"Triton at {self.url}: {' '.join(str(error.message()).split())}") from error
+        except OSError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> EngineError:
+        start = "start one with: python -m runtimes.serve"
+        return EngineError(f"expected a Triton server at {self.url}, found {one_line(error)}; {start}")
+
+
+class GrpcClient(TritonClient):
+    protocol = "grpc"
+
+    def _connect(self) -> Any:
+        return self.library.InferenceServerClient(self.url)
+
+    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
+        answer: dict[str, Any] = getattr(self.client, question)(*arguments, as_json=True, client_timeout=self.timeout_s)
+        return answer
+
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
+        future: Future[Any] = Future()
+
+        def settle(result: Any, error: Exception | None) -> None:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        self.client.async_infer(model, inputs, settle, client_timeout=self.timeout_s, **sequence)
+        return future.result
+
+
+class HttpClient(TritonClient):
+    protocol = "http"
+    concurrency = 32  # connections, of which every request on its way takes one
+
+    def _connect(self) -> Any:
+        timeouts = {"connection_timeout": self.timeout_s, "network_timeout": self.timeout_s}
+        return self.library.InferenceServerClient(self.url, concurrency=self.concurrency, **timeouts)
+
+    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
+        answer: dict[str, Any] = getattr(self.client, question)(*arguments)
+        return answer
+
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
+        wait: Callable[[], Any] = self.client.async_infer(model, inputs, **sequence).get_result
+        return wait
+
+
+CLIENTS: dict[str, type[TritonClient]] = {client.protocol: client for client in (GrpcClient, HttpClient)}

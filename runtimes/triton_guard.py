@@ -1,0 +1,48 @@
+"""Runs a command until stdin closes, then leaves nothing of it behind: no process, no shared memory, no folder.
+
+`TritonServer` starts this file as a process of its own and holds the other end of its stdin. The pipe closes when the
+holder says so, and also when the holder is killed, so a server never outlives the program that started it.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+STOP_TIMEOUT_S = 15.0
+
+
+def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> int:
+    """The exit status of `command`, once it has ended, or was stopped because stdin closed, and all is cleared away."""
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the clearing below
+    try:
+        ended = os.pidfd_open(server.pid)
+        select.select([sys.stdin, ended], [], [])
+        os.close(ended)
+    finally:
+        stop(server)
+        for region in SHARED_MEMORY.glob(f"{shared_memory_prefix}*"):
+            region.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    return server.returncode
+
+
+def stop(server: "subprocess.Popen[bytes]") -> None:
+    """Ends the server, gently if it lets itself, and whatever is left of its session: a stub may outlive it."""
+    server.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(STOP_TIMEOUT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(guard(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

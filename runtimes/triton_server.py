@@ -1,0 +1,279 @@
+"""Starts a real Triton Inference Server on a model repository, and leaves nothing behind when it stops.
+
+The server is NVIDIA's own when `tritonserver` is on PATH, as in NVIDIA's container, with that server's backends. Else
+it is the unmodified core inside the PyPI package nvidia-pytriton, which has the `python` backend only: the folders of
+`triton_backends/` then stand in for the others under their names, so that one repository is served by both.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import runtimes
+from runtimes.errors import EngineError, InputError, MissingPackage, one_line
+from runtimes.triton_guard import STOP_TIMEOUT_S
+
+PACKAGE = Path(runtimes.__file__).parent
+STAND_INS = PACKAGE / "triton_backends"
+# Signs of the line that says why a server did not start, the most telling first.
+TELLING = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load", "error: ")
+GUARD = PACKAGE / "triton_guard.py"
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = "0.0.0.0"
+# The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
+# `runtimes` from there: the server runs the same checkout as the program that started it.
+SLIPWAY_PATH = "SLIPWAY_PATH"
+PROBE = "import sys, sysconfig, numpy; print(*sys.version_info[:2], numpy.__version__.split('.')[0], sep='.'); " + (
+    "print(sysconfig.get_path('purelib')); print(sysconfig.get_config_var('LIBDIR'))"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """The Triton core of nvidia-pytriton in a virtual environment, and what its Python stub needs."""
+
+    venv: Path
+    site: Path
+    python_libraries: str
+    python_version: str
+
+    @property
+    def core(self) -> Path:
+        return self.site / "pytriton" / "tritonserver"
+
+    @property
+    def server(self) -> Path:
+        return self.core / "bin" / "tritonserver"
+
+    def copy_backends(self, folder: Path) -> None:
+        """`folder` holds the python backend and our stand-ins."""
+        python = folder / "python"
+        python.mkdir()
+        stub = self.core / "python_backend_stubs" / self.python_version / "triton_python_backend_stub"
+        # Copies, because Triton refuses a linked library ("escapes backend directory") for a stand-in.
+        for source in (*(self.core / "backends" / "python").glob("*.*"), stub):
+            if source.is_file():
+                shutil.copy(source, python)
+        for backend in STAND_INS.iterdir():
+            if (backend / "model.py").is_file():
+                shutil.copytree(backend, folder / backend.name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def environment(self) -> dict[str, str]:
+        """Variables that make the stub's interpreter find this environment and the server its libraries."""
+        libraries = (str(self.site / "nvidia_pytriton.libs"), self.python_libraries, os.environ.get("LD_LIBRARY_PATH"))
+        return {
+            # The embedded interpreter looks for `python3` on PATH, and beside it for pyvenv.cfg.
+            "PATH": os.pathsep.join((str(self.venv / "bin"), os.environ.get("PATH", ""))),
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        }
+
+    def arguments(self, backends: Path) -> list[str]:
+        """What the core must be told beyond what NVIDIA's container needs."""
+        return [
+            f"--backend-directory={backends}",
+            f"--cache-directory={self.core / 'caches'}",
+            "--allow-gpu-metrics=false",
+            "--disable-auto-complete-config",  # launches every stub once instead of twice; our configs are complete
+        ]
+
+
+def find_bundle() -> Bundle:
+    """The bundled server; `MissingPackage` if there is none, `EngineError` if its environment cannot run models."""
+    beside = (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())
+    named = os.environ.get("SLIPWAY_TRITON_VENV")
+    candidates = [Path(named).absolute()] if named else [folder / ".venv-triton" for folder in beside]
+    venv = next((folder for folder in candidates if (folder / "bin" / "python3").exists()), None)
+    if venv is None:
+        raise MissingPackage(
+            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {candidates[0]}, found neither; "
+            "run: make triton"
+        )
+    return probe(venv)
+
+
+def probe(venv: Path) -> Bundle:
+    """The bundle in `venv`, asked from its interpreter."""
+    asked = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise EngineError(f"{venv}: expected an environment with numpy, found {asked.stderr[-200:]}; run: make triton")
+    version, site, libraries = asked.stdout.splitlines()
+    python_version, _, numpy_major = version.rpartition(".")
+    bundle = Bundle(venv=venv, site=Path(site), python_libraries=libraries, python_version=python_version)
+    if not bundle.server.is_file():
+        raise MissingPackage(f"{venv}: expected nvidia-pytriton in this environment, found none; run: make triton")
+    # With numpy 2 this core's stub loads, says READY, and reads zeros from every tensor.
+    if int(numpy_major) >= 2:
+        raise EngineError(f"{venv}: expected numpy 1 for Triton's Python stub, found {numpy_major}; run: make triton")
+    return bundle
+
+
+class TritonServer:
+    """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
+
+    Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
+    `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
+    the others are served. `log` keeps the server's output. `EngineError` if the server does not get ready.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        http_port: int | None = None,
+        grpc_port: int | None = None,
+        metrics_port: int | None = None,
+        host: str = LOOPBACK,
+        models: Sequence[str] | None = None,
+        poll_s: int | None = None,
+        strict: bool = True,
+        log: Path | None = None,
+        start_timeout_s: float = 60.0,
+    ) -> None:
+        self.repository = repository
+        self.host = host
+        self.ports = (http_port, grpc_port, metrics_port)
+        self.models = models
+        self.poll_s = poll_s
+        self.strict = strict
+        self.log = log
+        self.start_timeout_s = start_timeout_s
+        self.http_url = self.grpc_url = self.metrics_url = ""
+        self._folder: Path | None = None
+        self._log: TextIO | None = None  # an own handle: it still reads when the file is gone
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "TritonServer":
+        with contextlib.ExitStack() as if_it_fails:
+            if_it_fails.callback(self.close)
+            self._launch()
+            self._wait_until_ready()
+            if_it_fails.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the server and waits until nothing is left of it. Closing twice is allowed."""
+        if self._guard and self._guard.stdin:
+            self._guard.stdin.close()
+            self._guard.wait(2 * STOP_TIMEOUT_S)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def running(self) -> bool:
+        return self._guard is not None and self._guard.poll() is None
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines the server wrote."""
+        if self._log is None:
+            return ""
+        self._log.seek(0)
+        return "\n".join(self._log.read().splitlines()[-lines:])
+
+    def index(self) -> list[dict[str, str]]:
+        """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
+        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
+            # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
+            connection.request("POST", "/v2/repository/index", "{}", {"Content-Type": "application/json"})
+            models: list[dict[str, str]] = json.load(connection.getresponse())
+        return models
+
+    def failure(self) -> str:
+        """The line of the log that says why the server failed, or else its last one."""
+        lines = [line for line in self.log_tail(200).splitlines() if line.strip()] or ["nothing"]
+        telling = (line for sign in TELLING for line in reversed(lines) if sign in line)
+        return " ".join(next(telling, lines[-1]).strip("| ").split())
+
+    def _launch(self) -> None:
+        ports = choose_ports(self.host, self.ports)
+        reached = LOOPBACK if self.host == EVERYWHERE else self.host
+        self.http_url, self.grpc_url, self.metrics_url = (f"{reached}:{port}" for port in ports)
+        folder = self._folder = Path(tempfile.mkdtemp(prefix="slipway-triton-"))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment.setdefault(SLIPWAY_PATH, str(PACKAGE.parent))
+        if installed := shutil.which("tritonserver"):
+            command = [installed]
+        else:
+            bundle = find_bundle()
+            bundle.copy_backends(folder)
+            environment |= bundle.environment()
+            command = [str(bundle.server), *bundle.arguments(folder)]
+        log = self.log or folder / "server.log"
+        with log.open("wb") as output:
+            self._log = log.open(errors="replace")
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", GUARD, folder, folder.name, *command, *self._arguments(ports, folder.name)],
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for the program that started the server
+            )
+
+    def _arguments(self, ports: Sequence[int], shared_memory_prefix: str) -> Iterator[str]:
+        yield f"--model-repository={self.repository.absolute()}"
+        for service, port in zip(("http", "grpc", "metrics"), ports, strict=True):
+            yield f"--{service}-address={self.host}"
+            yield f"--{service}-port={port}"
+        yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
+        yield "--exit-timeout-secs=5"  # the default waits 30 s for a stub that hangs
+        if self.models is not None:
+            yield "--model-control-mode=explicit"
+            yield from (f"--load-model={model}" for model in self.models)
+        elif self.poll_s is not None:
+            yield "--model-control-mode=poll"
+            yield f"--repository-poll-secs={self.poll_s}"
+        if not self.strict:
+            yield "--exit-on-error=false"
+            yield "--strict-readiness=false"
+
+    def _wait_until_ready(self) -> None:
+        end = time.monotonic() + self.start_timeout_s
+        while not (_answers(self.http_url, "/v2/health/ready") and _answers(self.metrics_url, "/metrics")):
+            # A stub without its libpython never gets ready, and the server would wait for it.
+            if not self.running or "error while loading shared libraries" in self.log_tail(200):
+                raise EngineError(f"expected Triton to start on {self.repository}, it says: {self.failure()}")
+            if time.monotonic() > end:
+                raise EngineError(
+                    f"expected Triton to be ready within {self.start_timeout_s:g} s on {self.repository}, "
+                    f"it is not; its last words: {self.failure()}"
+                )
+            time.sleep(0.05)
+
+
+def choose_ports(host: str, wanted: Sequence[int | None]) -> tuple[int, ...]:
+    """The ports wanted, with free ones for None; `InputError` for one that is taken."""
+    with contextlib.ExitStack() as held:
+        return tuple(_hold(held, host, port) for port in wanted)
+
+
+def _hold(held: contextlib.ExitStack, host: str, port: int | None) -> int:
+    listener = held.enter_context(socket.socket())
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left counts as free
+    try:
+        listener.bind((host, port or 0))
+    except OSError as error:
+        raise InputError(f"expected a free port at {host}:{port}, found {one_line(error)}; choose another") from error
+    return int(listener.getsockname()[1])
+
+
+def _answers(url: str, path: str) -> bool:
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=1)) as connection:
+        try:
+            connection.request("GET", path)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False

@@ -1,0 +1,82 @@
+"""A step of an ensemble, in Triton's Python backend: a JSON request becomes tensors, or tensors become a JSON answer.
+
+Export copies this file beside the manifest and the files of the artifact it was made for; which of the two steps it is,
+the config's parameter `step` says.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+# Triton's embedded interpreter ignores PYTHONPATH. The path is left again at once: what else lies on it, such as
+# another numpy, is not for this environment.
+if source := os.environ.get("SLIPWAY_PATH"):
+    sys.path.insert(0, source)
+    import runtimes  # noqa: F401
+
+    sys.path.remove(source)
+
+from runtimes import plugins
+from runtimes.artifact import Artifact
+from runtimes.errors import EngineError, InputError, SlipwayError, one_line
+from runtimes.tensors import Tensors
+
+
+class TritonPythonModel:
+    """The pipeline of one model, or rather half of it. Requests are handled one by one, so a wrong one fails alone."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        folder = Path(args["model_repository"], args["model_version"])
+        step = json.loads(args["model_config"])["parameters"]["step"]["string_value"]
+        try:
+            artifact = Artifact.load(folder)
+            pipeline_class = plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
+            self.pipeline = pipeline_class(artifact.config, folder)
+        except SlipwayError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        self.signature = artifact.signature
+        self.act = {"encode": self.encode, "decode": self.decode}[step]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response per request."""
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: Any) -> Any:
+        try:
+            tensors = self.act({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+        except SlipwayError as error:
+            code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+        return pb_utils.InferenceResponse([pb_utils.Tensor(*named) for named in tensors.items()])
+
+    def encode(self, given: Mapping[str, np.ndarray]) -> Tensors:
+        """Checked tensors for `request`, bytes [batch, 1]; `InputError` for what is not a right request."""
+        requests = [parse(text, row) for row, text in enumerate(given["request"].ravel())]
+        feeds = self.pipeline.encode(requests)
+        self.signature.check_inputs({**feeds, **self.signature.zero_state(len(requests))})
+        return feeds
+
+    def decode(self, given: Mapping[str, np.ndarray]) -> Tensors:
+        """`answer`, bytes [batch, 1], for the visible outputs; `EngineError` for an answer with NaN in it."""
+        answers = [write(answer) for answer in self.pipeline.decode(given)]
+        return {"answer": np.array(answers, dtype=np.object_).reshape(-1, 1)}
+
+
+def write(answer: Any) -> bytes:
+    try:
+        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise EngineError(f"expected an answer of finite numbers, found {one_line(error)}") from error
+
+
+def parse(text: bytes, row: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # also that of bytes which are not UTF-8
+        raise InputError(f"request {row}: expected JSON in UTF-8, found {one_line(error)}") from error
