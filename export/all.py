@@ -20,7 +20,7 @@ from runtimes import plugins
 from runtimes.artifact import Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
-from runtimes.errors import EngineError, InputError, SlipwayError, one_line
+from runtimes.errors import InputError, SlipwayError, one_line
 from training.checkpoint import ASSETS, Checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 
@@ -105,7 +105,7 @@ def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: 
             return replace(outcome, reason="dry run: would be exported")
         artifact, folder = export_one(cell, checkpoint, key, repository)
         return _done(outcome, artifact, folder, "ok", started)
-    except (SlipwayError, OSError, *_conversion_errors()) as error:
+    except _conversion_errors() as error:
         seconds = time.perf_counter() - started
         return replace(outcome, status="failed", reason=one_line(error), seconds=seconds)
 
@@ -214,12 +214,13 @@ def _done(outcome: Outcome, artifact: Artifact, folder: Path, status: str, start
 
 
 def _conversion_errors() -> tuple[type[Exception], ...]:
-    """What the libraries raise for a model they cannot convert; a cell of its own fails, not the whole matrix."""
+    """What ends a cell and not the matrix: our errors, a full disk, and what torch raises for what it cannot convert."""
+    own = (SlipwayError, OSError)
     if "torch" not in sys.modules:
-        return (EngineError,)
+        return own
     import torch
 
-    return (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException)
+    return (*own, RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException)
 
 
 def _parser() -> Any:
