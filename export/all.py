@@ -17,11 +17,11 @@ from export.repository import drafting, newest, publish, publish_ensemble
 from export.source import Source
 from export.target import Built, Target
 from runtimes import plugins
-from runtimes.artifact import Artifact, Facts, artifact_name, digests
+from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
-from training.checkpoint import ASSETS, Checkpoint
+from training.checkpoint import Checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 
 UNTOUCHED = Facts(built=False, deserialized=False, ran=False, compared=False)
@@ -159,8 +159,7 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -
             note=built.idle or "",
         )
         artifact.save(draft)
-        if built.idle is None:
-            artifact = prove(artifact, source, draft, built)
+        artifact = prove(artifact, source, draft, built)
         folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
     if built.served and artifact.proved and cell.precision == cell.target.precisions[0]:
         publish_ensemble(artifact, repository)
@@ -168,11 +167,22 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -
 
 
 def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:
-    """The artifact with its proof, saved; `ParityError` if it does not say what the original says."""
-    with open_runtime(draft, device=built.device) as candidate:
+    """The artifact with its proof, saved; `ParityError` if it does not say what the original says.
+
+    Where this machine cannot run it, what it was built from is compared instead; that is not a proof of the artifact.
+    """
+    if built.idle is None:
+        candidate = open_runtime(draft, device=built.device)
+        facts, prefix = Facts(built=True, deserialized=True, ran=True, compared=True), ""
+    elif built.stand_in:
+        candidate = open_runtime(draft, engine=built.stand_in)
+        facts, prefix = artifact.facts, f"{built.stand_in}_"
+    else:
+        return artifact
+    with candidate:
         checks = parity.prove(candidate, source, artifact.precision)
     parity.require_proof(checks)
-    proved = replace(artifact, parity=checks, facts=Facts(built=True, deserialized=True, ran=True, compared=True))
+    proved = replace(artifact, parity={f"{prefix}{name}": check for name, check in checks.items()}, facts=facts)
     proved.save(draft)
     return proved
 
@@ -214,13 +224,16 @@ def _done(outcome: Outcome, artifact: Artifact, folder: Path, status: str, start
 
 
 def _conversion_errors() -> tuple[type[Exception], ...]:
-    """What ends a cell and not the matrix: our errors, a full disk, and what torch raises for what it cannot convert."""
+    """What ends a cell and not the matrix: our errors, a full disk, what torch raises for what it cannot convert."""
     own = (SlipwayError, OSError)
-    if "torch" not in sys.modules:
+    if "torch" not in sys.modules:  # nothing was converted yet, and importing torch takes seconds
         return own
-    import torch
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._export.verifier import SpecViolationError
+    from torch.onnx import OnnxExporterError
 
-    return (*own, RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException)
+    built_in = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
+    return (*own, *built_in, TorchDynamoException, SpecViolationError, OnnxExporterError)
 
 
 def _parser() -> Any:

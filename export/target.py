@@ -16,12 +16,14 @@ class Built:
     device      where the artifact is to be run and proved
     idle        the reason why this machine cannot run it, or None
     served      whether Triton has a backend for these files
+    stand_in    the engine that runs the ONNX file the artifact was built from; used where the artifact is idle
     """
 
     built_with: dict[str, str]
     device: str = "cpu"
     idle: str | None = None
     served: bool = True
+    stand_in: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

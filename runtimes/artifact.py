@@ -12,6 +12,7 @@ from runtimes.errors import ArtifactError, InputError
 from runtimes.tensors import Signature
 
 MANIFEST = "artifact.json"
+ASSETS = "assets"  # what a pipeline reads, such as a tokenizer
 FORMAT = "slipway.artifact/1"
 
 
@@ -144,7 +145,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: expected this file, found none") from error
+        raise InputError(f"{path}: expected this file, found none") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: expected JSON in UTF-8, found {error}") from error
 

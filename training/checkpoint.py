@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from runtimes.artifact import digests, read_json, sha256_json, verify_digests, write_json
+from runtimes.artifact import ASSETS, digests, read_json, sha256_json, verify_digests, write_json
 from runtimes.errors import ArtifactError
 from runtimes.tensors import Tensors
 from training.spec import Config, Frozen, Metrics, ModelSpec
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 PROBE = "probe.safetensors"
-ASSETS = "assets"
 FORMAT = "slipway.checkpoint/1"
 
 

@@ -6,7 +6,6 @@ is built, not run.
 """
 
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from export.lowering import OPSET, write_onnx
 from export.source import Source
 from export.target import Built, Target
 from runtimes.device import gpu
+from runtimes.engines.onnxruntime import MODEL_FILE
 from runtimes.engines.tensorrt import FULL, PLAN_FILE, RTX, numpy_dtype
 from runtimes.errors import ArtifactError, EngineError, one_line, require
 from runtimes.tensors import Signature
@@ -27,17 +27,16 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     """Write the engine, with one optimisation profile from the axes."""
     builder = choose_builder()
     longest = max((axis.max for axis in source.signature.axes if axis.name == "time"), default=1)
-    with tempfile.TemporaryDirectory() as folder:
-        onnx_path = Path(folder) / "model.onnx"
-        # TensorRT runs ONNX Scan step by step; doubling is a few large operations.
-        write_onnx(source, Form(kind="doubling", length=longest), precision, onnx_path)
-        plan = build(builder, onnx_path, source.signature)
-    (out / PLAN_FILE).write_bytes(plan)
+    onnx_path = out / MODEL_FILE  # kept beside the engine: another machine can build its own from it
+    # TensorRT runs ONNX Scan step by step; doubling is a few large operations.
+    write_onnx(source, Form(kind="doubling", length=longest), precision, onnx_path)
+    (out / PLAN_FILE).write_bytes(build(builder, onnx_path, source.signature))
     return Built(
         built_with={"opset": str(OPSET), "builder": builder, "gpu": _architectures(builder)},
         device="cuda",
         idle=_why_idle(builder),
         served=builder == FULL,
+        stand_in="onnxruntime",
     )
 
 

@@ -11,6 +11,7 @@ from training.scan import Form
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
 
 def convert(source: Source, precision: str, out: Path) -> Built:
@@ -39,11 +40,23 @@ def tidy(program: "ExportedProgram") -> "ExportedProgram":
         elif name == "aten.dropout.default" or (
             name == "aten.to.dtype" and node.args[0].meta["val"].dtype == node.args[1]
         ):
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
+            _bypass(program, node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+def _bypass(program: "ExportedProgram", node: "Node") -> None:
+    """Let everything that read `node` read its input; the program's outputs are known by name, too."""
+    from torch.fx import Node
+
+    source = node.args[0]
+    assert isinstance(source, Node)
+    node.replace_all_uses_with(source)
+    for spec in program.graph_signature.output_specs:
+        if spec.arg.name == node.name:
+            spec.arg.name = source.name
+    program.graph.erase_node(node)
 
 
 TARGET = Target(
