@@ -1,7 +1,7 @@
 """Overlapping windows of games, cut from one resident table when a batch is made and never before.
 
 380,000 frames are 436 MB; their windows of 30 frames would be 13 GB. A window is W consecutive rows, so a view of the
-table with overlapping rows of W * D numbers holds every window at no cost, and one `index_select` makes a batch.
+table with overlapping rows of W * D numbers holds every window at no cost, and one indexing makes a batch.
 
 Shapes: F rows of the table, D = 287 columns, N windows, W frames a window, B windows a batch.
 """
@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch.utils.data import Dataset
 
 from runtimes.errors import InputError, require
@@ -30,6 +31,7 @@ CGROUP_FILES = (  # limit and use: version 2, version 1
     ("memory.max", "memory.current"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
+SERIAL = 32_767  # numbers; torch 2.13 splits an elementwise operation on more among threads
 EAGER_SHARE = 0.5  # of the memory available, which the windows may take in mode auto
 
 
@@ -40,22 +42,21 @@ class FrameTable:
     In float16 a table takes half the memory; the id columns stay exact.
     """
 
-    frames: torch.Tensor
-    labels: torch.Tensor
+    frames: np.ndarray
+    labels: np.ndarray
     bounds: np.ndarray
 
     @classmethod
-    def from_games(cls, games: list[Game], dtype: torch.dtype = torch.float32) -> "FrameTable":
+    def from_games(cls, games: list[Game], dtype: DTypeLike = np.float32) -> "FrameTable":
         """The table of `games`, which is left empty: each game is let go once copied, so none is held twice."""
         if not games:
             raise InputError("expected at least one game, found none")
         bounds = np.cumsum([0, *(len(game.frames) for game in games)])
-        frames_FD = torch.empty((int(bounds[-1]), FRAME_WIDTH), dtype=dtype)
-        labels = torch.empty((int(bounds[-1]), LABEL_WIDTH), dtype=torch.uint8)
+        frames_FD = np.empty((bounds[-1], FRAME_WIDTH), dtype)
+        labels = np.empty((bounds[-1], LABEL_WIDTH), np.uint8)
         for index in reversed(range(len(games))):
             rows, game = slice(bounds[index], bounds[index + 1]), games.pop()
-            frames_FD[rows] = torch.from_numpy(game.frames)
-            labels[rows] = torch.from_numpy(game.labels)
+            frames_FD[rows], labels[rows] = game.frames, game.labels
         return cls(frames=frames_FD, labels=labels, bounds=bounds)
 
     @property
@@ -107,23 +108,25 @@ class Windows:
 
     def batch(self, windows: np.ndarray) -> Batch:
         """frames float32 [B, W, 287] and labels uint8 [B, W, 6] of the windows with these indices [B]."""
-        rows = torch.from_numpy(windows if self.mode == "eager" else self.starts[windows])
-        frames = self._frames.index_select(0, rows).view(-1, self.length, FRAME_WIDTH)
-        labels = self._labels.index_select(0, rows).view(-1, self.length, LABEL_WIDTH)
-        return {"frames": frames.float(), "labels": labels}
+        # NumPy and not torch.index_select, which is twice as fast on two idle cores but can wait 8 ms for a busy one,
+        # and the cores are busy while a model trains. Not np.take either: it first copies the view, all of it.
+        rows = windows if self.mode == "eager" else self.starts[windows]
+        frames = _gather(self._frames, rows).view(-1, self.length, FRAME_WIDTH)
+        labels = torch.from_numpy(self._labels[rows]).view(-1, self.length, LABEL_WIDTH)
+        return {"frames": frames, "labels": labels}
 
-    def _sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sources(self) -> tuple[np.ndarray, np.ndarray]:
         views = self._overlapping(self.table.frames), self._overlapping(self.table.labels)
         if self.mode == "lazy":
             return views
-        rows = torch.from_numpy(self.starts)
-        self._frames = self._labels = torch.empty(0)  # of an earlier shift: let go before the copy
-        return views[0].index_select(0, rows), views[1].index_select(0, rows)
+        self._frames = self._labels = np.empty(0)  # the copy of an earlier shift: let go before the next
+        return views[0][self.starts], views[1][self.starts]
 
-    def _overlapping(self, table: torch.Tensor) -> torch.Tensor:
+    def _overlapping(self, table: np.ndarray) -> np.ndarray:
         """[F - W + 1, W * D]: row i is the window that starts at row i. A view: it takes no memory."""
         rows, width = table.shape
-        return table.as_strided((rows - self.length + 1, self.length * width), (width, 1))
+        shape, strides = (rows - self.length + 1, self.length * width), (table.strides[0], table.itemsize)
+        return np.lib.stride_tricks.as_strided(table, shape, strides, writeable=False)
 
 
 class Permutation:
@@ -252,6 +255,18 @@ def _choose(mode: Mode, window_bytes: int) -> Literal["lazy", "eager"]:
     if mode == "auto":
         return "eager" if window_bytes <= EAGER_SHARE * available_bytes() else "lazy"
     return mode
+
+
+def _gather(source: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """float32 [B, W * D]: the given rows of the source."""
+    cut = torch.from_numpy(source[rows])
+    if cut.dtype == torch.float32:
+        return cut
+    # Memory from NumPy: what torch.empty takes, glibc gives back late, and ten batches stay resident.
+    result = torch.from_numpy(np.empty(cut.shape, np.float32))
+    for to, piece in zip(result.view(-1).split(SERIAL), cut.view(-1).split(SERIAL), strict=True):
+        to.copy_(piece)
+    return result
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
