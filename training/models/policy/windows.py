@@ -79,17 +79,15 @@ class Windows:
         if not counts.any():
             raise InputError(f"expected a game of at least {length} frames, found none longer than {sizes.max()}")
         self.table, self.length, self.stride = table, length, stride
-        in_game = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.is_first = in_game == 0
-        # int32 and not int64: the table of starts is the only memory a window costs.
-        self._starts = (np.repeat(table.bounds[:-1], counts) + in_game * stride).astype(np.int32)
-        self._rooms = np.repeat((sizes - length) % stride + 1, counts).astype(np.int32)
-        self.starts = self._starts
+        self._ends = np.cumsum(counts)  # of each game, in windows
+        self._begins = self._ends - counts
+        self._rooms = (sizes - length) % stride + 1
+        self.offset = 0
         self.mode: Literal["lazy", "eager"] = _choose(mode, self.nbytes)
         self._frames, self._labels = self._sources()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._ends[-1])
 
     @property
     def nbytes(self) -> int:
@@ -102,15 +100,24 @@ class Windows:
 
         So the number of windows is the same for every offset, and none leaves its game.
         """
-        self.starts = self._starts + offset % self._rooms
+        self.offset = offset
         if self.mode == "eager":
             self._frames, self._labels = self._sources()
+
+    def starts(self, windows: np.ndarray) -> np.ndarray:
+        """The first rows [B] of windows [B]: a formula over the games, so that a window costs no memory at all."""
+        game = np.searchsorted(self._ends, windows, side="right")
+        return self.table.bounds[game] + (windows - self._begins[game]) * self.stride + self.offset % self._rooms[game]
+
+    def is_first(self, windows: np.ndarray) -> np.ndarray:
+        """bool [B]: which of these windows is the first of its game."""
+        return windows == self._begins[np.searchsorted(self._ends, windows, side="right")]
 
     def batch(self, windows: np.ndarray) -> Batch:
         """frames float32 [B, W, 287] and labels uint8 [B, W, 6] of the windows with these indices [B]."""
         # NumPy and not torch.index_select, which is twice as fast on two idle cores but can wait 8 ms for a busy one,
         # and the cores are busy while a model trains. Not np.take either: it first copies the view, all of it.
-        rows = windows if self.mode == "eager" else self.starts[windows]
+        rows = windows if self.mode == "eager" else self.starts(windows)
         frames = _gather(self._frames, rows).view(-1, self.length, FRAME_WIDTH)
         labels = torch.from_numpy(self._labels[rows]).view(-1, self.length, LABEL_WIDTH)
         return {"frames": frames, "labels": labels}
@@ -120,7 +127,8 @@ class Windows:
         if self.mode == "lazy":
             return views
         self._frames = self._labels = np.empty(0)  # the copy of an earlier shift: let go before the next
-        return views[0][self.starts], views[1][self.starts]
+        rows = self.starts(np.arange(len(self)))
+        return views[0][rows], views[1][rows]
 
     def _overlapping(self, table: np.ndarray) -> np.ndarray:
         """[F - W + 1, W * D]: row i is the window that starts at row i. A view: it takes no memory."""
@@ -209,7 +217,7 @@ class WindowDataset(Dataset[Batch]):
         if self.shuffle:
             segment = self.order(segment)
         window = np.minimum(segment * self.carry, len(self.windows) - self.carry) + within
-        return window, (within > 0) & ~self.windows.is_first[window]
+        return window, (within > 0) & ~self.windows.is_first(window)
 
     def __getitems__(self, samples: Sequence[int]) -> Batch:
         """One batch; already collated, so the loader's collate function must return it as it is."""
