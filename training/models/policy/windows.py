@@ -140,10 +140,10 @@ class Windows:
 class Permutation:
     """A bijection of range(n) that costs no memory: a keyed Feistel network over the next power of two.
 
-    Luby and Rackoff 1988; results outside range(n) go round again (cycle walking, Black and Rogaway 2002).
+    Four rounds: Luby and Rackoff 1988; results outside range(n) go round again (cycle walking, Black and Rogaway 2002).
     """
 
-    ROUNDS = 6
+    ROUNDS = 4
 
     def __init__(self, n: int, *key: int) -> None:
         if n < 1:
