@@ -115,8 +115,8 @@ class Windows:
 
     def batch(self, windows: np.ndarray) -> Batch:
         """frames float32 [B, W, 287] and labels uint8 [B, W, 6] of the windows with these indices [B]."""
-        # NumPy and not torch.index_select, which is twice as fast on two idle cores but can wait 8 ms for a busy one,
-        # and the cores are busy while a model trains. Not np.take either: it first copies the view, all of it.
+        # NumPy and not torch.index_select, which is twice as fast on two idle cores but waits 10 ms for a busy one, and
+        # the cores are busy while a model trains. Not np.take either: it first copies the view, all of it.
         rows = windows if self.mode == "eager" else self.starts(windows)
         frames = _gather(self._frames, rows).view(-1, self.length, FRAME_WIDTH)
         labels = torch.from_numpy(self._labels[rows]).view(-1, self.length, LABEL_WIDTH)
