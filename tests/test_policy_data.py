@@ -138,7 +138,7 @@ def test_a_broken_replay_is_left_out_with_a_reason(tmp_path: Path) -> None:
     assert [game.name for game in games] == ["good:P1", "good:P2"]
     assert sorted(path.stem for path, _ in skipped) == sorted([*broken, "folder"])
     assert all(reason and len(reason.splitlines()) == 1 for _, reason in skipped)
-    assert "panicked" in dict((path.stem, reason) for path, reason in skipped)["panic"]
+    assert "panicked" in {path.stem: reason for path, reason in skipped}["panic"]
 
 
 @needs_replays

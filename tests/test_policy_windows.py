@@ -62,8 +62,8 @@ def test_windows_are_those_of_a_plain_loop(mode: Any, stride: int) -> None:
     assert batch["labels"].dtype == torch.uint8
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_lazy_is_eager_bit_for_bit(dtype: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_lazy_is_eager_bit_for_bit(dtype: torch.dtype) -> None:
     table = FrameTable.from_games(synthetic_games(0, 5, 100), dtype)
     lazy, eager = Windows(table, 30, mode="lazy"), Windows(table, 30, mode="eager")
     everything = np.arange(len(lazy))
@@ -130,7 +130,7 @@ def test_a_table_takes_its_games_out_of_the_list() -> None:
 def test_ids_are_exact_in_a_half_precision_table() -> None:
     games = synthetic_games(0, 1, 100)
     want = games[0].frames.copy()
-    frames = FrameTable.from_games(games, np.float16).frames.astype(np.float32)
+    frames = FrameTable.from_games(games, torch.float16).frames.astype(np.float32)
     np.testing.assert_array_equal(frames[:, ID_COLUMNS:], want[:, ID_COLUMNS:])
     np.testing.assert_allclose(frames, want, rtol=1e-3, atol=1e-6)
 

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch.utils.data import Dataset
 
 from runtimes.errors import InputError, require
@@ -47,12 +46,12 @@ class FrameTable:
     bounds: np.ndarray
 
     @classmethod
-    def from_games(cls, games: list[Game], dtype: DTypeLike = np.float32) -> "FrameTable":
+    def from_games(cls, games: list[Game], dtype: torch.dtype = torch.float32) -> "FrameTable":
         """The table of `games`, which is left empty: each game is let go once copied, so none is held twice."""
         if not games:
             raise InputError("expected at least one game, found none")
         bounds = np.cumsum([0, *(len(game.frames) for game in games)])
-        frames_FD = np.empty((bounds[-1], FRAME_WIDTH), dtype)
+        frames_FD = torch.empty((int(bounds[-1]), FRAME_WIDTH), dtype=dtype).numpy()
         labels = np.empty((bounds[-1], LABEL_WIDTH), np.uint8)
         for index in reversed(range(len(games))):
             rows, game = slice(bounds[index], bounds[index + 1]), games.pop()

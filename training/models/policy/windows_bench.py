@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 
 from runtimes.command import command, parser, table
 from runtimes.errors import SlipwayError, require
@@ -97,7 +98,7 @@ def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
     process = require("psutil", extra="train").Process()
     _warm_up(mode, dtype)
     before = process.memory_info().rss
-    frames = FrameTable.from_games(_random_games(options.frames), dtype)
+    frames = FrameTable.from_games(_random_games(options.frames), getattr(torch, dtype))
     dataset = WindowDataset(Windows(frames, options.window, mode=mode))
     latency_s, resident = [], 0
     for turn, _ in enumerate(sys.stdin):
@@ -114,7 +115,8 @@ def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
 
 def _warm_up(mode: Any, dtype: str) -> None:
     """Code and arenas that the first batch of a process touches are in memory, and not on the windows' account."""
-    WindowDataset(Windows(FrameTable.from_games(_random_games(64), dtype), 8, mode=mode)).__getitems__(range(32))
+    frames = FrameTable.from_games(_random_games(64), getattr(torch, dtype))
+    WindowDataset(Windows(frames, 8, mode=mode)).__getitems__(range(32))
 
 
 def _random_games(frames: int) -> list[Game]:
