@@ -31,7 +31,8 @@ def test_a_stateless_model_is_batched_and_warmed_up(doubling: Artifact) -> None:
     config = parsed(model_config(doubling, "onnxruntime"))
     assert (config.name, config.backend, config.max_batch_size) == ("doubling_onnx", "onnxruntime", 8)
     assert [(each.name, list(each.dims)) for each in config.input] == [("x", [-1, 3])]
-    assert list(config.dynamic_batching.preferred_batch_size) == [2, 8]
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.HasField("default_queue_policy")  # makes Triton 2.51 stall for 500 ms
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 8]
     assert list(config.model_warmup[0].inputs["x"].dims) == [4, 3]  # no -1: time at its opt
     assert not config.HasField("sequence_batching")

@@ -144,9 +144,6 @@ def test_sequences_at_the_same_time_do_not_mix(served: Callable[[str], Runtime])
         stream.close()
 
     with served("running_onnx") as remote:
-        if remote.protocol == "http":  # its library must stay in one thread
-            follow(0)
-            return
         with ThreadPoolExecutor(6) as pool:
             list(pool.map(follow, range(6)))
 
