@@ -35,6 +35,7 @@ def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
             verbose=False,
         )
     weights_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    assert exported is not None  # only the dynamo=False exporter returns None
     exported.save(path, external_data=weights_bytes > EXTERNAL_BYTES)
     model = onnx.load(path, load_external_data=False)
     name_axes(model, signature)

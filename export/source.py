@@ -27,7 +27,7 @@ class Source:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.signature = spec.signature(checkpoint.config)
-        self._programs: dict[tuple[Form, str], ExportedProgram] = {}
+        self._programs: dict[tuple[Any, ...], ExportedProgram] = {}
 
     @cached_property
     def module(self) -> "torch.nn.Module":
@@ -52,32 +52,32 @@ class Source:
             outputs = self.module(*self._arguments(complete))
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
-    def program(self, form: Form = OPERATOR, precision: str = "fp32") -> "ExportedProgram":
-        """The traced module with its parameters in this precision, every axis dynamic, traced at its opt sizes."""
-        key = (form, precision)
+    def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
+        """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed."""
+        key = (form, precision, tuple(sorted((fixed or {}).items())))
         if key not in self._programs:
-            self._programs[key] = self._trace(form, precision)
+            self._programs[key] = self._trace(form, precision, fixed or {})
         return self._programs[key]
 
-    def example(self) -> Tensors:
-        """Complete feeds at the opt sizes, drawn alike every time."""
-        sizes = self.signature.sizes("opt")
+    def example(self, fixed: Mapping[str, int]) -> Tensors:
+        """Complete feeds at the opt sizes, but for those `fixed`; drawn alike every time."""
+        sizes = {**self.signature.sizes("opt"), **fixed}
         return {**self.feeds(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
 
-    def _trace(self, form: Form, precision: str) -> "ExportedProgram":
+    def _trace(self, form: Form, precision: str, fixed: Mapping[str, int]) -> "ExportedProgram":
         import torch
 
-        dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in self.signature.axes}
+        free = [axis for axis in self.signature.axes if axis.name not in fixed]
+        dims = {axis.name: torch.export.Dim(axis.name, min=axis.min, max=axis.max) for axis in free}
         shapes = [
-            {i: dims[size] for i, size in enumerate(tensor.shape) if isinstance(size, str)}
-            for tensor in self.signature.inputs
+            {i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in self.signature.inputs
         ]
         module = cast(self.module, precision)
         positional, variadic = _parameters(module)
         with torch.no_grad(), scan_form(form):
             return torch.export.export(
                 module,
-                self._arguments(self.example()),
+                self._arguments(self.example(fixed)),
                 dynamic_shapes=(*shapes[:positional], tuple(shapes[positional:])) if variadic else tuple(shapes),
                 strict=False,
             )

@@ -12,6 +12,7 @@ from runtimes.errors import ArtifactError, InputError
 from runtimes.tensors import Signature
 
 MANIFEST = "artifact.json"
+ASSETS = "assets"  # what a pipeline reads, such as a tokenizer
 FORMAT = "slipway.artifact/1"
 
 
@@ -43,7 +44,8 @@ class Facts:
 class Artifact:
     """A converted model in one folder: this manifest beside the files it lists.
 
-    `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted.
+    `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted;
+    `note` says why the artifact was not run where it was made, if it was not.
     """
 
     model: str
@@ -59,6 +61,7 @@ class Artifact:
     key: str
     facts: Facts
     parity: Mapping[str, Check] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def proved(self) -> bool:
@@ -142,7 +145,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: expected this file, found none") from error
+        raise InputError(f"{path}: expected this file, found none") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: expected JSON in UTF-8, found {error}") from error
 

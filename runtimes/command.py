@@ -4,11 +4,12 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from runtimes.errors import InputError, SlipwayError, one_line
 
-Main = Callable[[list[str] | None], int]
+Main = Callable[..., int]
 INTERRUPTED = 130
 
 
@@ -50,6 +51,16 @@ def settings(pairs: Iterable[str]) -> dict[str, str]:
         if not equals or not name:
             raise InputError(f"--set: expected NAME=VALUE, found '{pair}'")
         result[name] = value
+    return result
+
+
+def flags(arguments: Sequence[str]) -> dict[str, str]:
+    """`["--a-b", "1"]` as {"a_b": "1"}; `InputError` for what is not a name followed by its value."""
+    result = {}
+    for name, value in zip_longest(arguments[::2], arguments[1::2]):
+        if not name.startswith("--") or value is None:
+            raise InputError(f"expected --NAME VALUE, found '{name}'{'' if value is None else f' {value}'}")
+        result[name[2:].replace("-", "_")] = value
     return result
 
 

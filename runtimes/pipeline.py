@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from runtimes import plugins
+from runtimes.artifact import ASSETS, Artifact
+
 
 class Pipeline(ABC):
     """Encodes requests and decodes outputs for one model. JSON objects in, JSON objects out.
@@ -29,3 +32,9 @@ class Pipeline(ABC):
     @abstractmethod
     def example(self) -> Any:
         """A valid request, short enough to read."""
+
+
+def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
+    """The pipeline of an artifact that lies in `folder`."""
+    pipeline: type[Pipeline] = plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
+    return pipeline(artifact.config, folder / ASSETS)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from runtimes.artifact import digests, read_json, sha256_json, verify_digests, write_json
+from runtimes.artifact import ASSETS, digests, read_json, sha256_json, verify_digests, write_json
 from runtimes.errors import ArtifactError
 from runtimes.tensors import Tensors
 from training.spec import Config, Frozen, Metrics, ModelSpec
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
 PROBE = "probe.safetensors"
-ASSETS = "assets"
 FORMAT = "slipway.checkpoint/1"
 
 
@@ -121,13 +120,13 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
     _refuse_another_base(checkpoint, frozen, own)
     stored = load_file(checkpoint.folder / WEIGHTS)
     expected = {name: tensor.shape for name, tensor in own.items() if not _under(name, frozen)}
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    if expected != shapes:
+        wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
         name = wrong[0]
         raise ArtifactError(
             f"{checkpoint.folder / WEIGHTS}: {len(wrong)} parameters do not fit, first '{name}': "
-            f"expected {expected.get(name, 'none')}, found {found.get(name, 'none')}"
+            f"expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
         )
     module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in stored.items()}, strict=False)
     return module

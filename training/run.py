@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, parser, settings, table
+from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError, require
 from training.checkpoint import Checkpoint, save_checkpoint
 from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find_spec, override
@@ -14,11 +14,11 @@ from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find
 @command
 def main(argv: list[str] | None = None) -> int:
     """Train every named model; one table of metrics beside their baselines at the end."""
-    arguments = _parser().parse_args(argv)
+    arguments, more = _parser().parse_known_args(argv)
     specs = (
         list(all_specs().values()) if arguments.models == ["all"] else [find_spec(name) for name in arguments.models]
     )
-    changes = settings(arguments.set)
+    changes = {**settings(arguments.set), **flags(more)}
     runs = [(spec, *configure(spec, arguments.preset, changes)) for spec in specs]
     for spec, config, training in runs:
         recipe = spec.recipe()(config, training, arguments.data)
@@ -103,10 +103,11 @@ def _trainer(recipe: Recipe, module: Any, states: Path, *, keep: bool) -> Any:
         logging_strategy="epoch",
         report_to=[],
         disable_tqdm=not sys.stderr.isatty(),
+        dataloader_pin_memory=require("torch", extra="train").cuda.is_available(),
         use_cpu=settings_.get("device", "auto") == "cpu",
     )
     train_data, valid_data = recipe.datasets(arguments.train_batch_size * arguments.world_size)
-    callbacks = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
+    callbacks: list[Any] = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
 
     class InOrder(Trainer):
         """The datasets order their own rows (a permutation by formula), so samplers only count."""
@@ -145,15 +146,17 @@ def _parser() -> Any:
         "training.run",
         __doc__.partition(":")[0] + ".",
         "policy_gru",
-        "policy_mamba --data replays/ --out checkpoints --set lr=3e-4 --set epochs=5",
+        "policy_mamba --data replays/ --out checkpoints --set lr=3e-4 --windows lazy",
     )
     result.add_argument("models", nargs="+", metavar="MODEL", help="model names, or 'all'")
     result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
     result.add_argument(
-        "--out", type=Path, default=Path("checkpoints"), help="where checkpoints go, one folder a model"
+        "--out", type=Path, default=Path("checkpoints"), help="where checkpoints go (default: checkpoints)"
     )
-    result.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; --NAME VALUE does too"
+    )
     result.add_argument("--work", type=Path, help="keep the Trainer's states here, so that --resume can go on")
     result.add_argument("--resume", action="store_true", help="go on from the newest state in --work")
     return result

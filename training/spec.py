@@ -103,6 +103,10 @@ class Recipe(ABC):
     def probe(self) -> Tensors:
         """A few real validation inputs, kept with the checkpoint so that parity is proved on them."""
 
+    def collate(self, rows: Any) -> dict[str, Any]:
+        """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""
+        return rows
+
     def summary(self) -> list[str]:
         """Lines worth telling the user about the data: what was read, what was skipped and why."""
         return []

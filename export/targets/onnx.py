@@ -4,19 +4,19 @@ from pathlib import Path
 
 from export.lowering import OPSET, write_onnx
 from export.source import OPERATOR, Source
-from export.target import Target
+from export.target import Built, Target
+from runtimes.engines.onnxruntime import MODEL_FILE
 
 
-def convert(source: Source, precision: str, out: Path) -> dict[str, str]:
-    """Write `model.onnx`. In fp16 the parameters are half and what a module keeps in float32 stays so."""
-    write_onnx(source, OPERATOR, precision, out / "model.onnx")
-    return {"opset": str(OPSET)}
+def convert(source: Source, precision: str, out: Path) -> Built:
+    """Write the model; in fp16 its parameters are half, and what its module keeps in float32 stays so."""
+    write_onnx(source, OPERATOR, precision, out / MODEL_FILE)
+    return Built(built_with={"opset": str(OPSET)})
 
 
 TARGET = Target(
     name="onnx",
     runtime="onnxruntime",
-    triton="onnxruntime",
     precisions=("fp32", "fp16"),
     packages=("torch", "onnx", "onnxscript", "onnxruntime"),
     convert=convert,

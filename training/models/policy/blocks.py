@@ -64,6 +64,8 @@ class WindowAttention(nn.Module):
     length stays within the distances seen in training. Source: Su et al., RoFormer (2021), section 3.2.2.
     """
 
+    frequency: Tensor
+
     def __init__(self, hidden: int, *, heads: int, window: int, normalise: bool = False) -> None:
         super().__init__()
         self.heads, self.window = heads, window

@@ -23,6 +23,8 @@ class FrameInput(nn.Module):
     copy the last action instead of reading the game.
     """
 
+    shown: Tensor
+
     def __init__(self, id_width: int, previous_controller: bool) -> None:
         super().__init__()
         self.action_embedding = nn.Embedding(ACTION_COUNT, id_width)
@@ -51,9 +53,10 @@ class Recurrent(nn.Module):
         self.norm_out = nn.LayerNorm(config["hidden"], eps=1e-6)
 
     def forward(self, x_BTE: Tensor, *state_BLH: Tensor) -> tuple[Tensor, ...]:
-        state_LBH = tuple(tensor.transpose(0, 1).contiguous() for tensor in state_BLH)
-        x_BTH, last_LBH = run_cell(self.cell, self.norm_in(x_BTE), state_LBH)
-        return self.norm_out(x_BTH), *(tensor.transpose(0, 1) for tensor in last_LBH)
+        x_BTE = self.norm_in(x_BTE)
+        state_LBH = tuple(tensor.transpose(0, 1).to(x_BTE.dtype).contiguous() for tensor in state_BLH)
+        x_BTH, last_LBH = run_cell(self.cell, x_BTE, state_LBH)
+        return self.norm_out(x_BTH), *(tensor.transpose(0, 1).float() for tensor in last_LBH)
 
 
 class Residual(nn.Module):

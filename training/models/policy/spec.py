@@ -137,6 +137,8 @@ TRAINING: Config = {
     "delay": 0,
     "patience": 5,
     "seed": 0,
+    "windows": "auto",
+    "half_table": False,
     "games": 24,
     "frames": 1200,
 }

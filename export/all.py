@@ -1,0 +1,258 @@
+"""Convert checkpoints, prove what comes out, and publish it: python -m export.all --target onnx"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from export import parity
+from export.key import artifact_key, library_versions
+from export.repository import drafting, newest, publish, publish_ensemble
+from export.source import Source
+from export.target import Built, Target
+from runtimes import plugins
+from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
+from runtimes.base import open_runtime
+from runtimes.command import command, parser, table
+from runtimes.errors import InputError, SlipwayError, one_line
+from training.checkpoint import Checkpoint
+from training.spec import ModelSpec, all_specs, find_spec
+
+UNTOUCHED = Facts(built=False, deserialized=False, ran=False, compared=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One place in the matrix: a model, a target and a precision."""
+
+    spec: ModelSpec
+    target: Target
+    precision: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.spec.name} {self.target.name} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a cell: ok, reused, skipped or failed, with the reason where there is one to tell."""
+
+    model: str
+    target: str
+    precision: str
+    status: str
+    reason: str = ""
+    artifact: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    parity: dict[str, float] = field(default_factory=dict)
+    facts: Facts = UNTOUCHED
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Fill the matrix of models and targets; one failing cell does not stop the rest."""
+    arguments = _parser().parse_args(argv)
+    cells = list(choose_cells(arguments.model, arguments.target, arguments.precision))
+    if not arguments.dry_run:
+        arguments.repository.mkdir(parents=True, exist_ok=True)
+    outcomes = []
+    for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
+        bar.set_description(cell.label)
+        outcomes.append(fill(cell, arguments.checkpoints, arguments.repository, arguments.force, arguments.dry_run))
+    if arguments.json:
+        print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
+    else:
+        print(outcome_table(outcomes))
+    return int(any(outcome.status == "failed" for outcome in outcomes))
+
+
+def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequence[str]) -> Iterator[Cell]:
+    """The cells asked for; `InputError` for a model, target or precision that does not exist."""
+    specs = [find_spec(name) for name in models] or list(all_specs().values())
+    names = plugins.names("export.targets") if "all" in targets else targets
+    chosen: list[Target] = [plugins.load("export.targets", name, "TARGET") for name in names]
+    known = sorted({precision for target in chosen for precision in target.precisions})
+    for precision in precisions:
+        if precision not in known:
+            raise InputError(f"expected a precision of {', '.join(known)}; found '{precision}'")
+    for spec in specs:
+        for target in chosen:
+            for precision in precisions or target.precisions[:1]:
+                yield Cell(spec=spec, target=target, precision=precision)
+
+
+def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: bool) -> Outcome:
+    """What became of one cell. Nothing that was not proved is published; nothing is dropped without a reason."""
+    outcome = Outcome(model=cell.spec.name, target=cell.target.name, precision=cell.precision, status="skipped")
+    started = time.perf_counter()
+    try:
+        if reason := why_skipped(cell, checkpoints):
+            return replace(outcome, reason=reason)
+        checkpoint = Checkpoint.load(checkpoints / cell.spec.name)
+        key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint)
+        found = newest(repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
+        if found and not force and (artifact := reusable(found, key)):
+            return _done(outcome, artifact, found, "reused", started)
+        if dry_run:
+            return replace(outcome, reason="dry run: would be exported")
+        artifact, folder = export_one(cell, checkpoint, key, repository)
+        return _done(outcome, artifact, folder, "ok", started)
+    except _conversion_errors() as error:
+        seconds = time.perf_counter() - started
+        return replace(outcome, status="failed", reason=one_line(error), seconds=seconds)
+
+
+def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
+    """The reason why a cell stays empty, or None."""
+    spec, target = cell.spec, cell.target
+    if reason := spec.skips.get(target.name) or target.refuse(spec):
+        return reason
+    if cell.precision not in target.precisions:
+        return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
+    if cell.precision not in spec.tolerance:
+        return f"no tolerance is stated for {spec.name} in {cell.precision}"
+    if not (checkpoints / spec.name).is_dir():
+        return f"no checkpoint in {checkpoints / spec.name}; make one: python -m training.run {spec.name}"
+    return None
+
+
+def reusable(folder: Path, key: str) -> Artifact | None:
+    """The published artifact in `folder` if it has this key and its files are what they were."""
+    try:
+        artifact = Artifact.load(folder)
+        if artifact.key != key:
+            return None
+        artifact.verify_files(folder)
+    except SlipwayError:  # damaged: it is made again
+        return None
+    return artifact
+
+
+def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -> tuple[Artifact, Path]:
+    """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
+    source = Source(cell.spec, checkpoint)
+    with drafting(repository) as draft:
+        if checkpoint.assets.is_dir():
+            shutil.copytree(checkpoint.assets, draft / ASSETS)
+        built = cell.target.convert(source, cell.precision, draft)
+        artifact = Artifact(
+            model=cell.spec.name,
+            target=cell.target.name,
+            runtime=cell.target.runtime,
+            precision=cell.precision,
+            pipeline=cell.spec.pipeline,
+            config=dict(checkpoint.config),
+            signature=source.signature,
+            files=digests(draft),
+            built_with={**library_versions(cell.target.packages), **built.built_with},
+            checkpoint=checkpoint.digest,
+            key=key,
+            facts=replace(UNTOUCHED, built=True),
+            note=built.idle or "",
+        )
+        artifact.save(draft)
+        artifact = prove(artifact, source, draft, built)
+        folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
+    if built.served and artifact.proved and cell.precision == cell.target.precisions[0]:
+        publish_ensemble(artifact, repository)
+    return artifact, folder
+
+
+def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:
+    """The artifact with its proof, saved; `ParityError` if it does not say what the original says.
+
+    Where this machine cannot run it, what it was built from is compared instead; that is not a proof of the artifact.
+    """
+    if built.idle is None:
+        candidate = open_runtime(draft, device=built.device)
+        facts, prefix = Facts(built=True, deserialized=True, ran=True, compared=True), ""
+    elif built.stand_in:
+        candidate = open_runtime(draft, engine=built.stand_in)
+        facts, prefix = artifact.facts, f"{built.stand_in}_"
+    else:
+        return artifact
+    with candidate:
+        checks = parity.prove(candidate, source, artifact.precision)
+    parity.require_proof(checks)
+    proved = replace(artifact, parity={f"{prefix}{name}": check for name, check in checks.items()}, facts=facts)
+    proved.save(draft)
+    return proved
+
+
+def outcome_table(outcomes: Sequence[Outcome]) -> str:
+    """The matrix as text: how far each artifact got, and its worst difference in units of the tolerance."""
+    rows = []
+    for outcome in outcomes:
+        differences = [value for name, value in outcome.parity.items() if "difference" in name]
+        got = [name for name in ("built", "deserialized", "ran", "compared") if getattr(outcome.facts, name)]
+        rows.append(
+            (
+                outcome.model,
+                outcome.target,
+                outcome.precision,
+                outcome.status,
+                f"{outcome.bytes / 1e6:.2f}" if outcome.bytes else "-",
+                f"{outcome.seconds:.1f}",
+                f"{max(differences):.3f}" if differences else "-",
+                ", ".join(got) or "-",
+                outcome.reason or outcome.artifact,
+            )
+        )
+    header = ["model", "target", "precision", "status", "MB", "seconds", "difference", "facts", "artifact or reason"]
+    return table(header, rows) + "\n\ndifference: the largest one, in units of what the tolerance allows"
+
+
+def _done(outcome: Outcome, artifact: Artifact, folder: Path, status: str, started: float) -> Outcome:
+    return replace(
+        outcome,
+        status=status,
+        reason=artifact.note,
+        artifact=str(folder),
+        bytes=sum((folder / name).stat().st_size for name in artifact.files),
+        seconds=time.perf_counter() - started,
+        parity={name: check.value for name, check in artifact.parity.items()},
+        facts=artifact.facts,
+    )
+
+
+def _conversion_errors() -> tuple[type[Exception], ...]:
+    """What ends a cell and not the matrix: our errors, a full disk, what torch raises for what it cannot convert."""
+    own = (SlipwayError, OSError)
+    if "torch" not in sys.modules:  # nothing was converted yet, and importing torch takes seconds
+        return own
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._export.verifier import SpecViolationError
+    from torch.onnx import OnnxExporterError
+
+    built_in = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
+    return (*own, *built_in, TorchDynamoException, SpecViolationError, OnnxExporterError)
+
+
+def _parser() -> Any:
+    result = parser(
+        "export.all",
+        __doc__.partition(":")[0] + ".",
+        "--target onnx",
+        "--target all --model policy_gru --precision fp16 --json",
+    )
+    result.add_argument("--target", action="append", required=True, help="onnx, tensorrt, torch, ... or all")
+    result.add_argument("--model", action="append", default=[], help="one model (default: all there are)")
+    result.add_argument("--precision", action="append", default=[], help="fp32, fp16, ... (default: the target's own)")
+    result.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of checkpoints")
+    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where to publish")
+    result.add_argument("--dry-run", action="store_true", help="say what would be done")
+    result.add_argument("--force", action="store_true", help="convert again what could be reused")
+    result.add_argument("--json", action="store_true", help="print JSON only")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

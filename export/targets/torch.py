@@ -1,0 +1,68 @@
+"""The exported program itself: what every other target is compared with, eager or compiled."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.source import OPERATOR, Source
+from export.target import Built, Target
+from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
+from training.scan import Form
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import Node
+
+
+def convert(source: Source, precision: str, out: Path) -> Built:
+    """Write the program; for a recurrent model also its single step, in which no loop is left to interpret."""
+    import torch
+
+    torch.export.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
+    if source.signature.state:
+        step = source.program(Form(kind="loop"), precision, {"time": 1})
+        torch.export.save(tidy(step), out / STEP_FILE)
+    return Built(built_with={}, served=False)
+
+
+def tidy(program: "ExportedProgram") -> "ExportedProgram":
+    """The program without checks, casts and dropouts that do nothing, and with its cells by their own names.
+
+    A program as it is traced runs at half the speed of its module, most of it in checks of what cannot change.
+    """
+    from training.cells import name_cells
+
+    program = name_cells(copy.deepcopy(program))
+    for node in list(program.graph.nodes):
+        name = str(node.target)
+        if name.startswith("aten._assert"):
+            program.graph.erase_node(node)
+        elif name == "aten.dropout.default" or (
+            name == "aten.to.dtype" and node.args[0].meta["val"].dtype == node.args[1]
+        ):
+            _bypass(program, node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _bypass(program: "ExportedProgram", node: "Node") -> None:
+    """Let everything that read `node` read its input; the program's outputs are known by name, too."""
+    from torch.fx import Node
+
+    source = node.args[0]
+    assert isinstance(source, Node)
+    node.replace_all_uses_with(source)
+    for spec in program.graph_signature.output_specs:
+        if spec.arg.name == node.name:
+            spec.arg.name = source.name
+    program.graph.erase_node(node)
+
+
+TARGET = Target(
+    name="torch",
+    runtime="torch",
+    precisions=("fp32", "fp16", "bf16"),
+    packages=("torch",),
+    convert=convert,
+)
