@@ -171,8 +171,8 @@ def _install(draft: Path, model: Path, number: int, config: str | None, staging:
     version = model / str(number)
     if model.is_dir():
         _sync(draft)
-        _replace_config(model, config, staging)
-        draft.rename(version)
+        with _config_replaced(model, config, staging):
+            draft.rename(version)
     else:
         whole = staging / model.name
         whole.mkdir()
@@ -191,21 +191,31 @@ def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> No
     """`model` has this config and, as newest version, these files; what it has already stays untouched."""
     present = versions(model)
     if present and _contents(present[-1]) == _contents(draft):
-        _replace_config(model, config, staging)
-        return
+        with _config_replaced(model, config, staging):
+            return
     number = number_of(present[-1]) + 1 if present else 1
     _install(draft, model, number, config, staging)
     _discard(versions(model)[:-VERSIONS_KEPT], staging)
 
 
-def _replace_config(model: Path, config: str | None, staging: Path) -> None:
-    path = model / CONFIG
+@contextmanager
+def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator[None]:
+    """`model` has this config, untouched if it is the same, and has the old one again if the disk then refuses."""
+    path, new, old = model / CONFIG, staging / CONFIG, staging / f"{CONFIG}.old"
     if config is None or (path.is_file() and path.read_text() == config):
+        yield
         return
-    draft = staging / CONFIG
-    draft.write_text(config)
-    _sync_one(draft)
-    draft.replace(path)
+    new.write_text(config)
+    _sync_one(new)
+    if path.is_file():
+        old.hardlink_to(path)
+    new.replace(path)
+    try:
+        yield
+    except OSError:
+        if old.exists():
+            old.replace(path)
+        raise
 
 
 def _draft_step(version: Path, draft: Path) -> Path:
