@@ -143,9 +143,8 @@ def test_sequences_at_the_same_time_do_not_mix(served: Callable[[str], Runtime])
             np.testing.assert_allclose(stream.step({"x": x})["y"][0], y, atol=1e-4)
         stream.close()
 
-    with served("running_onnx") as remote:
-        with ThreadPoolExecutor(6) as pool:
-            list(pool.map(follow, range(6)))
+    with served("running_onnx") as remote, ThreadPoolExecutor(6) as pool:
+        list(pool.map(follow, range(6)))
 
 
 def test_steps_of_different_sequences_are_batched(server: TritonServer, repository: Path) -> None:
