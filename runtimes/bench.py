@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print one table, and with --out keep every sample."""
     arguments = _parser().parse_args(argv)
     repository = existing_folder(arguments.repository, "published artifacts")
-    subjects = list(choose(repository, arguments.model, arguments.target, arguments.threads))
+    options = {"device": arguments.device, "threads": arguments.threads}
+    subjects = list(choose(repository, arguments.model, arguments.target, options))
     if not subjects:
         raise InputError(f"expected artifacts that can run here in {repository}, found none; run python -m export.all")
     with open_server(repository, arguments.triton) as server:
@@ -56,17 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def choose(repository: Path, models: Sequence[str], targets: Sequence[str], threads: int) -> Iterator[Subject]:
+def choose(
+    repository: Path, models: Sequence[str], targets: Sequence[str], options: Mapping[str, Any]
+) -> Iterator[Subject]:
     """The newest artifact of every model and target that was run where it was made; torch eager and compiled."""
     for root in published(repository):
         artifact = Artifact.load(root)
         wanted = (not models or artifact.model in models) and (not targets or artifact.target in (*targets, BASELINE))
         if not wanted or not artifact.facts.ran:
             continue
-        yield Subject(artifact=artifact, root=root, label=artifact.target, options={"threads": threads})
+        yield Subject(artifact=artifact, root=root, label=artifact.target, options=options)
         if artifact.target == BASELINE:
-            compiled = {"threads": threads, "compiled": True}
-            yield Subject(artifact=artifact, root=root, label="torch.compile", options=compiled)
+            yield Subject(artifact=artifact, root=root, label="torch.compile", options={**options, "compiled": True})
 
 
 def served(subjects: Sequence[Subject], server: TritonServer) -> Iterator[Subject]:
@@ -227,6 +229,7 @@ def _parser() -> Any:
     result.add_argument("--model", action="append", default=[], help="one model (default: all that are published)")
     result.add_argument("--target", action="append", default=[], help="one target beside torch (default: all)")
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
+    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     result.add_argument("--threads", type=int, default=1, help="threads of each engine (default: 1)")
     result.add_argument("--seconds", type=float, default=0.2, help="length of a block (default: 0.2)")
     result.add_argument("--rounds", type=int, default=10, help="blocks for each engine (default: 10)")

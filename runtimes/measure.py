@@ -149,7 +149,8 @@ def _answer_blocks(pipe: Connection, call: Callable[[], Any]) -> None:
             seconds = pipe.recv()
         except EOFError:
             return
-        until, block = time.perf_counter() + seconds, []
+        block: list[float] = []
+        until = time.perf_counter() + seconds
         while not block or time.perf_counter() < until:
             block.append(_timed(call))
         pipe.send((block, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

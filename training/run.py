@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         list(all_specs().values()) if arguments.models == ["all"] else [find_spec(name) for name in arguments.models]
     )
     changes = {**settings(arguments.set), **flags(more)}
+    if arguments.if_missing:
+        specs = [spec for spec in specs if not (arguments.out / spec.name).is_dir()]
     runs = [(spec, *configure(spec, arguments.preset, changes)) for spec in specs]
     for spec, config, training in runs:
         recipe = spec.recipe()(config, training, arguments.data)
@@ -157,6 +159,7 @@ def _parser() -> Any:
     result.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; --NAME VALUE does too"
     )
+    result.add_argument("--if-missing", action="store_true", help="leave models alone that have a checkpoint")
     result.add_argument("--work", type=Path, help="keep the Trainer's states here, so that --resume can go on")
     result.add_argument("--resume", action="store_true", help="go on from the newest state in --work")
     return result
