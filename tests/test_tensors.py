@@ -63,7 +63,7 @@ def test_an_axis_may_have_one_size_only() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float", "string", ""])
 def test_a_dtype_no_engine_shares_is_refused(dtype: str) -> None:
-    with pytest.raises(ArtifactError, match="tensor 'x': expected a dtype of float32, .* found"):
+    with pytest.raises(ArtifactError, match=r"tensor 'x': expected a dtype of float32, .* found"):
         tensor("x", 3, dtype=dtype)
 
 
@@ -215,9 +215,7 @@ def test_json_keeps_all_of_a_signature() -> None:
 def test_any_signature_survives_json(data: st.DataObject) -> None:
     size = st.one_of(st.integers(1, 9), st.just("time"))
     shapes = data.draw(st.lists(st.lists(size, max_size=3), min_size=2, max_size=6))
-    tensors = [
-        tensor(f"t{i}", *shape, dtype=data.draw(st.sampled_from(DTYPES))) for i, shape in enumerate(shapes)
-    ]
+    tensors = [tensor(f"t{i}", *shape, dtype=data.draw(st.sampled_from(DTYPES))) for i, shape in enumerate(shapes)]
     axes = (BATCH, TIME) if any("time" in shape for shape in shapes) else (BATCH,)
     whole = Signature(inputs=tuple(tensors[:1]), outputs=tuple(tensors[1:]), axes=axes)
     assert Signature.from_json(json.loads(json.dumps(whole.to_json()))) == whole
