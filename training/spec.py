@@ -1,7 +1,7 @@
 """ModelSpec: what a model is, for everyone else. Recipe: how it learns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from runtimes.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from training.precompute import Reading
 
 Config = dict[str, Any]
 Metrics = dict[str, float]
@@ -45,6 +47,10 @@ class Tolerance:
     relative: float
 
 
+def whole(module: "nn.Module") -> "nn.Module":
+    return module
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A model as training, export and parity see it. Nothing here imports torch until it is called.
@@ -55,6 +61,10 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
+    settle       completes a config with what follows from it, such as the width of the base it names
+    assets       files that the pipeline reads, such as a tokenizer, by name
+    checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
+    part         the part of that checkpoint's module that this model is
     """
 
     name: str
@@ -68,6 +78,18 @@ class ModelSpec:
     recipe: Callable[[], type["Recipe"]]
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
+    settle: Callable[[Config], Config] = dict
+    assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    checkpoint: str = ""
+    part: Callable[["nn.Module"], "nn.Module"] = whole
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint", self.checkpoint or self.name)
+
+    @property
+    def trained(self) -> bool:
+        """False for a part: it is trained with the model whose checkpoint it is cut from."""
+        return self.checkpoint == self.name
 
     def preset(self, name: str) -> Preset:
         """The preset; `InputError` names those there are."""
@@ -106,6 +128,10 @@ class Recipe(ABC):
     def collate(self, rows: Any) -> dict[str, Any]:
         """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""
         return rows
+
+    def readings(self) -> Sequence["Reading"]:
+        """What the frozen parts have to read once, before training; for `training.precompute`."""
+        return ()
 
     def summary(self) -> list[str]:
         """Lines worth telling the user about the data: what was read, what was skipped and why."""
