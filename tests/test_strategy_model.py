@@ -152,8 +152,7 @@ def test_every_turn_tells_the_dummy_who_speaks() -> None:
 
 def test_hard_emotions_are_one_prototype_and_mixed_ones_become_it_when_cold() -> None:
     logits = torch.randn(2, 3, 7)
-    hard, cold = graph_of(emotion="hard"), graph_of(temperature=1e-4)
-    cold.temperature.data.fill_(1e-6)
+    hard, cold = graph_of(emotion="hard"), graph_of(temperature=1e-6)
     torch.testing.assert_close(hard.mixture(logits), cold.mixture(logits))
     warm = graph_of().mixture(logits)
     torch.testing.assert_close(warm.sum(-1), torch.ones(2, 3))
@@ -161,7 +160,9 @@ def test_hard_emotions_are_one_prototype_and_mixed_ones_become_it_when_cold() ->
 
 
 def test_the_temperature_starts_where_it_is_set() -> None:
-    assert StrategyGraph({**TINY, "temperature": 0.5}).temperature.item() == pytest.approx(0.005)
+    graph = StrategyGraph({**TINY, "temperature": 0.25})
+    logits = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0.5]])
+    torch.testing.assert_close(graph.mixture(logits), torch.softmax(logits * 4, -1))
 
 
 @pytest.mark.parametrize(

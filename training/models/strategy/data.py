@@ -92,7 +92,7 @@ def synthetic_samples(seed: int, dialogues: int, labels: str) -> list[Sample]:
             emotion = int(rng.integers(len(EMOTIONS)))
             turns.append(Turn(speaker="seeker", text=f"I feel {EMOTIONS[emotion].lower()} today."))
             emotions.append(emotion)
-            label = emotion % count if rng.random() < 0.9 else int(rng.integers(count))
+            label = (emotion if rng.random() < 0.9 else int(rng.integers(len(EMOTIONS)))) % count
             samples.append(_synthetic(turns, emotions, label, f"{number}"))
             turns.append(Turn(speaker="supporter", text=f"{STRATEGIES[labels][label]}.", strategy=label))
             emotions.append(0)

@@ -15,17 +15,16 @@ from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
 
 LAYERS = 3
-TEMPERATURE_UNIT = 100  # the learned scalar is a hundredth of the temperature, so that it moves as fast as the rest
 
 
 class Strategy(nn.Module):
-    """The whole: texts in. `encoder` and `emotion` are frozen, `graph` is trained."""
+    """The whole: texts in. `encoder` and `emotion` are frozen, `dialogue` is trained."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.encoder = TextEncoder(config["encoder"], config["encoder_revision"], config["pooling"])
         self.emotion = EmotionClassifier(config["emotion_model"], config["emotion_revision"])
-        self.graph = StrategyGraph(config)
+        self.dialogue = StrategyGraph(config)
 
     def forward(
         self,
@@ -39,7 +38,7 @@ class Strategy(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         classified_BTE = self.emotion(turn_ids.flatten(0, 1)).unflatten(0, turn_ids.shape[:2])
         logits_BTE = torch.where(emotion_known.unsqueeze(-1) > 0, emotion_logits, classified_BTE)
-        return self.graph(self.encoder(context_ids), logits_BTE, kinds, strategies, relations)
+        return self.dialogue(self.encoder(context_ids), logits_BTE, kinds, strategies, relations)
 
 
 class StrategyGraph(nn.Module):
@@ -49,8 +48,9 @@ class StrategyGraph(nn.Module):
         super().__init__()
         count, width = len(STRATEGIES[config["labels"]]), config["hg_dim"]
         self.mixed = config["emotion"] == "mixed"
-        self.temperature = nn.Parameter(torch.tensor(config["temperature"] / TEMPERATURE_UNIT))
-        self.emotion_prototypes = nn.Parameter(torch.randn(len(EMOTIONS), width) * width**-0.5)
+        # The logarithm: the temperature itself, learned as the paper's code does, crosses zero within a few steps.
+        self.log_temperature = nn.Parameter(torch.tensor(config["temperature"]).log())
+        self.emotion_prototypes = nn.Parameter(torch.randn(len(EMOTIONS), width))
         self.strategy_embedding = nn.Embedding(count + 1, width)  # the last row: no strategy
         self.dummy = nn.Parameter(torch.randn(width))
         self.layers = nn.ModuleList(RelationalAttention(width, len(RELATIONS)) for _ in range(LAYERS))
@@ -84,7 +84,7 @@ class StrategyGraph(nn.Module):
     def mixture(self, logits_BTE: Tensor) -> Tensor:
         """The share of each prototype: by a softmax with the learned temperature, or all of the likeliest."""
         if self.mixed:
-            return torch.softmax(logits_BTE / (self.temperature.float() * TEMPERATURE_UNIT), -1)
+            return torch.softmax(logits_BTE / self.log_temperature.float().exp(), -1)
         likeliest_BT1 = logits_BTE.argmax(-1, keepdim=True)
         return (torch.arange(len(EMOTIONS), device=logits_BTE.device) == likeliest_BT1).float()
 

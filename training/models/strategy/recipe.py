@@ -79,7 +79,7 @@ class StrategyRecipe(Recipe):
         return {name: torch.from_numpy(array) for name, array in {**arrays, "labels": labels}.items()}
 
     def trainee(self, module: nn.Module) -> nn.Module:
-        return Trainee(module.graph, self.training, self._class_weights())  # type: ignore[arg-type]
+        return Trainee(module.dialogue, self.training, self._class_weights())  # type: ignore[arg-type]
 
     def _class_weights(self) -> Tensor:
         """Inverse frequencies to the power of `class_weights`, with mean 1; 0 weighs all classes alike."""
@@ -95,7 +95,7 @@ class StrategyRecipe(Recipe):
     def evaluate(self, module: nn.Module) -> Evaluation:
         train, valid = self.tables
         with torch.inference_mode():
-            logits = torch.cat([module.graph(*rows)[0] for rows in _pieces(valid)])  # type: ignore[operator]
+            logits = torch.cat([module.dialogue(*rows)[0] for rows in _pieces(valid)])  # type: ignore[operator]
         baselines = {
             "majority": self._measure(torch.full_like(valid["labels"], int(train["labels"].mode().values))),
             "text_only": self._measure(self._text_only(train, valid)),

@@ -28,8 +28,8 @@ class RelationalAttention(nn.Module):
         self.query = nn.Parameter(torch.empty(width, 1))
         self.key = nn.Parameter(torch.empty(width, 1))
         self.bias = nn.Parameter(torch.zeros(width))
-        for parameter in (self.weight, self.query, self.key):
-            nn.init.xavier_uniform_(parameter)
+        for matrix in (*self.weight, self.query, self.key):  # each relation by itself, as PyG does
+            nn.init.xavier_uniform_(matrix)
 
     def forward(self, nodes_BNW: Tensor, edges_BRNN: Tensor) -> tuple[Tensor, Tensor]:
         """Nodes and attention [B, N, N] for edges that are 1 at [b, r, i, j] where j -> i has relation r, else 0."""

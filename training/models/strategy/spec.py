@@ -280,15 +280,15 @@ TRAINING: Config = {
     "seed": 0,
     "history": 16,
     "valid_share": 0.15,
-    "class_weights": 1.0,
+    "class_weights": 0.5,
     "rgat": "pyg",
     "prune": 0.0,
     "store": "",
-    "dialogues": 60,
+    "dialogues": 150,
 }
 FUSED: dict[str, Any] = {
     "presets": {
-        "tiny": Preset(config=TINY, training={**TRAINING, "lr": 2e-3, "batch": 32, "epochs": 10.0}),
+        "tiny": Preset(config=TINY, training={**TRAINING, "lr": 2e-3, "batch": 32, "epochs": 20.0}),
         "full": Preset(config=CONFIG, training=TRAINING),
     },
     "build": build,
@@ -325,5 +325,5 @@ SPECS = (
     ),
     _part("strategy_encoder", "encoder", signature=encoder_signature, feeds=text_feeds, agreement=same_direction),
     _part("strategy_emotion", "emotion", signature=emotion_signature, feeds=text_feeds, agreement=same_emotion),
-    _part("strategy_graph", "graph", signature=graph_signature, feeds=graph_feeds, agreement=same_label),
+    _part("strategy_graph", "dialogue", signature=graph_signature, feeds=graph_feeds, agreement=same_label),
 )
