@@ -142,7 +142,7 @@ def describe_frozen(part: Frozen, tensors: Mapping[str, np.ndarray]) -> dict[str
 
 def array(tensor: "Tensor") -> np.ndarray:
     """A parameter as a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().contiguous()  # safetensors 0.8 writes a transposed array in the wrong order
     return (tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor).numpy()
 
 
