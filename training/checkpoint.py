@@ -50,6 +50,8 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
         """The checkpoint in `folder` with every file verified; `ArtifactError` if one changed or is missing."""
+        if not folder.exists() and _old(folder).is_dir():  # a kill came between the two renames of _swap
+            folder = _old(folder)
         path = folder / MANIFEST
         data = read_manifest(path, FORMAT, "train the model again")
         try:
@@ -82,7 +84,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write the trained parameters, the probe and the manifest; the folder is complete or untouched."""
     frozen = spec.frozen(config)
-    draft = folder.with_name(folder.name + ".draft")
+    draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
@@ -167,11 +169,16 @@ def _sha256_tensor(tensor: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 
 
+def _old(folder: Path) -> Path:
+    """Where the checkpoint that stood at `folder` waits while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _swap(draft: Path, folder: Path) -> None:
     """Put `draft` where `folder` is; the old one is removed only when the new one stands in its place."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
