@@ -150,7 +150,7 @@ def array(tensor: "Tensor") -> np.ndarray:
 
 def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: Mapping[str, np.ndarray]) -> None:
     for part in frozen:
-        expected = checkpoint.frozen[part.prefix]["tensors"]
+        expected = checkpoint.frozen.get(part.prefix, {}).get("tensors", {})
         found = describe_frozen(part, own)["tensors"]
         if expected != found:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
