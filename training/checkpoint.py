@@ -27,7 +27,7 @@ FORMAT = "slipway.checkpoint/1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The manifest of a trained model in `folder`.
+    """The manifest of a trained model in `folder`. It ends with its own sha256: a changed setting changes the model.
 
     `files` gives sha256 by relative path. `frozen` gives, by prefix, the source, its revision and sha256 by tensor.
     """
@@ -54,6 +54,9 @@ class Checkpoint:
             folder = _old(folder)
         path = folder / MANIFEST
         data = read_manifest(path, FORMAT, "train the model again")
+        expected, found = str(data.pop("sha256", None)), sha256_json(data)
+        if expected != found:
+            raise ArtifactError(f"{path}: expected sha256 {expected[:12]}…, found {found[:12]}…; train the model again")
         try:
             checkpoint = cls(folder=folder, **data)
         except TypeError as error:
@@ -91,7 +94,6 @@ def save_checkpoint(
     save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
     save_file({name: np.ascontiguousarray(values) for name, values in probe.items()}, draft / PROBE)
     manifest = {
-        "format": FORMAT,
         "model": spec.name,
         "preset": preset,
         "config": config,
@@ -101,7 +103,7 @@ def save_checkpoint(
         "frozen": {part.prefix: describe_frozen(part, tensors) for part in frozen},
         "trained_with": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-    write_json(draft / MANIFEST, manifest)
+    write_json(draft / MANIFEST, {"format": FORMAT, **manifest, "sha256": sha256_json(manifest)})
     _swap(draft, folder)
     return Checkpoint.load(folder)
 
