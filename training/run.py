@@ -22,6 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.if_missing:
         specs = [spec for spec in specs if not (arguments.out / spec.name).is_dir()]
     runs = [(spec, *configure(spec, arguments.preset, changes)) for spec in specs]
+    if arguments.resume and not any(_has_state(arguments.work, spec) for spec in specs):
+        raise InputError(f"--resume: expected states of an earlier run in --work, found none in {arguments.work}")
     for spec, config, training in runs:
         recipe = spec.recipe()(config, training, arguments.data)
         for line in recipe.summary():
@@ -49,7 +51,8 @@ def train(
 ) -> tuple[Checkpoint, Evaluation]:
     """The checkpoint of a newly trained model, and its evaluation.
 
-    `work` keeps the Trainer's own states, from which `resume` goes on; without it they are thrown away.
+    `work` keeps the Trainer's own states, from which `resume` goes on where there are any; without it they are
+    thrown away.
     """
     transformers = require("transformers", extra="train")
     transformers.set_seed(recipe.training["seed"])
@@ -57,7 +60,7 @@ def train(
     with tempfile.TemporaryDirectory(prefix="slipway-") as temporary:
         states = work / spec.name if work else Path(temporary)
         trainer = _trainer(recipe, module, states, keep=work is not None)
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=resume and _has_state(work, spec))
     module = module.cpu().eval()
     evaluation = recipe.evaluate(module)
     checkpoint = save_checkpoint(
@@ -71,6 +74,10 @@ def train(
         probe=recipe.probe(),
     )
     return checkpoint, evaluation
+
+
+def _has_state(work: Path | None, spec: ModelSpec) -> bool:
+    return work is not None and any((work / spec.name).glob("checkpoint-*"))
 
 
 def _trainer(recipe: Recipe, module: Any, states: Path, *, keep: bool) -> Any:
