@@ -10,6 +10,8 @@ from runtimes.errors import InputError, require
 from training.checkpoint import Checkpoint, save_checkpoint
 from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find_spec, override
 
+POSITIVE = ("lr", "batch", "epochs")
+
 
 @command
 def main(argv: list[str] | None = None) -> int:
@@ -43,6 +45,11 @@ def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Co
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
     config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})
     training = override(chosen.training, {name: text for name, text in changes.items() if name in chosen.training})
+    for name in POSITIVE:
+        if training.get(name, 1) <= 0:
+            raise InputError(f"--set {name}: expected a number above 0, found {training[name]}")
+    if training.get("seed", 0) < 0:
+        raise InputError(f"--set seed: expected 0 or more, found {training['seed']}")
     return config, training
 
 

@@ -1,5 +1,6 @@
 """ModelSpec: what a model is, for everyone else. Recipe: how it learns."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -148,6 +149,9 @@ def _parse(name: str, text: str, default: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("not finite")
+        return value
     except (ValueError, KeyError) as error:
         raise InputError(f"--set {name}: expected {kind.__name__} such as {default}, found '{text}'") from error
