@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
+from runtimes.errors import InputError
 from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
@@ -69,7 +70,24 @@ def _attention_layers(config: Config) -> int:
 def build(config: Config) -> "nn.Module":
     from training.models.policy.module import Policy
 
+    check_config(config)
     return Policy(config)
+
+
+def check_config(config: Config) -> None:
+    """`InputError` unless a policy of this config can be built."""
+    if config["backbone"] not in BACKBONES:
+        raise InputError(f"backbone: expected one of {', '.join(BACKBONES)}; found '{config['backbone']}'")
+    for name in ("hidden", "layers", "id_width", "heads", "attention_window", "attention_every"):
+        if config[name] < 1:
+            raise InputError(f"{name}: expected 1 or more, found {config[name]}")
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"dropout: expected a share of 0 to below 1, found {config['dropout']}")
+    if config["backbone"] in ("attention", "jamba") and config["hidden"] % (2 * config["heads"]):
+        raise InputError(
+            f"hidden: expected a multiple of 2 * heads, for rotary pairs, found {config['hidden']} and "
+            f"{config['heads']} heads"
+        )
 
 
 def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
