@@ -143,9 +143,9 @@ def stream_game(
 ) -> dict[str, Tensor]:
     """Logits [F, C] by head for a whole game in pieces, each from the state of the last or from zero."""
     zero = tuple(torch.from_numpy(array) for array in signature(config).zero_state(1).values())
-    state, parts = zero, []
+    piece, state, parts = min(piece, TIME_MAX), zero, []
     with torch.inference_mode():
-        for start in range(0, len(frames), min(piece, TIME_MAX)):
+        for start in range(0, len(frames), piece):
             part = torch.from_numpy(frames[None, start : start + piece])
             logits, state = split_outputs(module(part, *(state if carried else zero)))
             parts.append({name: values[0] for name, values in logits.items()})
