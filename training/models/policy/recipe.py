@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from runtimes.errors import InputError
 from runtimes.melee import BUTTONS, HEADS
 from runtimes.tensors import Tensors
 from training.models.policy.data import Game, read_replays, split_by_game, synthetic_games
@@ -39,7 +40,10 @@ class PolicyRecipe(Recipe):
             games = synthetic_games(training["seed"], training["games"], training["frames"])
         else:
             games, self.skipped = read_replays(self.data, delay=training["delay"])
-        return split_by_game(games, training["valid_share"], training["seed"])
+        train, valid = split_by_game(games, training["valid_share"], training["seed"])
+        if not valid:
+            raise InputError(f"valid_share: expected games to judge by, found none with {training['valid_share']}")
+        return train, valid
 
     def summary(self) -> list[str]:
         train, valid = self.games
