@@ -140,30 +140,37 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -
     """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
     source = Source(cell.spec, checkpoint)
     with drafting(repository) as draft:
-        if checkpoint.assets.is_dir():
-            shutil.copytree(checkpoint.assets, draft / ASSETS)
-        built = cell.target.convert(source, cell.precision, draft)
-        artifact = Artifact(
-            model=cell.spec.name,
-            target=cell.target.name,
-            runtime=cell.target.runtime,
-            precision=cell.precision,
-            pipeline=cell.spec.pipeline,
-            config=dict(checkpoint.config),
-            signature=source.signature,
-            files=digests(draft),
-            built_with={**library_versions(cell.target.packages), **built.built_with},
-            checkpoint=checkpoint.digest,
-            key=key,
-            facts=replace(UNTOUCHED, built=True),
-            note=built.idle or "",
-        )
-        artifact.save(draft)
+        artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
         folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
     if built.served and artifact.proved and cell.precision == cell.target.precisions[0]:
         publish_ensemble(artifact, repository)
     return artifact, folder
+
+
+def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact, Built]:
+    """The artifact that the empty folder `draft` now holds, built and not yet proved."""
+    checkpoint = source.checkpoint
+    if checkpoint.assets.is_dir():
+        shutil.copytree(checkpoint.assets, draft / ASSETS)
+    built = cell.target.convert(source, cell.precision, draft)
+    artifact = Artifact(
+        model=cell.spec.name,
+        target=cell.target.name,
+        runtime=cell.target.runtime,
+        precision=cell.precision,
+        pipeline=cell.spec.pipeline,
+        config=dict(checkpoint.config),
+        signature=source.signature,
+        files=digests(draft),
+        built_with={**library_versions(cell.target.packages), **built.built_with},
+        checkpoint=checkpoint.digest,
+        key=key,
+        facts=replace(UNTOUCHED, built=True),
+        note=built.idle or "",
+    )
+    artifact.save(draft)
+    return artifact, built
 
 
 def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:
