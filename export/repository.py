@@ -21,6 +21,8 @@ from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number
 CONFIG = "config.pbtxt"
 STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
 VERSIONS_KEPT = 2
+# Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
+NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
 
 def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool = True) -> Path:
@@ -176,12 +178,12 @@ def _draft_step(version: Path, draft: Path) -> Path:
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
     shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
+    (draft / "__pycache__").write_text(NO_BYTECODE)
     return draft
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _discard(folders: list[Path], staging: Path) -> None:

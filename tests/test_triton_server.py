@@ -249,6 +249,14 @@ def test_a_server_that_is_not_there_is_named(repository: Path, protocol: str) ->
         open_runtime(repository / "running_onnx" / "1", engine="triton", url="127.0.0.1:1", protocol=protocol).open()
 
 
+def test_serving_writes_nothing_into_the_repository_and_loads_nothing_twice(
+    server: TritonServer, repository: Path
+) -> None:
+    assert not list(repository.rglob("*.pyc"))
+    log = server.log_tail(10_000)
+    assert log.count('"loading: doubling_encode:1"') == log.count('"loading: running_onnx:1"') == 1
+
+
 def test_what_is_published_is_served_soon_and_without_a_gap(server: TritonServer, repository: Path) -> None:
     client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
     given = inputs("grpc", x=np.ones((1, 1, toys.WIDTH), np.float32))
