@@ -127,7 +127,7 @@ def _install(draft: Path, model: Path, number: int, config: str | None, staging:
         with _config_replaced(model, config, staging):
             draft.rename(version)
     else:
-        whole = staging / model.name
+        whole = staging / f"{model.name}.whole"
         whole.mkdir()
         if config is not None:
             (whole / CONFIG).write_text(config)
@@ -154,7 +154,7 @@ def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> No
 @contextmanager
 def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator[None]:
     """`model` has this config, untouched if it is the same, and has the old one again if the disk then refuses."""
-    path, new, old = model / CONFIG, staging / CONFIG, staging / f"{CONFIG}.old"
+    path, new, old = model / CONFIG, staging / f"{model.name}.new", staging / f"{model.name}.old"
     if config is None or (path.is_file() and path.read_text() == config):
         yield
         return

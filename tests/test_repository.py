@@ -18,7 +18,7 @@ from export.repository import drafting, publish, publish_ensemble
 from runtimes.artifact import Artifact, read_json, write_json
 from runtimes.errors import ArtifactError
 from runtimes.repository import newest, published
-from runtimes.tensors import Signature
+from runtimes.tensors import Axis, Signature
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,6 +182,15 @@ def test_the_steps_follow_a_new_artifact(repository: Path) -> None:
     assert Artifact.load(repository / "running_encode" / "2").key == "other"
     assert (repository / "running" / "1").exists()
     assert not (repository / "running" / "2").exists()
+
+
+@pytest.mark.usefixtures("with_pipeline")
+def test_every_config_follows_a_new_signature(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    smaller = (Axis(name="batch", min=1, opt=2, max=4), toys.AXES[1])
+    publish_all(repository, Signature(inputs=(toys.X,), outputs=(toys.Y, toys.TOTAL), axes=smaller), key="smaller")
+    assert lint(repository) == []
+    assert all("max_batch_size: 4" in path.read_text() for path in repository.glob("*/config.pbtxt"))
 
 
 def test_an_ensemble_needs_a_served_artifact(repository: Path, tmp_path: Path) -> None:
