@@ -50,6 +50,7 @@ class Source:
         complete = {**feeds, **self.signature.zero_state(batch)}
         with torch.no_grad():
             outputs = self.module(*self._arguments(complete))
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import ArtifactError, InputError
+from runtimes.errors import ArtifactError, InputError, one_line
 from runtimes.tensors import Signature
 
 MANIFEST = "artifact.json"
@@ -88,14 +88,16 @@ class Artifact:
 
     @classmethod
     def load(cls, folder: Path) -> "Artifact":
-        """The manifest in `folder`; `ArtifactError` if there is none or it is not one."""
-        data = read_json(folder / MANIFEST)
-        if data.pop("format", None) != FORMAT:
-            raise ArtifactError(f"{folder / MANIFEST}: expected format {FORMAT}; export the model again")
-        data["signature"] = Signature.from_json(data["signature"])
-        data["facts"] = Facts(**data["facts"])
-        data["parity"] = {name: Check(**check) for name, check in data["parity"].items()}
-        return cls(**data)
+        """The manifest in `folder`; `InputError` if there is none, `ArtifactError` if it is not one."""
+        path = folder / MANIFEST
+        data = read_manifest(path, FORMAT, "export the model again")
+        try:
+            data["signature"] = Signature.from_json(data["signature"])
+            data["facts"] = Facts(**data["facts"])
+            data["parity"] = {name: Check(**check) for name, check in data["parity"].items()}
+            return cls(**data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise not_a_manifest(path, error, "export the model again") from error
 
     def verify_files(self, folder: Path) -> None:
         """`ArtifactError` unless every listed file is in `folder` with the digest listed."""
@@ -148,6 +150,19 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: expected this file, found none") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: expected JSON in UTF-8, found {error}") from error
+
+
+def read_manifest(path: Path, format_: str, remedy: str) -> dict[str, Any]:
+    """The fields of a manifest without its format; `ArtifactError` if it has another format."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.pop("format", None) != format_:
+        raise ArtifactError(f"{path}: expected format {format_}; {remedy}")
+    return data
+
+
+def not_a_manifest(path: Path, error: Exception, remedy: str) -> ArtifactError:
+    """The error for a manifest of the right format whose fields are missing, unknown or of another kind."""
+    return ArtifactError(f"{path}: expected a manifest, found {type(error).__name__}: {one_line(error)}; {remedy}")
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -71,12 +71,18 @@ class Signature:
         if len(names) != len(set(names)):
             raise ArtifactError(f"expected distinct tensor names, found {sorted(names)}")
         used = {size for tensor in (*self.inputs, *self.outputs) for size in tensor.shape if isinstance(size, str)}
-        if used != set(self._axes):
-            raise ArtifactError(f"expected axes {sorted(used)} as the shapes use them, found {sorted(self._axes)}")
-        shapes = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*self.inputs, *self.outputs)}
+        declared = sorted(axis.name for axis in self.axes)
+        if sorted(used) != declared:
+            raise ArtifactError(f"expected axes {sorted(used)} as the shapes use them, found {declared}")
+        inputs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.inputs}
+        outputs = {tensor.name: (tensor.dtype, tensor.shape) for tensor in self.outputs}
         for source, result in self.state:
-            if shapes.get(source) is None or shapes.get(source) != shapes.get(result):
-                raise ArtifactError(f"state '{source}' -> '{result}': expected two tensors of one dtype and shape")
+            kind = inputs.get(source)
+            if kind is None or kind != outputs.get(result) or not used.intersection(kind[1]) <= {BATCH}:
+                raise ArtifactError(
+                    f"state '{source}' -> '{result}': expected an input and an output of one dtype and shape, "
+                    f"with no dynamic axis but {BATCH}"
+                )
 
     def axis(self, name: str) -> Axis:
         return self._axes[name]
@@ -147,7 +153,8 @@ class Signature:
             else:
                 axis = self._axes[want]
                 allowed = axis.min <= got <= axis.max
-                sizes[want] = got
+                if allowed:
+                    sizes[want] = got
             if not allowed:
                 raise InputError(
                     f"{kind} '{tensor.name}': expected shape {_show(tensor.shape)} with "
@@ -156,7 +163,10 @@ class Signature:
 
     def _describe(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> str:
         axes = [self._axes[size] for size in tensor.shape if isinstance(size, str)]
-        return ", ".join(f"{axis.name} {axis.min}..{axis.max}" for axis in axes) or "no dynamic axis"
+        return ", ".join(
+            f"{axis.name} = {sizes[axis.name]}" if axis.name in sizes else f"{axis.name} {axis.min}..{axis.max}"
+            for axis in axes
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -129,7 +129,7 @@ def test_a_broken_replay_is_left_out_with_a_reason(tmp_path: Path) -> None:
     broken = {f"cut{cut}": whole[:cut] for cut in cuts} | {
         "random": random.Random(0).randbytes(5000),
         "text": b"not a replay\n",
-        "panic": whole[:20] + bytes(1000) + whole[1020:],
+        "panic": whole[:191] + bytes([whole[191] ^ 255]) + whole[192:],
     }
     for name, content in broken.items():
         (tmp_path / f"{name}.slp").write_bytes(content)
@@ -138,6 +138,7 @@ def test_a_broken_replay_is_left_out_with_a_reason(tmp_path: Path) -> None:
     assert [game.name for game in games] == ["good:P1", "good:P2"]
     assert sorted(path.stem for path, _ in skipped) == sorted([*broken, "folder"])
     assert all(reason and len(reason.splitlines()) == 1 for _, reason in skipped)
+    assert "panicked" in {path.stem: reason for path, reason in skipped}["panic"]
 
 
 @needs_replays
@@ -225,16 +226,26 @@ def test_synthetic_games_have_the_layout_and_repeat() -> None:
         synthetic_games(0, 1, 1)
 
 
-def test_a_synthetic_label_follows_from_now_and_from_six_frames_ago() -> None:
-    game = synthetic_games(0, 1, 500)[0]
-    heads = unpack_labels(game.labels)
-    dx, action = game.frames[:, 245] * 200, game.frames[:, 284]
-    np.testing.assert_array_equal(heads["buttons"][:, 0], np.abs(dx) < 15)
-    np.testing.assert_array_equal(heads["buttons"][6:, 1], action[:-6] == 50)
-    np.testing.assert_array_equal(heads["shoulder"][6:], 4 * (action[:-6] == 179))
-    for lag in range(6):  # nothing nearer says so
-        seen = action[6 - lag : len(action) - lag]
-        assert abs(np.corrcoef(seen == 50, heads["buttons"][6:, 1])[0, 1]) < 0.2
+def test_a_synthetic_label_follows_from_the_state_and_from_a_memory() -> None:
+    game = synthetic_games(0, 1, 4000)[0]
+    heads, memory = unpack_labels(game.labels), 0
+    for t, row in enumerate(game.frames):
+        action, dx = int(row[284]), row[245] * 200
+        memory = action if action in (data.ATTACK, data.SHIELD) else memory
+        dash = action == data.DASH
+        assert heads["buttons"][t, 1] == (dash and memory == data.ATTACK)
+        assert heads["shoulder"][t] == 4 * (dash and memory == data.SHIELD)
+        assert heads["buttons"][t, 0] == (abs(dx) < 15)
+
+
+def test_no_column_of_a_row_tells_what_must_be_remembered() -> None:
+    game = synthetic_games(0, 1, 8000)[0]
+    dash = game.frames[:, 284] == data.DASH
+    rows = np.flatnonzero(dash[1:] & ~dash[:-1]) + 1  # after two dashes the previous controller does tell
+    answer = unpack_labels(game.labels)["buttons"][rows, 1]
+    assert 0.4 < answer.mean() < 0.6
+    columns = game.frames[rows][:, game.frames[rows].std(axis=0) > 1e-3]
+    assert np.abs(np.corrcoef(columns.T, answer)[-1, :-1]).max() < 0.15
 
 
 def test_a_group_is_never_on_both_sides_of_a_split() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from runtimes.artifact import ASSETS, digests, read_json, sha256_json, verify_digests, write_json
+from runtimes.artifact import ASSETS, digests, not_a_manifest, read_manifest, sha256_json, verify_digests, write_json
 from runtimes.errors import ArtifactError
 from runtimes.tensors import Tensors
 from training.spec import Config, Frozen, Metrics, ModelSpec
@@ -50,10 +50,12 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
         """The checkpoint in `folder` with every file verified; `ArtifactError` if one changed or is missing."""
-        data = read_json(folder / MANIFEST)
-        if data.pop("format", None) != FORMAT:
-            raise ArtifactError(f"{folder / MANIFEST}: expected format {FORMAT}; train the model again")
-        checkpoint = cls(folder=folder, **data)
+        path = folder / MANIFEST
+        data = read_manifest(path, FORMAT, "train the model again")
+        try:
+            checkpoint = cls(folder=folder, **data)
+        except TypeError as error:
+            raise not_a_manifest(path, error, "train the model again") from error
         verify_digests(folder, checkpoint.files)
         return checkpoint
 

@@ -18,7 +18,7 @@ from runtimes.errors import InputError, one_line, require
 from runtimes.melee import BUTTONS, PROJECTILE_COUNT, STAGES, encode_frames, pack_labels
 
 BUTTON_BITS = {"A": 8, "B": 9, "X": 10, "Y": 11, "Z": 4, "L": 6, "R": 5, "D_UP": 3}  # of the physical controller
-MEMORY_FRAMES = 6  # how far back a synthetic player remembers
+WAIT, DASH, ATTACK, SHIELD = 14, 20, 50, 179  # what a synthetic opponent does
 
 Raw = dict[str, np.ndarray]
 
@@ -98,9 +98,10 @@ def split_by_game(games: Sequence[Game], valid_share: float, seed: int) -> tuple
 
 
 def synthetic_games(seed: int, games: int, frames: int) -> list[Game]:
-    """Games whose next controller follows from the state now and from the opponent's action 6 frames ago.
+    """Games whose next controller follows from the state now and from what the opponent did last, some frames ago.
 
-    Only a model with memory can press B and the shoulder; a memoryless one can learn the rest.
+    To a dash the player answers with B if an attack came last, and with the shoulder if a shield did: only a model
+    with memory can tell which. A memoryless one can learn the rest.
     """
     if frames < 2:
         raise InputError(f"expected 2 or more frames in a synthetic game, found {frames}")
@@ -250,11 +251,11 @@ def _column(struct: Any, path: str) -> Any:
 
 def _synthetic_raw(rng: np.random.Generator, frames: int) -> Raw:
     own_x, own_y, opponent_x, opponent_y = (_drift(rng, frames, reach) for reach in (60, 20, 60, 20))
-    opponent_action = rng.choice([14, 20, 50, 179], frames)  # wait, dash, dash attack, shield
+    opponent_action = rng.choice([WAIT, DASH, ATTACK, SHIELD], frames, p=[0.5, 0.3, 0.1, 0.1])
     raw = {
         "frame": np.arange(frames), "stage": np.full(frames, list(STAGES).index("FINAL_DESTINATION")),
         "own.x": own_x, "own.y": own_y, "own.facing": opponent_x > own_x, "own.character": np.full(frames, 1),
-        "own.action": np.full(frames, 14), "opponent.x": opponent_x, "opponent.y": opponent_y,
+        "own.action": np.full(frames, WAIT), "opponent.x": opponent_x, "opponent.y": opponent_y,
         "opponent.facing": own_x > opponent_x, "opponent.character": np.full(frames, 2),
         "opponent.action": opponent_action,
     }  # fmt: skip
@@ -265,17 +266,19 @@ def _synthetic_raw(rng: np.random.Generator, frames: int) -> Raw:
 
 
 def _synthetic_controller(dx: np.ndarray, dy: np.ndarray, action: np.ndarray) -> Raw:
-    """The controller of frame t: walk towards the opponent of frame t-1, answer what it did at t-1-MEMORY_FRAMES."""
+    """The controller of frame t: walk towards the opponent of frame t-1, and answer its dash."""
     frames = len(dx)
-    remembered = np.concatenate([np.full(MEMORY_FRAMES, 14), action])[:frames]
+    told = np.isin(action, (ATTACK, SHIELD))
+    last_told = np.maximum.accumulate(np.where(told, np.arange(frames), -1))
+    remembered = np.where(last_told >= 0, action[last_told], WAIT)
     intent: Raw = {button: np.zeros(frames) for button in BUTTONS} | {
         "A": np.abs(dx) < 15,
-        "B": remembered == 50,
+        "B": (action == DASH) & (remembered == ATTACK),
         "main_x": np.where(np.abs(dx) < 5, 0.5, dx > 0),
         "main_y": np.where(np.abs(dy) < 5, 0.5, dy > 0),
         "c_x": np.full(frames, 0.5),
         "c_y": np.full(frames, 0.5),
-        "shoulder": remembered == 179,
+        "shoulder": (action == DASH) & (remembered == SHIELD),
     }
     at_rest = {"main_x": 0.5, "main_y": 0.5, "c_x": 0.5, "c_y": 0.5}
     return {

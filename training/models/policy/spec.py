@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
+from runtimes.errors import InputError
 from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
@@ -19,7 +20,8 @@ AXES = (Axis(name="batch", min=1, opt=8, max=32), Axis(name="time", min=1, opt=3
 
 
 def signature(config: Config) -> Signature:
-    """Frames and state in; logits at every position and the next state out."""
+    """Frames and state in; logits at every position and the next state out. `InputError` for an impossible config."""
+    check(config)
     state = state_specs(config)
     frames = TensorSpec(name="frames", dtype="float32", shape=("batch", "time", FRAME_WIDTH))
     logits = tuple(
@@ -31,6 +33,27 @@ def signature(config: Config) -> Signature:
         axes=AXES,
         state=tuple((f"{tensor.name}_in", f"{tensor.name}_out") for tensor in state),
     )
+
+
+def check(config: Config) -> None:
+    """`InputError` unless a policy of this config can be built."""
+    for name in ("hidden", "layers", "id_width", "heads"):
+        if config[name] < 1:
+            raise InputError(f"expected {name} of 1 or more, found {config[name]}")
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"expected a dropout in 0..1, found {config['dropout']}")
+    attention = _attention_layers(config)
+    if attention and config["hidden"] % (2 * config["heads"]):
+        raise InputError(
+            f"expected hidden to be a multiple of 2 x heads = {2 * config['heads']}, found {config['hidden']}"
+        )
+    if attention and config["attention_window"] < 2:
+        raise InputError(f"expected an attention_window of 2 or more, found {config['attention_window']}")
+    if config["backbone"] == "jamba" and not 0 < attention < config["layers"]:
+        raise InputError(
+            f"expected a Jamba with both kinds of layers, found {attention} of {config['layers']} with attention; "
+            "change layers or attention_every"
+        )
 
 
 def _renamed(tensor: TensorSpec, suffix: str) -> TensorSpec:
@@ -62,13 +85,14 @@ def state_specs(config: Config) -> tuple[TensorSpec, ...]:
 
 def _attention_layers(config: Config) -> int:
     if config["backbone"] == "jamba":
-        return config["layers"] // config["attention_every"]
+        return config["layers"] // max(1, config["attention_every"])
     return config["layers"] if config["backbone"] == "attention" else 0
 
 
 def build(config: Config) -> "nn.Module":
     from training.models.policy.module import Policy
 
+    check(config)
     return Policy(config)
 
 

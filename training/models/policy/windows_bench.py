@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,78 +21,102 @@ from training.models.policy.data import Game
 from training.models.policy.windows import FrameTable, WindowDataset, Windows
 
 MODULE = "training.models.policy.windows_bench"
+MODES = ("lazy", "eager")
+DTYPES = ("float32", "float16")
 GAME_FRAMES = 10_000
-CASES = (("lazy", "float32"), ("eager", "float32"), ("lazy", "float16"), ("eager", "float16"))
+SETTINGS = ("frames", "window", "batch", "batches", "rounds")
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     options = _options(argv)
     if options.child:
-        print(json.dumps(_measure(options, *options.child)))
+        _serve(options, *options.child)
         return 0
-    # Interleaved, so that a slow minute of the machine falls on every case.
-    runs = [_in_child(options, *case) for _ in range(options.repeats) for case in CASES]
-    rows = [_summary(case, [run for run in runs if (run["mode"], run["dtype"]) == case]) for case in CASES]
+    rows = [row for dtype in DTYPES for row in _compare(options, dtype)]
     if options.json:
-        keys = ("frames", "window", "batch", "batches", "repeats")
-        settings = {key: getattr(options, key) for key in keys} | {"cores": os.cpu_count(), "torch": torch.__version__}
-        print(json.dumps({"settings": settings, "rows": rows}))
-        return 0
-    header = ("mode", "table", "table MB", "resident MB", "resident / table", "peak MB", "batches/s", "lowest..highest")
-    print(table(header, [_cells(row) for row in rows]))
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        print(json.dumps({"settings": settings, "cores": os.cpu_count(), "numpy": np.__version__, "rows": rows}))
+    else:
+        header = ("mode", "dtype", "table MB", "resident MB", "/ table", "peak MB", "p50 ms", "batches/s", "rounds")
+        print(table(header, [_cells(row) for row in rows]))
     return 0
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     summary = (
-        "Builds a table of random frames and reads shuffled batches of windows from it, each case in a process of its "
-        "own. Resident memory counts from after the imports; peak includes the building."
+        "Builds a table of random frames and reads shuffled batches of windows from it. Lazy and eager each have a "
+        "process of their own and take turns. Resident memory counts from after the imports and a first small batch; "
+        "peak includes the building. A rate is one over the median time of a batch. The eager cases need as much "
+        "memory as all windows together: 14 GB at the defaults."
     )
     arguments = parser(MODULE, summary, "", "--frames 38000 --json")
     arguments.add_argument("--frames", type=int, default=380_000)
     arguments.add_argument("--window", type=int, default=30, help="frames in a window")
     arguments.add_argument("--batch", type=int, default=256, help="windows in a batch")
-    arguments.add_argument("--batches", type=int, default=300, help="batches timed in each run")
-    arguments.add_argument("--repeats", type=int, default=3, help="runs of each case")
+    arguments.add_argument("--batches", type=int, default=50, help="batches in a round")
+    arguments.add_argument("--rounds", type=int, default=12, help="turns of each case")
     arguments.add_argument("--json", action="store_true", help="print only JSON, with every sample")
     arguments.add_argument("--child", nargs=2, metavar=("MODE", "DTYPE"), help=argparse.SUPPRESS)
     return arguments.parse_args(argv)
 
 
-def _in_child(options: argparse.Namespace, mode: str, dtype: str) -> dict[str, Any]:
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("frames", "window", "batch", "batches")]
-    child = subprocess.run(
-        [sys.executable, "-m", MODULE, *sizes, "--child", mode, dtype], capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        reason = (child.stderr.strip().splitlines() or ["no word"])[-1]
-        raise SlipwayError(f"expected a result of {mode} {dtype}, found exit status {child.returncode}: {reason}")
-    result: dict[str, Any] = json.loads(child.stdout)
+def _compare(options: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    """One row per mode; the modes take turns, so that a slow moment of the machine falls on both."""
+    with ExitStack() as stack:
+        children = {mode: stack.enter_context(_child(options, mode, dtype)) for mode in MODES}
+        turns = [(mode, _turn(child)) for _ in range(options.rounds) for mode, child in children.items()]
+    return [_summary(mode, dtype, [result for name, result in turns if name == mode]) for mode in MODES]
+
+
+@contextmanager
+def _child(options: argparse.Namespace, mode: str, dtype: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that measures one round for each line it is sent, once it is ready."""
+    settings = [f"--{name}={getattr(options, name)}" for name in SETTINGS]
+    arguments = [sys.executable, "-m", MODULE, *settings, "--child", mode, dtype]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            _turn(child)  # the first round waits for the building and is not counted
+            yield child
+        finally:
+            child.kill()
+
+
+def _turn(child: subprocess.Popen[str]) -> dict[str, Any]:
+    assert child.stdin
+    assert child.stdout
+    try:
+        print(file=child.stdin, flush=True)
+        result: dict[str, Any] = json.loads(child.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError) as error:
+        status = child.wait()
+        raise SlipwayError(f"expected a result, found exit status {status}; the reason is the error above") from error
     return result
 
 
-def _measure(options: argparse.Namespace, mode: Any, dtype: str) -> dict[str, Any]:
+def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
     process = require("psutil", extra="train").Process()
+    _warm_up(mode, dtype)
     before = process.memory_info().rss
     frames = FrameTable.from_games(_random_games(options.frames), getattr(torch, dtype))
     dataset = WindowDataset(Windows(frames, options.window, mode=mode))
-    spans = [np.arange(options.batch) + i * options.batch for i in range(options.batches + 20)]
     latency_s, resident = [], 0
-    for span in spans:
-        start = time.perf_counter()
-        batch = dataset.__getitems__(span % len(dataset))
-        latency_s.append(time.perf_counter() - start)
-        resident = max(resident, process.memory_info().rss - before)
-    return {
-        "mode": dataset.windows.mode,
-        "dtype": dtype,
-        "table_bytes": frames.nbytes,
-        "batch_bytes": sum(tensor.nbytes for tensor in batch.values()),
-        "resident_bytes": resident,
-        "peak_bytes": _peak_bytes() - before,
-        "latency_s": latency_s[20:],
-    }
+    for turn, _ in enumerate(sys.stdin):
+        for i in range(options.batches):
+            samples = (np.arange(options.batch) + (turn * options.batches + i) * options.batch) % len(dataset)
+            start = time.perf_counter()
+            batch = dataset.__getitems__(samples)
+            latency_s.append(time.perf_counter() - start)
+            resident = max(resident, process.memory_info().rss - before)
+        sizes = {"table_bytes": frames.nbytes, "batch_bytes": sum(tensor.nbytes for tensor in batch.values())}
+        memory = {"resident_bytes": resident, "peak_bytes": _peak_bytes() - before}
+        print(json.dumps({**sizes, **memory, "latency_s": latency_s[-options.batches :]}), flush=True)
+
+
+def _warm_up(mode: Any, dtype: str) -> None:
+    """Code and arenas that the first batch of a process touches are in memory, and not on the windows' account."""
+    frames = FrameTable.from_games(_random_games(64), getattr(torch, dtype))
+    WindowDataset(Windows(frames, 8, mode=mode)).__getitems__(range(32))
 
 
 def _random_games(frames: int) -> list[Game]:
@@ -113,21 +139,25 @@ def _peak_bytes() -> int:
     return int(kilobytes) * 1024
 
 
-def _summary(case: tuple[str, str], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    rates = [len(run["latency_s"]) / sum(run["latency_s"]) for run in runs]
+def _summary(mode: str, dtype: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
+    samples_s = [turn["latency_s"] for turn in turns]
+    p50_s = statistics.median(sample for samples in samples_s for sample in samples)
     return {
-        "mode": case[0],
-        "dtype": case[1],
-        "table_bytes": runs[0]["table_bytes"],
-        "resident_bytes": max(run["resident_bytes"] for run in runs),
-        "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "batches_per_s": statistics.median(rates),
-        "rates": rates,
-        "latency_s": [run["latency_s"] for run in runs],
+        "mode": mode,
+        "dtype": dtype,
+        "table_bytes": turns[-1]["table_bytes"],
+        "batch_bytes": turns[-1]["batch_bytes"],
+        "resident_bytes": turns[-1]["resident_bytes"],
+        "peak_bytes": turns[-1]["peak_bytes"],
+        "p50_s": p50_s,
+        "batches_per_s": 1 / p50_s,
+        "batches_per_s_of_rounds": [1 / statistics.median(samples) for samples in samples_s],
+        "samples_s": samples_s,
     }
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    rounds = row["batches_per_s_of_rounds"]
     return (
         row["mode"],
         row["dtype"],
@@ -135,8 +165,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['resident_bytes'] / 1e6:,.0f}",
         f"{row['resident_bytes'] / row['table_bytes']:.3f}",
         f"{row['peak_bytes'] / 1e6:,.0f}",
+        f"{row['p50_s'] * 1e3:.3f}",
         f"{row['batches_per_s']:,.0f}",
-        f"{min(row['rates']):,.0f}..{max(row['rates']):,.0f}",
+        f"{min(rounds):,.0f}..{max(rounds):,.0f}",
     )
 
 

@@ -1,0 +1,116 @@
+"""What several test files share: untrained checkpoints, recorded data, and a model package that is not in the tree."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training.models
+from training.checkpoint import save_checkpoint
+from training.spec import ModelSpec, all_specs, find_spec
+
+TOY_MODEL = '''
+"""A dense head over a frozen dense base that is read from a file."""
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from runtimes.artifact import Check
+from runtimes.tensors import Axis, Signature, TensorSpec
+from training.spec import Frozen, ModelSpec, Preset, Recipe, Tolerance
+
+
+class Toy(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.base = nn.Linear(3, config["width"]).requires_grad_(False)
+        self.base.load_state_dict(load_file(config["base"]))
+        self.base_scale = nn.Parameter(torch.ones(config["width"]))  # trained, though its name begins like the base's
+        self.head = nn.Linear(config["width"], 2)
+
+    def forward(self, numbers):
+        return (self.head(torch.tanh(self.base(numbers)) * self.base_scale),)
+
+
+def signature(config):
+    return Signature(
+        inputs=(TensorSpec(name="numbers", dtype="float32", shape=("batch", 3)),),
+        outputs=(TensorSpec(name="scores", dtype="float32", shape=("batch", 2)),),
+        axes=(Axis(name="batch", min=1, opt=4, max=8),),
+    )
+
+
+def feeds(config, rng, sizes, probe):
+    return {"numbers": rng.normal(size=(sizes["batch"], 3)).astype("float32")}
+
+
+def agreement(got, want, tolerance):
+    same = float((got["scores"].argmax(-1) == want["scores"].argmax(-1)).mean())
+    return {"same": Check(value=same, limit=1.0, at_least=True)}
+
+
+SPECS = (
+    ModelSpec(
+        name="toy",
+        pipeline="toy",
+        presets={"tiny": Preset(config={"width": 4, "base": "base.safetensors"}, training={"seed": 0})},
+        signature=signature,
+        build=Toy,
+        feeds=feeds,
+        agreement=agreement,
+        tolerance={"fp32": Tolerance(absolute=1e-6, relative=1e-6)},
+        recipe=lambda: Recipe,
+        frozen=lambda config: (Frozen(prefix="base", source=config["base"], revision="1"),),
+    ),
+)
+'''
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of recorded data; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("SLIPWAY_DATA", Path(__file__).parents[1] / "../shared/data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; set SLIPWAY_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained, seeded checkpoint of every model in its tiny preset."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for spec in all_specs().values():
+        write_untrained(spec, folder / spec.name, {})
+    return folder
+
+
+@pytest.fixture
+def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelSpec]:
+    """A model package with a frozen part, found in a folder that is not in the tree."""
+    package = tmp_path / "more_models" / "toy"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(TOY_MODEL)
+    monkeypatch.setattr(training.models, "__path__", [*training.models.__path__, str(package.parent)])
+    yield find_spec("toy")
+    del sys.modules["training.models.toy"]
+
+
+def write_untrained(spec: ModelSpec, folder: Path, changes: Mapping[str, object]) -> torch.nn.Module:
+    """Save an untrained module of the tiny preset, changed so, as a checkpoint; the module."""
+    torch.manual_seed(0)
+    config = {**spec.preset("tiny").config, **changes}
+    module = spec.build(config).eval()
+    sizes = spec.signature(config).sizes("opt")
+    probe = spec.feeds(config, np.random.default_rng(0), sizes, {})
+    save_checkpoint(folder, spec, module, preset="tiny", config=config, step=7, metrics={"nats": 1.5}, probe=probe)
+    return module
