@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from export import parity
 from export.key import artifact_key, library_versions
-from export.repository import drafting, newest, publish, publish_ensemble
+from export.repository import drafting, publish, publish_ensemble
 from export.source import Source
 from export.target import Built, Target
 from runtimes import plugins
@@ -21,6 +21,7 @@ from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.repository import newest
 from training.checkpoint import Checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 
