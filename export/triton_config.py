@@ -26,9 +26,6 @@ TYPES = {
     "bool": "TYPE_BOOL",
 }
 
-QUEUE_DELAY_US = 500  # how long the first request of a batch waits for others
-QUEUE_TIMEOUT_US = 5_000_000  # a request that waited for longer is refused: its client has given up
-QUEUED_BATCHES = 16  # requests behind that many full batches are refused at once
 SEQUENCE_IDLE_US = 60_000_000
 SEQUENCES = 1024  # open at once; later ones wait until one ends
 NEWEST = {"latest": {"num_versions": 1}}
@@ -128,19 +125,14 @@ def text(name: str) -> Message:
 
 
 def batches(artifact: Artifact) -> Message:
-    """Requests that arrive together are run together; those that cannot be answered in time are refused."""
+    """Requests that wait while a batch runs are the next batch.
+
+    No delay and no preferred sizes: on two cores they cost latency and won nothing. No queue policy either: any timeout
+    or size limit makes Triton 2.51 stop for 500 ms now and then (triton-inference-server/server#8870).
+    """
     batch = artifact.signature.axis(BATCH)
     return {
-        "dynamic_batching": {
-            "preferred_batch_size": sorted({batch.opt, batch.max}),
-            "max_queue_delay_microseconds": QUEUE_DELAY_US,
-            "default_queue_policy": {
-                "timeout_action": Word("REJECT"),
-                "default_timeout_microseconds": QUEUE_TIMEOUT_US,
-                "allow_timeout_override": True,
-                "max_queue_size": QUEUED_BATCHES * batch.max,
-            },
-        },
+        "dynamic_batching": {},
         "model_warmup": [warmup(artifact, size) for size in sorted({1, batch.opt, batch.max})],
     }
 

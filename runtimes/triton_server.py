@@ -149,7 +149,7 @@ class TritonServer:
         self.log = log
         self.start_timeout_s = start_timeout_s
         self.http_url = self.grpc_url = self.metrics_url = ""
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._log: TextIO | None = None  # an own handle: it still reads when the file is gone
         self._guard: subprocess.Popen[bytes] | None = None
 
@@ -169,8 +169,8 @@ class TritonServer:
         if self._guard and self._guard.stdin:
             self._guard.stdin.close()
             self._guard.wait(2 * STOP_TIMEOUT_S)
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
     def running(self) -> bool:
@@ -201,7 +201,7 @@ class TritonServer:
         ports = choose_ports(self.host, self.ports)
         reached = LOOPBACK if self.host == EVERYWHERE else self.host
         self.http_url, self.grpc_url, self.metrics_url = (f"{reached}:{port}" for port in ports)
-        folder = self._folder = Path(tempfile.mkdtemp(prefix="slipway-triton-"))
+        folder = self.folder = Path(tempfile.mkdtemp(prefix="slipway-triton-"))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environment.setdefault(SLIPWAY_PATH, str(PACKAGE.parent))
         if installed := shutil.which("tritonserver"):

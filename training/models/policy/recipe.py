@@ -4,7 +4,6 @@ Shapes: B batch, T time, F frame width, C classes.
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,22 @@ class PolicyRecipe(Recipe):
     def __init__(self, config: Config, training: Config, data: Path | None) -> None:
         super().__init__(config, training, data)
         self.skipped: list[tuple[Path, str]] = []
-
-    @cached_property
-    def games(self) -> tuple[list[Game], list[Game]]:
-        """Training and validation games."""
-        training = self.training
-        if self.data is None:
+        if data is None:
             games = synthetic_games(training["seed"], training["games"], training["frames"])
         else:
-            games, self.skipped = read_replays(self.data, delay=training["delay"])
-        train, valid = split_by_game(games, training["valid_share"], training["seed"])
-        if not valid:
+            games, self.skipped = read_replays(data, delay=training["delay"])
+        train, self.valid = split_by_game(games, training["valid_share"], training["seed"])
+        if not self.valid:
             raise InputError(f"valid_share: expected games to judge by, found none with {training['valid_share']}")
-        return train, valid
+        self.train_games = len(train)
+        self.train_labels = np.concatenate([game.labels for game in train])
+        self._train = train  # until the table takes them
 
     def summary(self) -> list[str]:
-        train, valid = self.games
-        frames = sum(len(game.frames) for game in train), sum(len(game.frames) for game in valid)
+        held_out = sum(len(game.frames) for game in self.valid)
         lines = [
-            f"{len(train)} games to train on ({frames[0]} frames), {len(valid)} held out ({frames[1]} frames)",
+            f"{self.train_games} games to train on ({len(self.train_labels)} frames), "
+            f"{len(self.valid)} held out ({held_out} frames)"
         ]
         lines += [f"skipped {path.name}: {reason}" for path, reason in self.skipped]
         return [*lines, f"{len(self.skipped)} replays skipped"] if self.skipped else lines
@@ -58,37 +54,38 @@ class PolicyRecipe(Recipe):
         return Trainee(module, self.config, self.training)
 
     def datasets(self, lanes: int) -> tuple[WindowDataset, WindowDataset]:
-        train, valid = self.games
-        length, carry = self.training["window"], self.training["carry"]
-        shuffled = {"carry": carry, "lanes": lanes, "seed": self.training["seed"], "shift": True}
-        return (
-            WindowDataset(self._windows(train, length), **shuffled),
-            WindowDataset(self._windows(valid, length), shuffle=False),
+        train = WindowDataset(
+            self._windows(self._train),
+            carry=self.training["carry"],
+            lanes=lanes,
+            seed=self.training["seed"],
+            shift=True,
         )
+        return train, WindowDataset(self._windows(list(self.valid)), shuffle=False)
 
-    def _windows(self, games: list[Game], length: int) -> Windows:
+    def _windows(self, games: list[Game]) -> Windows:
+        """Windows over a table that takes the place of `games`."""
         dtype = torch.float16 if self.training["half_table"] else torch.float32
-        return Windows(FrameTable.from_games(list(games), dtype), length, stride=length, mode=self.training["windows"])
+        length = self.training["window"]
+        return Windows(FrameTable.from_games(games, dtype), length, stride=length, mode=self.training["windows"])
 
     def evaluate(self, module: nn.Module) -> Evaluation:
         """Windowed: each window from a zero state, as it was cut. Streamed: each game with one carried state."""
-        train, valid = self.games
         window = self.training["window"]
-        labels = torch.from_numpy(np.concatenate([game.labels for game in valid]))
-        windowed = [stream_game(module, self.config, game.frames, window, carried=False) for game in valid]
-        streamed = [stream_game(module, self.config, game.frames, STREAM_PIECE, carried=True) for game in valid]
+        labels = torch.from_numpy(np.concatenate([game.labels for game in self.valid]))
+        windowed = [stream_game(module, self.config, game.frames, window, carried=False) for game in self.valid]
+        streamed = [stream_game(module, self.config, game.frames, STREAM_PIECE, carried=True) for game in self.valid]
         metrics = {
             **{f"windowed_{name}": value for name, value in measure(_join(windowed), labels).items()},
             **{f"streamed_{name}": value for name, value in measure(_join(streamed), labels).items()},
         }
-        majority = measure(majority_logits(np.concatenate([game.labels for game in train]), len(labels)), labels)
+        majority = measure(majority_logits(self.train_labels, len(labels)), labels)
         baseline = {f"{way}_{name}": value for way in ("windowed", "streamed") for name, value in majority.items()}
         return Evaluation(metrics=metrics, baselines={"majority": baseline})
 
     def probe(self) -> Tensors:
         """Frames float32 [games, time, 287] from the start of held-out games, all of one length."""
-        _, valid = self.games
-        chosen = sorted(valid, key=lambda game: -len(game.frames))[:PROBE_GAMES]
+        chosen = sorted(self.valid, key=lambda game: -len(game.frames))[:PROBE_GAMES]
         length = min(PROBE_FRAMES, min(len(game.frames) for game in chosen))
         return {"frames": np.stack([game.frames[:length] for game in chosen])}
 

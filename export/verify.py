@@ -1,0 +1,43 @@
+"""Check a published repository without a server: digests, configs, proofs: python -m export.verify"""
+
+import json
+import sys
+from pathlib import Path
+
+from export.lint import lint
+from runtimes.artifact import Artifact
+from runtimes.command import command, existing_folder, parser, table
+from runtimes.errors import SlipwayError
+from runtimes.repository import published
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print every artifact with what was proved of it, and every problem; status 1 if there is one."""
+    result = parser("export.verify", __doc__.partition(":")[0] + ".", "", "--repository model_repository --json")
+    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
+    result.add_argument("--json", action="store_true", help="print JSON only")
+    arguments = result.parse_args(argv)
+    repository = existing_folder(arguments.repository, "published artifacts")
+
+    rows, problems = [], lint(repository)
+    for folder in published(repository):
+        try:
+            artifact = Artifact.load(folder)
+            artifact.verify_files(folder)
+            rows.append({"artifact": str(folder), "proved": artifact.proved, "note": artifact.note})
+        except SlipwayError as error:
+            rows.append({"artifact": str(folder), "proved": False, "note": str(error)})
+            if str(error) not in problems:
+                problems.append(str(error))
+    if arguments.json:
+        print(json.dumps({"artifacts": rows, "problems": problems}))
+    else:
+        print(table(["artifact", "proved", "note"], [[str(value) for value in row.values()] for row in rows]))
+        for problem in problems:
+            print(f"problem: {problem}")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""config.pbtxt says what the artifact is, in words that Triton's own schema accepts."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import toys
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as schema
+
+from export.triton_config import Word, ensemble_config, model_config, render, step_config
+from runtimes.artifact import Artifact
+from runtimes.errors import ArtifactError
+
+
+def parsed(text: str) -> schema.ModelConfig:
+    return text_format.Parse(text, schema.ModelConfig())
+
+
+@pytest.fixture
+def doubling(tmp_path: Path) -> Artifact:
+    return toys.make(tmp_path, toys.DOUBLING)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Artifact:
+    return toys.make(tmp_path, toys.RUNNING)
+
+
+def test_a_stateless_model_is_batched_and_warmed_up(doubling: Artifact) -> None:
+    config = parsed(model_config(doubling, "onnxruntime"))
+    assert (config.name, config.backend, config.max_batch_size) == ("doubling_onnx", "onnxruntime", 8)
+    assert [(each.name, list(each.dims)) for each in config.input] == [("x", [-1, 3])]
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.HasField("default_queue_policy")  # makes Triton 2.51 stall for 500 ms
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 8]
+    assert list(config.model_warmup[0].inputs["x"].dims) == [4, 3]  # no -1: time at its opt
+    assert not config.HasField("sequence_batching")
+
+
+def test_one_number_per_row_is_reshaped(doubling: Artifact) -> None:
+    total = parsed(model_config(doubling, "onnxruntime")).output[1]
+    assert (total.name, list(total.dims), total.HasField("reshape"), list(total.reshape.shape)) == (
+        "total",
+        [1],
+        True,
+        [],
+    )
+
+
+def test_the_state_of_a_recurrent_model_is_kept_by_triton_and_seen_by_nobody(running: Artifact) -> None:
+    config = parsed(model_config(running, "onnxruntime"))
+    assert ([each.name for each in config.input], [each.name for each in config.output]) == (["x"], ["y"])
+    (state,) = config.sequence_batching.state
+    assert (state.input_name, state.output_name, list(state.dims)) == ("h", "h_next", [3])
+    assert state.initial_state[0].zero_data
+    assert not config.sequence_batching.control_input  # a declared control must be an input of the graph
+    assert not config.model_warmup
+    assert not config.HasField("dynamic_batching")
+
+
+def test_a_tensorrt_engine_runs_on_the_gpu(doubling: Artifact) -> None:
+    config = parsed(model_config(doubling, "tensorrt"))
+    assert (config.platform, config.backend) == ("tensorrt_plan", "")
+    assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+
+
+def test_an_onnx_model_runs_where_it_was_built_for(doubling: Artifact) -> None:
+    for_gpu = dataclasses.replace(doubling, built_with={"gpu": "sm_90"})
+    assert parsed(model_config(doubling, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
+    assert parsed(model_config(for_gpu, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+
+
+def test_vllm_completes_its_own_config(doubling: Artifact) -> None:
+    config = parsed(model_config(doubling, "vllm"))
+    assert (config.backend, len(config.input)) == ("vllm", 0)
+
+
+def test_a_backend_that_triton_lacks_is_refused(doubling: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"expected a Triton backend of onnxruntime.*found 'torch'"):
+        model_config(doubling, "torch")
+
+
+def test_the_ensemble_leads_from_request_to_answer(running: Artifact) -> None:
+    ensemble = parsed(ensemble_config(running))
+    steps = ensemble.ensemble_scheduling.step
+    assert [step.model_name for step in steps] == ["running_encode", "running_onnx", "running_decode"]
+    assert dict(steps[1].input_map) == {"x": "x"}  # not the state
+    assert (ensemble.input[0].name, ensemble.output[0].name) == ("request", "answer")
+
+
+@pytest.mark.parametrize("step", ["encode", "decode"])
+def test_a_step_knows_which_one_it_is(doubling: Artifact, step: str) -> None:
+    config = parsed(step_config(doubling, step))
+    assert (config.name, config.backend) == (f"doubling_{step}", "python")
+    assert config.parameters["step"].string_value == step
+
+
+def test_text_is_quoted_and_words_are_not() -> None:
+    assert (
+        render({"name": 'a "b"', "kind": Word("KIND_CPU"), "on": True})
+        == 'name: "a \\"b\\""\nkind: KIND_CPU\non: true\n'
+    )
