@@ -113,7 +113,8 @@ class Trainee(nn.Module):
             zeros = self.signature.zero_state(batch)
             return tuple(torch.from_numpy(array).to(frames_BTF.device) for array in zeros.values())
         rows = carried_B.to(frames_BTF.device)
-        return tuple(tensor * rows.view(-1, *[1] * (tensor.ndim - 1)) for tensor in self.state)
+        # Chosen and not multiplied: infinity times zero would hand a diverged row on to the game that follows it.
+        return tuple(torch.where(rows.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0) for tensor in self.state)
 
 
 def split_outputs(outputs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
