@@ -76,7 +76,7 @@ def train(
         module,
         preset=preset,
         config=recipe.config,
-        step=trainer.state.global_step,
+        step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step,
         metrics=evaluation.metrics,
         probe=recipe.probe(),
     )
