@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from runtimes.errors import InputError
 from runtimes.melee import BUTTONS, HEADS
@@ -98,10 +99,19 @@ class Trainee(nn.Module):
         self.policy, self.training_settings = policy, training
         self.signature = signature(config)
         self.state: tuple[Tensor, ...] | None = None
+        self.checkpointing = False
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Called by the Trainer: from now on a window's activations are made again instead of kept."""
+        self.checkpointing = True
 
     def forward(self, frames: Tensor, labels: Tensor, carried: Tensor) -> dict[str, Tensor]:
         state = self._state_for(frames, carried)
-        logits, after = split_outputs(self.policy(frames, *state))
+        if self.checkpointing and self.training:
+            outputs = checkpoint(self.policy, frames, *state, use_reentrant=False)
+        else:
+            outputs = self.policy(frames, *state)
+        logits, after = split_outputs(outputs)
         if self.training:
             self.state = tuple(tensor.detach() for tensor in after)
         return {"loss": policy_loss(logits, labels, self.training_settings)}
