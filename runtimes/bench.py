@@ -121,9 +121,12 @@ def _measure_group(
             except EngineError as error:
                 workers.append(str(error))
         for _ in range(rounds):
-            for worker in workers:
+            for i, worker in enumerate(workers):
                 if isinstance(worker, Worker):
-                    worker.measure_block(seconds)
+                    try:
+                        worker.measure_block(seconds)
+                    except EngineError as error:
+                        workers[i] = str(error)
         for subject, worker in zip(group, workers, strict=True):
             yield row(subject, sizes, worker.measurement if isinstance(worker, Worker) else worker)
     finally:
