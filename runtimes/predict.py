@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not arguments.input:
             raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-        request = json.load(sys.stdin) if str(arguments.input) == "-" else read_json(arguments.input)
+        request = read_json(Path("/dev/stdin") if str(arguments.input) == "-" else arguments.input)
         answers = pipeline.decode(runtime.fresh(pipeline.encode([request])))
         print(json.dumps(answers[0], ensure_ascii=False))
     return 0
