@@ -23,6 +23,9 @@ def command(main: Main) -> Main:
         except SlipwayError as error:
             print(f"error: {one_line(error, 2000)}", file=sys.stderr)
             return error.exit_status
+        except OSError as error:  # a full disk, a folder that may not be written to
+            print(f"error: {one_line(error, 2000)}", file=sys.stderr)
+            return SlipwayError.exit_status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
