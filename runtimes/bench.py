@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print one table, and with --out keep every sample."""
     arguments = _parser().parse_args(argv)
     if arguments.rounds < 1 or not arguments.seconds >= 0:
-        raise InputError(f"expected 1 or more rounds of 0 or more seconds, found {arguments.rounds}, {arguments.seconds}")
+        raise InputError(
+            f"expected 1 or more rounds of 0 or more seconds, found {arguments.rounds}, {arguments.seconds}"
+        )
     if arguments.out:
         existing_folder(arguments.out.absolute().parent, "room for the results")
     repository = existing_folder(arguments.repository, "published artifacts")
