@@ -68,7 +68,14 @@ def is_first_process() -> bool:
 
 def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
     from torch.utils.data import SequentialSampler
-    from transformers import EarlyStoppingCallback, Trainer
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+
+    class Tell(TrainerCallback):
+        """What the Trainer logs goes to stderr; its own printer uses stdout, where the result goes."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if state.is_world_process_zero:
+                print(" ".join(f"{name}={value}" for name, value in (logs or {}).items()), file=sys.stderr)
 
     class InOrder(Trainer):
         """The datasets order their own rows (a permutation by formula), so samplers only count."""
@@ -80,14 +87,16 @@ def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
     train_data, valid_data = recipe.datasets(arguments.train_batch_size * arguments.world_size)
     patience = recipe.training["patience"]
     callbacks: list[Any] = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
-    return InOrder(
+    trainer = InOrder(
         model=recipe.trainee(module),
         args=arguments,
         train_dataset=train_data,
         eval_dataset=valid_data,
         data_collator=recipe.collate,
-        callbacks=callbacks,
+        callbacks=[*callbacks, Tell()],
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _arguments(training: Config, states: Path, keep: bool) -> Any:

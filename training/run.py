@@ -43,6 +43,7 @@ def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Co
     chosen = spec.preset(preset)
     defaults = {**COMMON, **chosen.training}
     known = chosen.config.keys() | defaults.keys()
+    known -= set(spec.fixed)
     for name in changes.keys() - known:
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
     config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})

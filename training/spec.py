@@ -56,6 +56,7 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
+    fixed        what of the config makes the model what its name says, and cannot be set
     """
 
     name: str
@@ -69,6 +70,7 @@ class ModelSpec:
     recipe: Callable[[], type["Recipe"]]
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
 
     def preset(self, name: str) -> Preset:
         """The preset; `InputError` names those there are."""

@@ -196,6 +196,7 @@ def _spec(backbone: str) -> ModelSpec:
         },
         recipe=recipe,
         skips={"vllm": "not a decoder language model"},
+        fixed=("backbone",),
     )
 
 
