@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from export import parity
 from export.key import artifact_key, library_versions
-from export.repository import drafting, newest, publish, publish_ensemble
+from export.repository import drafting, publish, publish_ensemble
 from export.source import Source
 from export.target import Built, Target
 from runtimes import plugins
@@ -21,6 +21,7 @@ from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.repository import newest
 from training.checkpoint import Checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 
@@ -140,30 +141,37 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -
     """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
     source = Source(cell.spec, checkpoint)
     with drafting(repository) as draft:
-        if checkpoint.assets.is_dir():
-            shutil.copytree(checkpoint.assets, draft / ASSETS)
-        built = cell.target.convert(source, cell.precision, draft)
-        artifact = Artifact(
-            model=cell.spec.name,
-            target=cell.target.name,
-            runtime=cell.target.runtime,
-            precision=cell.precision,
-            pipeline=cell.spec.pipeline,
-            config=dict(checkpoint.config),
-            signature=source.signature,
-            files=digests(draft),
-            built_with={**library_versions(cell.target.packages), **built.built_with},
-            checkpoint=checkpoint.digest,
-            key=key,
-            facts=replace(UNTOUCHED, built=True),
-            note=built.idle or "",
-        )
-        artifact.save(draft)
+        artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
         folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
     if built.served and artifact.proved and cell.precision == cell.target.precisions[0]:
         publish_ensemble(artifact, repository)
     return artifact, folder
+
+
+def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact, Built]:
+    """The artifact that the empty folder `draft` now holds, built and not yet proved."""
+    checkpoint = source.checkpoint
+    if checkpoint.assets.is_dir():
+        shutil.copytree(checkpoint.assets, draft / ASSETS)
+    built = cell.target.convert(source, cell.precision, draft)
+    artifact = Artifact(
+        model=cell.spec.name,
+        target=cell.target.name,
+        runtime=cell.target.runtime,
+        precision=cell.precision,
+        pipeline=cell.spec.pipeline,
+        config=dict(checkpoint.config),
+        signature=source.signature,
+        files=digests(draft),
+        built_with={**library_versions(cell.target.packages), **built.built_with},
+        checkpoint=checkpoint.digest,
+        key=key,
+        facts=replace(UNTOUCHED, built=True),
+        note=built.idle or "",
+    )
+    artifact.save(draft)
+    return artifact, built
 
 
 def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:

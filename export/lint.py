@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from export.repository import CONFIG, STEP_FILE, pipeline_files, versions
+from export.repository import CONFIG, pipeline_files
 from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, dims
 from runtimes import plugins
 from runtimes.artifact import MANIFEST, Artifact, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
+from runtimes.repository import STEP_FILE, versions
 from runtimes.tensors import BATCH, TensorSpec
 
 PLATFORMS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # older names of backends

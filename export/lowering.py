@@ -1,5 +1,6 @@
 """Steps that targets share: from a traced program to a checked ONNX file whose dynamic axes have their names."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
     import torch
 
     onnx = require("onnx", extra="export")
+    # It tells at every export that torchvision is missing.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     program = source.program(form, precision)
     signature = source.signature
     with torch.no_grad(), warnings.catch_warnings():

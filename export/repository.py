@@ -1,12 +1,7 @@
 """The Triton model repository: publishes artifacts so that whoever looks at it, at any time, sees whole models only.
 
-    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves
-    .model_repository/unserved/NAME/{1/, 2/}         artifacts that are kept, but that no Triton here can serve
-    .model_repository/{drafts/, staging/}            work in progress
-
-The second folder lies beside the first and not in it, because Triton takes every folder in a repository for a model,
-also one whose name begins with a dot, and does not start when it is none. Both must be on one file system: a version
-appears by one rename.
+Work in progress lies in the folder beside the repository (see runtimes.repository), in `drafts/` and `staging/`. The
+two must be on one file system: a version appears by one rename.
 """
 
 import fcntl
@@ -19,15 +14,15 @@ from pathlib import Path
 
 import runtimes
 from export.triton_config import STEPS, ensemble_config, model_config, step_config
-from runtimes.artifact import MANIFEST, Artifact, sha256_file
+from runtimes.artifact import ASSETS, MANIFEST, Artifact, sha256_file
 from runtimes.errors import ArtifactError, one_line
+from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
 
 CONFIG = "config.pbtxt"
-STEP_FILE = "model.py"
 STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
 VERSIONS_KEPT = 2
-# A step needs what its pipeline reads, such as a tokenizer, and not what an engine runs.
-WEIGHTS = (".onnx", ".data", ".xml", ".bin", ".plan", ".pt2", ".safetensors")
+# Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
+NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
 
 def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool = True) -> Path:
@@ -39,12 +34,12 @@ def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool =
     artifact.verify_files(draft)
     config = model_config(artifact, artifact.runtime) if served else None
     with _publishing(artifact.name, repository) as staging:
-        model = _home(repository, served) / artifact.name
-        number = max(map(number_of, _all_versions(repository, artifact.name)), default=0) + 1
+        model = home_of(repository, served) / artifact.name
+        number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
-            _discard(versions(_home(repository, False) / artifact.name), staging)
+            _discard(versions(home_of(repository, False) / artifact.name), staging)
         return published
 
 
@@ -68,7 +63,7 @@ def publish_ensemble(artifact: Artifact, repository: Path) -> None:
 @contextmanager
 def drafting(repository: Path) -> Iterator[Path]:
     """A new folder to make an artifact in, fit for `publish`; whatever is left of it at the end is removed."""
-    drafts = _aside(repository) / "drafts"
+    drafts = beside(repository) / "drafts"
     drafts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with _locked(drafts):  # nobody sweeps a draft between its making and its locking
@@ -81,57 +76,15 @@ def drafting(repository: Path) -> Iterator[Path]:
         yield draft
 
 
-def newest(repository: Path, name: str) -> Path | None:
-    """The newest version folder of a published artifact, served or not."""
-    return max(_all_versions(repository, name), key=number_of, default=None)
-
-
-def published(repository: Path) -> list[Path]:
-    """The newest version folder of every published artifact, served or not, sorted by name."""
-    homes = [home for home in (_home(repository, True), _home(repository, False)) if home.is_dir()]
-    names = sorted({model.name for home in homes for model in home.iterdir()})
-    folders = (newest(repository, name) for name in names)
-    return [folder for folder in folders if folder and holds_artifact(folder)]
-
-
-def versions(model: Path) -> list[Path]:
-    """The version folders of a model, oldest first."""
-    if not model.is_dir():
-        return []
-    return sorted((folder for folder in model.iterdir() if folder.name.isdecimal()), key=number_of)
-
-
-def number_of(version: Path) -> int:
-    return int(version.name)
-
-
 def pipeline_files(artifact: Artifact) -> list[str]:
-    """The files of an artifact that its pipeline may read."""
-    return [name for name in artifact.files if not name.endswith(WEIGHTS)]
-
-
-def holds_artifact(version: Path) -> bool:
-    """False for the steps of an ensemble, which have a manifest too: that of the artifact they were made for."""
-    return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
-
-
-def _aside(repository: Path) -> Path:
-    repository = repository.absolute()
-    return repository.with_name(f".{repository.name}")
-
-
-def _home(repository: Path, served: bool) -> Path:
-    return repository if served else _aside(repository) / "unserved"
-
-
-def _all_versions(repository: Path, name: str) -> list[Path]:
-    return [*versions(_home(repository, True) / name), *versions(_home(repository, False) / name)]
+    """The files of an artifact that its pipeline may read: what a step needs, without the weights."""
+    return [name for name in artifact.files if name.startswith(f"{ASSETS}/")]
 
 
 @contextmanager
 def _publishing(name: str, repository: Path) -> Iterator[Path]:
     """An empty folder for staging, with no other publisher at work; a refusal of the disk is an `ArtifactError`."""
-    staging = _aside(repository) / "staging"
+    staging = beside(repository) / "staging"
     try:
         repository.mkdir(parents=True, exist_ok=True)
         staging.parent.mkdir(exist_ok=True)
@@ -174,7 +127,7 @@ def _install(draft: Path, model: Path, number: int, config: str | None, staging:
         with _config_replaced(model, config, staging):
             draft.rename(version)
     else:
-        whole = staging / model.name
+        whole = staging / f"{model.name}.whole"
         whole.mkdir()
         if config is not None:
             (whole / CONFIG).write_text(config)
@@ -201,7 +154,7 @@ def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> No
 @contextmanager
 def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator[None]:
     """`model` has this config, untouched if it is the same, and has the old one again if the disk then refuses."""
-    path, new, old = model / CONFIG, staging / CONFIG, staging / f"{CONFIG}.old"
+    path, new, old = model / CONFIG, staging / f"{model.name}.new", staging / f"{model.name}.old"
     if config is None or (path.is_file() and path.read_text() == config):
         yield
         return
@@ -225,12 +178,12 @@ def _draft_step(version: Path, draft: Path) -> Path:
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
     shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
+    (draft / "__pycache__").write_text(NO_BYTECODE)
     return draft
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "__pycache__")
-    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in files}
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in folder.rglob("*") if path.is_file()}
 
 
 def _discard(folders: list[Path], staging: Path) -> None:

@@ -62,7 +62,10 @@ class Runtime(ABC):
         name = self.signature.free_inputs[0].name
         if name not in feeds:
             raise InputError(f"expected input '{name}', found {', '.join(sorted(feeds)) or 'none'}")
-        return self.run({**feeds, **self.signature.zero_state(len(feeds[name]))})
+        shape = getattr(feeds[name], "shape", ())
+        if not shape:
+            raise InputError(f"input '{name}': expected an array with rows, found {type(feeds[name]).__name__}")
+        return self.run({**feeds, **self.signature.zero_state(shape[0])})
 
     def __enter__(self: Opened) -> Opened:
         self.open()

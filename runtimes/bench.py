@@ -39,6 +39,12 @@ class Subject:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print one table, and with --out keep every sample."""
     arguments = _parser().parse_args(argv)
+    if arguments.rounds < 1 or not arguments.seconds >= 0:
+        raise InputError(
+            f"expected 1 or more rounds of 0 or more seconds, found {arguments.rounds}, {arguments.seconds}"
+        )
+    if arguments.out:
+        existing_folder(arguments.out.absolute().parent, "room for the results")
     repository = existing_folder(arguments.repository, "published artifacts")
     options = {"device": arguments.device, "threads": arguments.threads}
     subjects = list(choose(repository, arguments.model, arguments.target, options))
@@ -121,9 +127,12 @@ def _measure_group(
             except EngineError as error:
                 workers.append(str(error))
         for _ in range(rounds):
-            for worker in workers:
+            for i, worker in enumerate(workers):
                 if isinstance(worker, Worker):
-                    worker.measure_block(seconds)
+                    try:
+                        worker.measure_block(seconds)
+                    except EngineError as error:
+                        workers[i] = str(error)
         for subject, worker in zip(group, workers, strict=True):
             yield row(subject, sizes, worker.measurement if isinstance(worker, Worker) else worker)
     finally:
@@ -179,7 +188,7 @@ def row_table(rows: Sequence[Mapping[str, Any]]) -> str:
                 *times,
                 f"{r['rows_per_s']:.0f}",
                 f"{r['memory_bytes'] / 1e6:.0f}",
-                f"{base / r['p50_s']:.2f}" if base else "-",
+                f"{base / r['p50_s']:.2f}" if base and r["p50_s"] else "-",
                 f"{r['agreement']:.3f}" if r["agreement"] is not None else "-",
                 "" if r["stable"] else "unstable",
             )

@@ -23,6 +23,9 @@ def command(main: Main) -> Main:
         except SlipwayError as error:
             print(f"error: {one_line(error, 2000)}", file=sys.stderr)
             return error.exit_status
+        except OSError as error:  # a full disk, a folder that may not be written to
+            print(f"error: {one_line(error, 2000)}", file=sys.stderr)
+            return SlipwayError.exit_status
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return INTERRUPTED
@@ -74,15 +77,23 @@ def existing_folder(path: str | Path, purpose: str) -> Path:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows in aligned columns; cells that look like numbers stand on the right."""
+    """Rows in aligned columns; numbers stand on the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     lines = ["  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip()]
     lines.append("  ".join("-" * width for width in widths))
     for row in cells:
         aligned = (
-            cell.rjust(width) if cell[:1].isdigit() else cell.ljust(width)
+            cell.rjust(width) if _is_number(cell) else cell.ljust(width)
             for cell, width in zip(row, widths, strict=True)
         )
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True

@@ -81,7 +81,10 @@ def prepare(runtime: Runtime, sizes: Mapping[str, int]) -> Callable[[], Any]:
 
 
 class Worker:
-    """A child process that holds one open engine; `measure_block` lets it run while the others wait."""
+    """A child process that holds one open engine; `measure_block` lets it run while the others wait.
+
+    `EngineError` when the engine cannot open, answers too late or dies; the process is gone then.
+    """
 
     def __init__(self, root: Path, sizes: Mapping[str, int], options: Mapping[str, Any]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -93,7 +96,10 @@ class Worker:
 
     def measure_block(self, seconds: float) -> None:
         """Add one block of samples that takes about this long, and the memory at its end."""
-        self._pipe.send(seconds)
+        try:
+            self._pipe.send(seconds)
+        except OSError as error:
+            raise self._died() from error
         block, self.measurement.memory_bytes = self._receive(START_TIMEOUT_S + seconds)
         self.measurement.latency_s.append(block)
 
@@ -104,15 +110,22 @@ class Worker:
     def _receive(self, timeout_s: float) -> Any:
         try:
             if not self._pipe.poll(timeout_s):
-                raise EngineError(f"expected an answer within {timeout_s:.0f} s, found none")
+                self.close()
+                raise EngineError(f"expected an answer within {timeout_s:g} s, found none")
             answer = self._pipe.recv()
-        except EOFError as error:
-            self._process.join(1)
-            raise EngineError(f"the engine's process died with status {self._process.exitcode}") from error
+        except (EOFError, ConnectionError) as error:
+            raise self._died() from error
         if isinstance(answer, str):
             self.close()
             raise EngineError(answer)
         return answer
+
+    def _died(self) -> EngineError:
+        """The error for a process that is gone; it is waited for, so that no zombie stays."""
+        self._process.join(1)
+        status = self._process.exitcode
+        self.close()
+        return EngineError(f"the engine's process died with status {status}")
 
 
 def _serve(pipe: Connection, root: Path, sizes: dict[str, int], options: dict[str, Any]) -> None:

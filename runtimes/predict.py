@@ -8,7 +8,7 @@ from typing import Any
 from runtimes.artifact import artifact_name, read_json
 from runtimes.base import open_runtime
 from runtimes.command import command, parser
-from runtimes.errors import InputError
+from runtimes.errors import InputError, one_line
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import find
 
@@ -26,10 +26,18 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not arguments.input:
             raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-        request = json.load(sys.stdin) if str(arguments.input) == "-" else read_json(arguments.input)
-        answers = pipeline.decode(runtime.fresh(pipeline.encode([request])))
+        answers = pipeline.decode(runtime.fresh(pipeline.encode([_request(arguments.input)])))
         print(json.dumps(answers[0], ensure_ascii=False))
     return 0
+
+
+def _request(path: Path) -> Any:
+    if str(path) != "-":
+        return read_json(path)
+    try:
+        return json.load(sys.stdin)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise InputError(f"standard input: expected JSON in UTF-8, found {one_line(error)}") from error
 
 
 def _parser() -> Any:

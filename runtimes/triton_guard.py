@@ -31,6 +31,8 @@ def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> in
         for region in SHARED_MEMORY.glob(f"{shared_memory_prefix}*"):
             region.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
+    if server.returncode < 0:  # Triton 2.51 can crash when one model fails to load while others still do
+        print(f"error: the server was ended by {signal.Signals(-server.returncode).name}", flush=True)
     return server.returncode
 
 

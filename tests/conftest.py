@@ -31,10 +31,11 @@ class Toy(nn.Module):
         self.base = nn.Linear(3, config["width"]).requires_grad_(False)
         self.base.load_state_dict(load_file(config["base"]))
         self.base_scale = nn.Parameter(torch.ones(config["width"]))  # trained, though its name begins like the base's
+        self.gain = nn.Parameter(torch.tensor(1.5))
         self.head = nn.Linear(config["width"], 2)
 
     def forward(self, numbers):
-        return (self.head(torch.tanh(self.base(numbers)) * self.base_scale),)
+        return (self.head(torch.tanh(self.base(numbers)) * self.base_scale) * self.gain,)
 
 
 def signature(config):

@@ -278,12 +278,14 @@ def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing
 
 
 def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(source: Source) -> None:
-    feeds = source.feeds(np.random.default_rng(0), {"batch": 2, "time": 5})
+    feeds = source.feeds(np.random.default_rng(0), {"batch": 8, "time": 30})
     want = source.answer(feeds)
     got = {**want, "main_x": want["main_x"][..., ::-1]}
     checks = source.spec.agreement(got, want, source.spec.tolerance["fp32"])
     assert not checks["same_main_x"].passed
+    assert not checks["clear_main_x"].passed
     assert checks["same_main_y"].passed
+    assert checks["clear_main_y"].passed
 
 
 def test_every_dynamic_axis_is_proved_at_its_bounds(source: Source) -> None:

@@ -14,10 +14,11 @@ import toys
 
 import runtimes.pipelines
 from export.lint import lint
-from export.repository import drafting, newest, publish, publish_ensemble, published
+from export.repository import drafting, publish, publish_ensemble
 from runtimes.artifact import Artifact, read_json, write_json
 from runtimes.errors import ArtifactError
-from runtimes.tensors import Signature
+from runtimes.repository import newest, published
+from runtimes.tensors import Axis, Signature
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +57,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int] | None]:
 def test_a_published_model_is_whole_and_nothing_else_lies_in_the_repository(repository: Path) -> None:
     version = publish_toy(repository)
     assert version == repository / "doubling_onnx" / "1"
-    assert sorted(path.name for path in version.iterdir()) == ["artifact.json", "model.onnx", "unit.json"]
+    assert sorted(path.name for path in version.iterdir()) == ["artifact.json", "assets", "model.onnx"]
     assert [path.name for path in repository.iterdir()] == ["doubling_onnx"]
     Artifact.load(version).verify_files(version)
 
@@ -70,9 +71,9 @@ def test_the_two_newest_versions_are_kept(repository: Path) -> None:
 
 def test_an_unchanged_config_is_not_touched(repository: Path) -> None:
     publish_toy(repository)
-    before = (repository / "doubling_onnx" / "config.pbtxt").stat()
+    before = (repository / "doubling_onnx" / "config.pbtxt").stat().st_ino
     publish_toy(repository, key="other")
-    assert (repository / "doubling_onnx" / "config.pbtxt").stat() == before
+    assert (repository / "doubling_onnx" / "config.pbtxt").stat().st_ino == before
 
 
 def test_an_artifact_that_is_not_served_is_found_but_not_in_the_repository(repository: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_killed_publisher_leaves_no_trace_once_the_next_has_come(repository: P
 def test_an_unchanged_ensemble_is_not_written_again(repository: Path) -> None:
     publish_all(repository)
     before = snapshot(repository)
-    assert {"running/1", "running_encode/1/model.py", "running_decode/1/unit.json"} <= before.keys()
+    assert {"running/1", "running_encode/1/model.py", "running_decode/1/assets/unit.json"} <= before.keys()
     assert "running_encode/1/model.onnx" not in before  # a step needs what the pipeline reads, not the weights
     publish_ensemble(Artifact.load(repository / "running_onnx" / "1"), repository)
     assert snapshot(repository) == before
@@ -181,6 +182,15 @@ def test_the_steps_follow_a_new_artifact(repository: Path) -> None:
     assert Artifact.load(repository / "running_encode" / "2").key == "other"
     assert (repository / "running" / "1").exists()
     assert not (repository / "running" / "2").exists()
+
+
+@pytest.mark.usefixtures("with_pipeline")
+def test_every_config_follows_a_new_signature(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    smaller = (Axis(name="batch", min=1, opt=2, max=4), toys.AXES[1])
+    publish_all(repository, Signature(inputs=(toys.X,), outputs=(toys.Y, toys.TOTAL), axes=smaller), key="smaller")
+    assert lint(repository) == []
+    assert all("max_batch_size: 4" in path.read_text() for path in repository.glob("*/config.pbtxt"))
 
 
 def test_an_ensemble_needs_a_served_artifact(repository: Path, tmp_path: Path) -> None:
@@ -242,7 +252,7 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no version": (lambda repository: (repository / "running" / "1").rmdir(), "running: expected a version folder"),
     "step": (edit(ENCODE, '"encode"', '"encde"'), "expected parameter step of encode, decode, found 'encde'"),
     "program": (remove("running_encode/1/model.py"), "running_encode: version 1: expected model.py, found none"),
-    "asset": (remove("running_decode/1/unit.json"), "unit.json: expected this file, found none"),
+    "asset": (remove("running_decode/1/assets/unit.json"), "unit.json: expected this file, found none"),
     "pipeline": (edit("running_decode/1/artifact.json", '"toy"', '"toi"'), "found 'toi'"),
     "old steps": (another_key, "expected steps made for one artifact, found 2 keys; publish the ensemble again"),
     "map": (edit(ENSEMBLE, 'value: "y"', 'value: "why"'), "step 'running_decode': input 'y': expected TYPE_FP32"),

@@ -1,14 +1,6 @@
 """What a real Triton serves is what the artifacts say, over both protocols, and nothing of it stays behind."""
 
-import contextlib
 import json
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,25 +14,17 @@ import tritonclient.http
 from tritonclient.utils import InferenceServerException
 
 from export.repository import drafting, publish, publish_ensemble
-from runtimes import serve
 from runtimes.artifact import Artifact
 from runtimes.base import Runtime, open_runtime
-from runtimes.errors import EngineError, InputError, MissingPackage
+from runtimes.errors import EngineError, InputError
 from runtimes.tensors import Signature
-from runtimes.triton_server import TritonServer, choose_ports, find_bundle
+from runtimes.triton_server import TritonServer
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {"grpc": tritonclient.grpc, "http": tritonclient.http}
 
 
-def missing_server() -> str:
-    try:
-        return "" if shutil.which("tritonserver") else find_bundle() and ""
-    except MissingPackage as error:
-        return str(error)
-
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing_server()), reason=missing_server())]
+pytestmark = toys.needs_server()
 
 
 def publish_toy(repository: Path, signature: Signature, **changes: object) -> Path:
@@ -265,11 +249,19 @@ def test_a_server_that_is_not_there_is_named(repository: Path, protocol: str) ->
         open_runtime(repository / "running_onnx" / "1", engine="triton", url="127.0.0.1:1", protocol=protocol).open()
 
 
+def test_serving_writes_nothing_into_the_repository_and_loads_nothing_twice(
+    server: TritonServer, repository: Path
+) -> None:
+    assert not list(repository.rglob("*.pyc"))
+    log = server.log_tail(10_000)
+    assert log.count('"loading: doubling_encode:1"') == log.count('"loading: running_onnx:1"') == 1
+
+
 def test_what_is_published_is_served_soon_and_without_a_gap(server: TritonServer, repository: Path) -> None:
     client = tritonclient.grpc.InferenceServerClient(server.grpc_url)
     given = inputs("grpc", x=np.ones((1, 1, toys.WIDTH), np.float32))
     publish_toy(repository, toys.DOUBLING, model="changing", factor=2.0)
-    wait_for(lambda: client.is_model_ready("changing"))
+    toys.wait_for(lambda: client.is_model_ready("changing"))
     publish_toy(repository, toys.DOUBLING, model="changing", factor=5.0, key="five")
     seen = set()
 
@@ -277,133 +269,5 @@ def test_what_is_published_is_served_soon_and_without_a_gap(server: TritonServer
         seen.add(float(client.infer("changing_onnx", given).as_numpy("y")[0, 0, 0]))  # must never fail
         return 5.0 in seen
 
-    wait_for(five_is_served)
+    toys.wait_for(five_is_served)
     assert seen == {2.0, 5.0}
-
-
-def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
-    end = time.monotonic() + timeout_s
-    while not happened():
-        assert time.monotonic() < end, f"expected this within {timeout_s} s"
-        time.sleep(0.02)
-
-
-def left_behind(needle: str) -> list[str]:
-    """Processes whose command line names `needle`, and shared memory and temporary folders so named."""
-    lines = (path.read_bytes().replace(b"\0", b" ").decode(errors="replace") for path in command_lines())
-    files = (path.name for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).iterdir())
-    return [line for line in (*lines, *files) if needle in line]
-
-
-def command_lines() -> Iterator[Path]:
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            (folder / "cmdline").read_bytes()
-            yield folder / "cmdline"
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    """A repository with one model, and no pipeline."""
-    repository = tmp_path / "model_repository"
-    with drafting(repository) as draft:
-        publish(draft, toys.make(draft, toys.DOUBLING), repository)
-    return repository
-
-
-def test_nothing_is_left_of_a_server_that_was_closed(small: Path) -> None:
-    with TritonServer(small) as server:
-        assert server.folder
-        name = server.folder.name
-        assert left_behind(name)
-        assert [model["state"] for model in server.index()] == ["READY"]
-    assert left_behind(name) == []
-    assert "Started HTTPService" in server.log_tail(100)
-
-
-PARENT = """
-import os, pathlib, sys
-sys.path.insert(0, {root!r})
-from runtimes.triton_server import TritonServer
-with TritonServer(pathlib.Path({repository!r})) as server:
-    print(server.folder.name, flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_nothing_is_left_of_a_server_whose_parent_was_killed(small: Path) -> None:
-    program = PARENT.format(root=str(ROOT), repository=str(small))
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        assert parent.stdout
-        name = parent.stdout.readline().decode().strip()
-        assert left_behind(name)
-        parent.kill()
-    wait_for(lambda: not left_behind(name))
-
-
-def test_a_model_that_does_not_load_fails_the_start_with_its_reason(small: Path) -> None:
-    (small / "doubling_onnx" / "1" / "model.onnx").write_bytes(b"not a model")
-    server = TritonServer(small)
-    with pytest.raises(EngineError, match=r"doubling_onnx.*model\.onnx: expected sha256 .* found .*make it again"):
-        server.__enter__()
-    assert server.folder
-    assert left_behind(server.folder.name) == []
-
-
-def test_without_strictness_the_other_models_are_served(small: Path) -> None:
-    (small / "broken" / "1").mkdir(parents=True)
-    with TritonServer(small, strict=False) as server:
-        states = {model["name"]: model.get("state") for model in server.index()}
-    assert states == {"broken": None, "doubling_onnx": "READY"}
-
-
-def test_only_the_models_asked_for_are_loaded(small: Path) -> None:
-    (small / "broken" / "1").mkdir(parents=True)
-    with TritonServer(small, models=["doubling_onnx"]) as server:
-        assert [model for model in server.index() if "state" in model] == [
-            {"name": "doubling_onnx", "version": "1", "state": "READY"}
-        ]
-
-
-def test_a_server_that_takes_too_long_is_stopped(small: Path) -> None:
-    server = TritonServer(small, start_timeout_s=0)
-    with pytest.raises(EngineError, match="expected Triton to be ready within 0 s"):
-        server.__enter__()
-    assert server.folder
-    assert left_behind(server.folder.name) == []
-
-
-def test_a_taken_port_is_an_error_before_anything_starts(small: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=f"expected a free port at 127.0.0.1:{port}, found .*in use"):
-            TritonServer(small, grpc_port=port).__enter__()
-
-
-def test_a_missing_server_is_an_error_that_says_how_to_get_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIPWAY_TRITON_VENV", str(small))
-    monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(MissingPackage, match=r"expected a Triton server.*run: make triton"):
-        TritonServer(small).__enter__()
-
-
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_serve_says_what_it_serves_and_stops_cleanly(small: Path, sign: signal.Signals) -> None:
-    http, grpc, metrics = choose_ports("127.0.0.1", (None, None, None))
-    ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    command = [sys.executable, "-m", "runtimes.serve", "--repository", str(small), *ports]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout
-        lines = [serving.stdout.readline().strip() for _ in range(4)]
-        serving.send_signal(sign)
-        _, errors = serving.communicate(timeout=30)
-    assert lines[0] == f"HTTP     http://127.0.0.1:{http}"
-    assert lines[3] == "doubling_onnx 1 READY"
-    assert (serving.returncode, errors) == (0, "")
-
-
-def test_serve_refuses_a_repository_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert serve.main(["--repository", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: expected models in {tmp_path}, found none; run: ")

@@ -4,15 +4,20 @@
 """
 
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
-from runtimes.artifact import Artifact, Facts, digests
+from runtimes.artifact import ASSETS, Artifact, Facts, digests
+from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
+from runtimes.triton_server import find_bundle
 
 WIDTH = 3
 AXES = (Axis(name="batch", min=1, opt=2, max=8), Axis(name="time", min=1, opt=4, max=16))
@@ -55,7 +60,8 @@ def make(folder: Path, signature: Signature, *, key: str = "key", factor: float 
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, folder / "model.onnx")
-    (folder / "unit.json").write_text('"metre"')
+    (folder / ASSETS).mkdir(exist_ok=True)
+    (folder / ASSETS / "unit.json").write_text('"metre"')
     described = {
         "model": "running" if signature.state else "doubling",
         "target": "onnx",
@@ -120,3 +126,21 @@ def checkout_with_pipeline(folder: Path) -> Path:
     shutil.copytree(source, folder / "runtimes", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "runtimes" / "pipelines" / "toy.py").write_text(PIPELINE_SOURCE)
     return folder
+
+
+def needs_server() -> list[pytest.MarkDecorator]:
+    """Marks for a test file that starts a Triton server: slow, and skipped with the reason if there is none."""
+    reason = ""
+    try:
+        if not shutil.which("tritonserver"):
+            find_bundle()
+    except MissingPackage as error:
+        reason = str(error)
+    return [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
+
+
+def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
+    end = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < end, f"expected this within {timeout_s} s"
+        time.sleep(0.02)

@@ -27,7 +27,7 @@ FORMAT = "slipway.checkpoint/1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The manifest of a trained model in `folder`.
+    """The manifest of a trained model in `folder`. It ends with its own sha256: a changed setting changes the model.
 
     `files` gives sha256 by relative path. `frozen` gives, by prefix, the source, its revision and sha256 by tensor.
     """
@@ -50,8 +50,13 @@ class Checkpoint:
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
         """The checkpoint in `folder` with every file verified; `ArtifactError` if one changed or is missing."""
+        if not folder.exists() and _old(folder).is_dir():  # a kill came between the two renames of _swap
+            folder = _old(folder)
         path = folder / MANIFEST
         data = read_manifest(path, FORMAT, "train the model again")
+        expected, found = str(data.pop("sha256", None)), sha256_json(data)
+        if expected != found:
+            raise ArtifactError(f"{path}: expected sha256 {expected[:12]}…, found {found[:12]}…; train the model again")
         try:
             checkpoint = cls(folder=folder, **data)
         except TypeError as error:
@@ -82,7 +87,7 @@ def save_checkpoint(
 ) -> Checkpoint:
     """Write the trained parameters, the probe, the assets and the manifest; the folder is complete or untouched."""
     frozen = spec.frozen(config)
-    draft = folder.with_name(folder.name + ".draft")
+    draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / ASSETS).mkdir(parents=True)
     for name, data in spec.assets(config).items():
@@ -91,7 +96,6 @@ def save_checkpoint(
     save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
     save_file({name: np.ascontiguousarray(values) for name, values in probe.items()}, draft / PROBE)
     manifest = {
-        "format": FORMAT,
         "model": spec.name,
         "preset": preset,
         "config": config,
@@ -101,7 +105,7 @@ def save_checkpoint(
         "frozen": {part.prefix: describe_frozen(part, tensors) for part in frozen},
         "trained_with": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
-    write_json(draft / MANIFEST, manifest)
+    write_json(draft / MANIFEST, {"format": FORMAT, **manifest, "sha256": sha256_json(manifest)})
     _swap(draft, folder)
     return Checkpoint.load(folder)
 
@@ -144,13 +148,13 @@ def describe_frozen(part: Frozen, tensors: Mapping[str, np.ndarray]) -> dict[str
 
 def array(tensor: "Tensor") -> np.ndarray:
     """A parameter as a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().contiguous()  # safetensors 0.8 writes a transposed array in the wrong order
     return (tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor).numpy()
 
 
 def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: Mapping[str, np.ndarray]) -> None:
     for part in frozen:
-        expected = checkpoint.frozen[part.prefix]["tensors"]
+        expected = checkpoint.frozen.get(part.prefix, {}).get("tensors", {})
         found = describe_frozen(part, own)["tensors"]
         if expected != found:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
@@ -169,11 +173,16 @@ def sha256_tensor(tensor: np.ndarray) -> str:
     return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 
 
+def _old(folder: Path) -> Path:
+    """Where the checkpoint that stood at `folder` waits while another takes its place."""
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _swap(draft: Path, folder: Path) -> None:
     """Put `draft` where `folder` is; the old one is removed only when the new one stands in its place."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     draft.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -1,14 +1,14 @@
 """Train models and write their checkpoints: python -m training.run MODEL..."""
 
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from runtimes.command import command, flags, parser, settings, table
-from runtimes.errors import InputError, require
+from runtimes.errors import InputError
 from training.checkpoint import Checkpoint, save_checkpoint
+from training.loop import COMMON, check_training, fit, is_first_process
 from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find_spec, override
 
 
@@ -21,12 +21,17 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.if_missing:
         specs = [spec for spec in specs if not (arguments.out / spec.name).is_dir()]
     runs = [(spec, *configure(spec, arguments.preset, changes)) for spec in specs]
+    if arguments.resume and not any(_has_state(arguments.work, spec) for spec in specs):
+        raise InputError(f"--resume: expected states of an earlier run in --work, found none in {arguments.work}")
     for spec, config, training in runs:
         recipe = spec.recipe()(config, training, arguments.data)
-        for line in recipe.summary():
+        for line in recipe.summary() if is_first_process() else ():
             print(f"{spec.name}: {line}", file=sys.stderr)
         folder = arguments.out / spec.name
-        checkpoint, evaluation = train(spec, recipe, arguments.preset, folder, arguments.work, arguments.resume)
+        done = train(spec, recipe, arguments.preset, folder, arguments.work, arguments.resume)
+        if done is None:
+            continue
+        checkpoint, evaluation = done
         print(f"\n{spec.name} -> {checkpoint.folder} (step {checkpoint.step}, {checkpoint.digest[:12]})")
         print(evaluation_table(evaluation))
     return 0
@@ -44,97 +49,44 @@ def choose(names: Sequence[str]) -> Iterator[ModelSpec]:
 def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Config, Config]:
     """The preset's config and training settings with the user's changes; `InputError` for a setting neither has."""
     chosen = spec.preset(preset)
-    known = chosen.config.keys() | chosen.training.keys()
+    defaults = {**COMMON, **chosen.training}
+    known = chosen.config.keys() | defaults.keys()
+    known -= set(spec.fixed)
     for name in changes.keys() - known:
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
     config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})
-    training = override(chosen.training, {name: text for name, text in changes.items() if name in chosen.training})
+    training = override(defaults, {name: text for name, text in changes.items() if name in defaults})
+    check_training(training)
     return spec.settle(config), training
 
 
 def train(
     spec: ModelSpec, recipe: Recipe, preset: str, folder: Path, work: Path | None, resume: bool
-) -> tuple[Checkpoint, Evaluation]:
-    """The checkpoint of a newly trained model, and its evaluation.
+) -> tuple[Checkpoint, Evaluation] | None:
+    """The checkpoint of a newly trained model and its evaluation; None in the further processes of torchrun.
 
-    `work` keeps the Trainer's own states, from which `resume` goes on; without it they are thrown away.
+    `work` keeps the Trainer's own states, from which `resume` goes on where there are any.
     """
-    transformers = require("transformers", extra="train")
-    transformers.set_seed(recipe.training["seed"])
-    module = spec.build(recipe.config)
-    with tempfile.TemporaryDirectory(prefix="slipway-") as temporary:
-        states = work / spec.name if work else Path(temporary)
-        trainer = _trainer(recipe, module, states, keep=work is not None)
-        trainer.train(resume_from_checkpoint=resume or None)
-    module = module.cpu().eval()
-    evaluation = recipe.evaluate(module)
+    states = work / spec.name if work else folder.with_name(f".{folder.name}.states")
+    trainer = fit(spec, recipe, states, keep=work is not None, resume=resume and _has_state(work, spec))
+    if not trainer.is_world_process_zero():
+        return None
+    evaluation = recipe.evaluate(trainer.trained)
     checkpoint = save_checkpoint(
         folder,
         spec,
-        module,
+        trainer.trained,
         preset=preset,
         config=recipe.config,
-        step=trainer.state.global_step,
+        step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step,
         metrics=evaluation.metrics,
         probe=recipe.probe(),
     )
     return checkpoint, evaluation
 
 
-def _trainer(recipe: Recipe, module: Any, states: Path, *, keep: bool) -> Any:
-    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-
-    settings_ = recipe.training
-    patience = settings_.get("patience", 0)
-    saving = "epoch" if keep or patience else "no"
-    arguments = TrainingArguments(
-        output_dir=str(states),
-        num_train_epochs=settings_["epochs"],
-        per_device_train_batch_size=settings_["batch"],
-        per_device_eval_batch_size=settings_["batch"],
-        gradient_accumulation_steps=settings_.get("accumulate", 1),
-        learning_rate=settings_["lr"],
-        weight_decay=settings_.get("weight_decay", 0.0),
-        lr_scheduler_type=settings_.get("scheduler", "cosine"),
-        warmup_steps=settings_.get("warmup", 0.05),  # a number below 1 is a share of all steps
-        max_grad_norm=settings_.get("clip", 1.0),
-        bf16=settings_.get("precision", "fp32") == "bf16",
-        fp16=settings_.get("precision", "fp32") == "fp16",
-        gradient_checkpointing=settings_.get("gradient_checkpointing", False),
-        seed=settings_["seed"],
-        eval_strategy="epoch",
-        save_strategy=saving,
-        save_total_limit=2,
-        load_best_model_at_end=bool(patience),
-        metric_for_best_model="loss",
-        prediction_loss_only=True,
-        remove_unused_columns=False,  # batches are whole tensors, not columns of a dataset
-        label_names=["labels"],
-        logging_strategy="epoch",
-        report_to=[],
-        disable_tqdm=not sys.stderr.isatty(),
-        dataloader_pin_memory=require("torch", extra="train").cuda.is_available(),
-        use_cpu=settings_.get("device", "auto") == "cpu",
-    )
-    train_data, valid_data = recipe.datasets(arguments.train_batch_size * arguments.world_size)
-    callbacks: list[Any] = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
-
-    class InOrder(Trainer):
-        """The datasets order their own rows (a permutation by formula), so samplers only count."""
-
-        def _get_train_sampler(self, *_: Any) -> Any:
-            from torch.utils.data import SequentialSampler
-
-            return SequentialSampler(train_data)
-
-    return InOrder(
-        model=recipe.trainee(module),
-        args=arguments,
-        train_dataset=train_data,
-        eval_dataset=valid_data,
-        data_collator=recipe.collate,
-        callbacks=callbacks,
-    )
+def _has_state(work: Path | None, spec: ModelSpec) -> bool:
+    return work is not None and any((work / spec.name).glob("checkpoint-*"))
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

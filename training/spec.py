@@ -1,5 +1,6 @@
 """ModelSpec: what a model is, for everyone else. Recipe: how it learns."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
+    fixed        what of the config makes the model what its name says, and cannot be set
     settle       completes a config with what follows from it, such as the width of the base it names
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
@@ -78,6 +80,7 @@ class ModelSpec:
     recipe: Callable[[], type["Recipe"]]
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
     checkpoint: str = ""
@@ -174,6 +177,9 @@ def _parse(name: str, text: str, default: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError("not finite")
+        return value
     except (ValueError, KeyError) as error:
         raise InputError(f"--set {name}: expected {kind.__name__} such as {default}, found '{text}'") from error

@@ -1,6 +1,7 @@
 """The exported program itself: what every other target is compared with, eager or compiled."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,9 @@ def tidy(program: "ExportedProgram") -> "ExportedProgram":
     """
     from training.cells import name_cells
 
-    program = name_cells(copy.deepcopy(program))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own tree specs when they are copied
+        program = name_cells(copy.deepcopy(program))
     for node in list(program.graph.nodes):
         name = str(node.target)
         if name.startswith("aten._assert"):

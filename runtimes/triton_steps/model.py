@@ -22,9 +22,9 @@ if source := os.environ.get("SLIPWAY_PATH"):
 
     sys.path.remove(source)
 
-from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError, SlipwayError, one_line
+from runtimes.pipeline import open_pipeline
 from runtimes.tensors import Tensors
 
 
@@ -36,8 +36,7 @@ class TritonPythonModel:
         step = json.loads(args["model_config"])["parameters"]["step"]["string_value"]
         try:
             artifact = Artifact.load(folder)
-            pipeline_class = plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
-            self.pipeline = pipeline_class(artifact.config, folder)
+            self.pipeline = open_pipeline(artifact, folder)
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self.signature = artifact.signature

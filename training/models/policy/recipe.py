@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from runtimes.errors import InputError
 from runtimes.melee import BUTTONS, HEADS
 from runtimes.tensors import Tensors
 from training.models.policy.data import Game, read_replays, split_by_game, synthetic_games
@@ -34,6 +36,8 @@ class PolicyRecipe(Recipe):
         else:
             games, self.skipped = read_replays(data, delay=training["delay"])
         train, self.valid = split_by_game(games, training["valid_share"], training["seed"])
+        if not self.valid:
+            raise InputError(f"valid_share: expected games to judge by, found none with {training['valid_share']}")
         self.train_games = len(train)
         self.train_labels = np.concatenate([game.labels for game in train])
         self._train = train  # until the table takes them
@@ -95,10 +99,19 @@ class Trainee(nn.Module):
         self.policy, self.training_settings = policy, training
         self.signature = signature(config)
         self.state: tuple[Tensor, ...] | None = None
+        self.checkpointing = False
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Called by the Trainer: from now on a window's activations are made again instead of kept."""
+        self.checkpointing = True
 
     def forward(self, frames: Tensor, labels: Tensor, carried: Tensor) -> dict[str, Tensor]:
         state = self._state_for(frames, carried)
-        logits, after = split_outputs(self.policy(frames, *state))
+        if self.checkpointing and self.training:
+            outputs = checkpoint(self.policy, frames, *state, use_reentrant=False)
+        else:
+            outputs = self.policy(frames, *state)
+        logits, after = split_outputs(outputs)
         if self.training:
             self.state = tuple(tensor.detach() for tensor in after)
         return {"loss": policy_loss(logits, labels, self.training_settings)}
@@ -110,7 +123,8 @@ class Trainee(nn.Module):
             zeros = self.signature.zero_state(batch)
             return tuple(torch.from_numpy(array).to(frames_BTF.device) for array in zeros.values())
         rows = carried_B.to(frames_BTF.device)
-        return tuple(tensor * rows.view(-1, *[1] * (tensor.ndim - 1)) for tensor in self.state)
+        # Chosen and not multiplied: infinity times zero would hand a diverged row on to the game that follows it.
+        return tuple(torch.where(rows.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0) for tensor in self.state)
 
 
 def split_outputs(outputs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -141,9 +155,9 @@ def stream_game(
 ) -> dict[str, Tensor]:
     """Logits [F, C] by head for a whole game in pieces, each from the state of the last or from zero."""
     zero = tuple(torch.from_numpy(array) for array in signature(config).zero_state(1).values())
-    state, parts = zero, []
+    piece, state, parts = min(piece, TIME_MAX), zero, []
     with torch.inference_mode():
-        for start in range(0, len(frames), min(piece, TIME_MAX)):
+        for start in range(0, len(frames), piece):
             part = torch.from_numpy(frames[None, start : start + piece])
             logits, state = split_outputs(module(part, *(state if carried else zero)))
             parts.append({name: values[0] for name, values in logits.items()})

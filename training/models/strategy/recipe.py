@@ -158,28 +158,24 @@ class Shuffled(Dataset[Batch]):
 
 
 class Trainee(nn.Module):
-    """The graph part with its loss, its attention computed over a list of edges by PyG (`rgat=pyg`) or densely.
-
-    With `prune` above 0 a turn's edge to the dummy is cut, from the second epoch on, where its attention was below
-    that when the sample was last seen. A discourse edge is the only one that enters its turn, so its attention is 1
-    and nothing could be cut there.
-    """
+    """The graph part with its loss, its attention computed over a list of edges by PyG (`rgat=pyg`) or densely."""
 
     def __init__(self, graph: StrategyGraph, training: Config, class_weights: Tensor) -> None:
         super().__init__()
         if training["rgat"] not in ("pyg", "dense"):
             raise InputError(f"expected rgat of pyg, dense; found '{training['rgat']}'")
         self.graph = graph
-        self.sparse = SparseLayers(list(graph.layers)) if training["rgat"] == "pyg" else None  # type: ignore[arg-type]
+        # In a list, and so not registered: their parameters are those of `graph`, which are saved once.
+        self.sparse = [SparseLayers(list(graph.layers))] if training["rgat"] == "pyg" else []  # type: ignore[arg-type]
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, labels: Tensor, rows: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-        if self.sparse is None:
-            logits = self.graph(*(inputs[name] for name in INPUTS))[0]
-        else:
+        if self.sparse:
             nodes = self.graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
-            nodes = self.sparse(nodes, typed_edges(inputs["kinds"], inputs["relations"]))
+            nodes = self.sparse[0](nodes, typed_edges(inputs["kinds"], inputs["relations"]))
             logits = self.graph.classify(nodes, inputs["context"])
+        else:
+            logits = self.graph(*(inputs[name] for name in INPUTS))[0]
         return {"loss": F.cross_entropy(logits, labels, self.class_weights)}  # type: ignore[arg-type]
 
 

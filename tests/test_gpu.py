@@ -1,0 +1,87 @@
+"""What needs an NVIDIA GPU: torch eager and compiled in every precision, the Mamba kernel, ONNX Runtime on CUDA."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export import parity
+from export.all import Cell, convert, prove
+from export.source import Source
+from export.target import Built
+from runtimes import plugins
+from runtimes.artifact import Artifact
+from runtimes.base import open_runtime
+from runtimes.device import gpu
+from training.checkpoint import Checkpoint
+from training.scan import Form, scan_form, selective_scan
+from training.spec import all_specs, find_spec
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu() is None, reason="no NVIDIA GPU here")]
+POLICIES = [name for name in sorted(all_specs()) if name.startswith("policy_")]
+
+
+def made(model: str, target: str, precision: str, checkpoints: Path, out: Path) -> tuple[Artifact, Source, Built]:
+    cell = Cell(spec=find_spec(model), target=plugins.load("export.targets", target, "TARGET"), precision=precision)
+    source = Source(cell.spec, Checkpoint.load(checkpoints / model))
+    artifact, built = convert(cell, source, "unpublished", out)
+    return artifact, source, built
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("model", POLICIES)
+def test_torch_on_cuda_says_what_the_original_says(
+    model: str, precision: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    _, source, _ = made(model, "torch", precision, checkpoints, tmp_path)
+    with open_runtime(tmp_path, device="cuda") as runtime:
+        parity.require_proof(parity.prove(runtime, source, precision))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", POLICIES)
+def test_a_compiled_step_on_cuda_says_what_the_original_says(
+    model: str, precision: str, checkpoints: Path, tmp_path: Path
+) -> None:
+    _, source, _ = made(model, "torch", precision, checkpoints, tmp_path)
+    feeds = source.feeds(np.random.default_rng(0), {"batch": 4, "time": 1})
+    with open_runtime(tmp_path, device="cuda", compiled=True) as runtime:
+        got = runtime.fresh(feeds)
+    parity.require_proof(parity.compare(source, got, source.answer(feeds), source.spec.tolerance[precision]))
+
+
+@pytest.mark.parametrize("model", POLICIES)
+def test_onnx_runtime_on_cuda_says_what_the_original_says(model: str, checkpoints: Path, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this onnxruntime has no CUDA")
+    _, source, _ = made(model, "onnx", "fp32", checkpoints, tmp_path)
+    with open_runtime(tmp_path, device="cuda") as runtime:
+        parity.require_proof(parity.prove(runtime, source, "fp16"))  # CUDA's own products are TF32
+
+
+@pytest.mark.parametrize("model", POLICIES)
+def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: Path, tmp_path: Path) -> None:
+    artifact, source, built = made(model, "tensorrt", "fp32", checkpoints, tmp_path)
+    if built.idle:
+        pytest.skip(built.idle)
+    assert prove(artifact, source, tmp_path, built).proved
+
+
+def test_the_mamba_kernel_continues_a_state() -> None:
+    pytest.importorskip("mamba_ssm")
+    torch.manual_seed(0)
+    batch, time, inner, size = 2, 50, 32, 16
+    x, step = torch.randn(batch, time, inner).cuda(), torch.rand(batch, time, inner).cuda() * 0.1
+    decay = -torch.rand(inner, size).cuda()
+    into, out = torch.randn(batch, time, size).cuda(), torch.randn(batch, time, size).cuda()
+    state = torch.randn(batch, inner, size).cuda()
+    answers = []
+    for kind in ("loop", "kernel"):
+        with scan_form(Form(kind=kind)):  # type: ignore[arg-type]
+            answers.append(selective_scan(x, step, decay, into, out, state))
+    for loop, kernel in zip(*answers, strict=True):
+        torch.testing.assert_close(loop, kernel, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,55 @@
+"""The training loop that every model shares: its settings, its processes, and what it leaves behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import training
+from training import run
+from training.checkpoint import Checkpoint
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_one_of_them_writes_it(tmp_path: Path) -> None:
+    arguments = ["policy_gru", "--games", "4", "--frames", "600", "--epochs", "1", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "training.run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parents[1])}
+    done = subprocess.run(
+        [*launcher, *arguments, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("windowed_main_x_nats") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["policy_gru"]
+    assert Checkpoint.load(tmp_path / "policy_gru").step > 0
+
+
+def test_gradient_checkpointing_and_worker_processes_change_no_result(tmp_path: Path) -> None:
+    weights = []
+    for name, more in (("plain", []), ("other", ["--gradient-checkpointing", "true", "--workers", "1"])):
+        arguments = ["policy_gru", "--games", "3", "--frames", "300", "--epochs", "1", *more]
+        assert run.main([*arguments, "--out", str(tmp_path / name)]) == 0
+        weights.append(load_file(tmp_path / name / "policy_gru" / "weights.safetensors"))
+    for parameter in weights[0]:
+        np.testing.assert_allclose(weights[0][parameter], weights[1][parameter], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [("scheduler=none", "cosine"), ("precision=fp8", "bf16"), ("device=tpu", "cpu"), ("workers=-1", "0 or more")],
+)
+def test_a_common_setting_that_cannot_be_is_refused(
+    setting: str, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["policy_gru", "--games", "3", "--frames", "300", "--set", setting, "--out", str(tmp_path)]
+    assert run.main(arguments) == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
