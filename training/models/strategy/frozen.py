@@ -81,11 +81,13 @@ def real_tokens(ids_BT: Tensor, pad: int) -> Tensor:
 
 
 def inputs(model: nn.Module, ids_BT: Tensor, real_BT: Tensor) -> dict[str, Tensor]:
-    """Ids, mask and positions: given, not computed inside by a cumulative sum, which TensorRT lacks for integers."""
+    """Ids, mask, types and positions: given, for inside they are gathered and summed up, which TensorRT is poor at."""
     config: Any = model.config
     dtype = next(model.parameters()).dtype
     mask_B11T = ((~real_BT).to(dtype) * MASKED)[:, None, None, :]
     result = {"input_ids": ids_BT, "attention_mask": mask_B11T}
+    if getattr(config, "type_vocab_size", 0):
+        result["token_type_ids"] = torch.zeros_like(ids_BT)
     if config.model_type not in WITHOUT_OFFSET and "roberta" in config.model_type:
         places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) + config.pad_token_id + 1
         result["position_ids"] = torch.where(real_BT, places_T, config.pad_token_id)
