@@ -97,7 +97,7 @@ def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: 
     try:
         if reason := why_skipped(cell, checkpoints):
             return replace(outcome, reason=reason)
-        checkpoint = Checkpoint.load(checkpoints / cell.spec.name)
+        checkpoint = Checkpoint.load(checkpoints / cell.spec.checkpoint)
         key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint)
         found = newest(repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
         if found and not force and (artifact := reusable(found, key)):
@@ -120,8 +120,8 @@ def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
         return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
     if cell.precision not in spec.tolerance:
         return f"no tolerance is stated for {spec.name} in {cell.precision}"
-    if not (checkpoints / spec.name).is_dir():
-        return f"no checkpoint in {checkpoints / spec.name}; make one: python -m training.run {spec.name}"
+    if not (checkpoints / spec.checkpoint).is_dir():
+        return f"no checkpoint in {checkpoints / spec.checkpoint}; make one: python -m training.run {spec.checkpoint}"
     return None
 
 

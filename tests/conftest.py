@@ -91,7 +91,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained, seeded checkpoint of every model in its tiny preset."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for spec in all_specs().values():
-        write_untrained(spec, folder / spec.name, {})
+        if spec.trained:
+            write_untrained(spec, folder / spec.name, {})
     return folder
 
 
@@ -113,5 +114,7 @@ def write_untrained(spec: ModelSpec, folder: Path, changes: Mapping[str, object]
     module = spec.build(config).eval()
     sizes = spec.signature(config).sizes("opt")
     probe = spec.feeds(config, np.random.default_rng(0), sizes, {})
-    save_checkpoint(folder, spec, module, preset="tiny", config=config, step=7, metrics={"nats": 1.5}, probe=probe)
+    save_checkpoint(
+        folder, spec, module, preset="tiny", config=config, training={}, step=7, metrics={"nats": 1.5}, probe=probe
+    )
     return module

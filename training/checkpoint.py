@@ -36,6 +36,7 @@ class Checkpoint:
     model: str
     preset: str
     config: Config
+    training: Config
     step: int
     metrics: Metrics
     files: Mapping[str, str]
@@ -81,15 +82,19 @@ def save_checkpoint(
     *,
     preset: str,
     config: Config,
+    training: Config,
     step: int,
     metrics: Metrics,
     probe: Tensors,
 ) -> Checkpoint:
-    """Write the trained parameters, the probe and the manifest; the folder is complete or untouched."""
+    """Write the trained parameters, the probe, the assets and the manifest; the folder is complete or untouched."""
     frozen = spec.frozen(config)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
+    for name, data in spec.assets(config).items():
+        (draft / ASSETS).mkdir(exist_ok=True)
+        (draft / ASSETS / name).write_bytes(data)
     tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
     save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
     save_file({name: np.ascontiguousarray(values) for name, values in probe.items()}, draft / PROBE)
@@ -97,6 +102,7 @@ def save_checkpoint(
         "model": spec.name,
         "preset": preset,
         "config": config,
+        "training": training,
         "step": step,
         "metrics": metrics,
         "files": digests(draft),
@@ -109,16 +115,16 @@ def save_checkpoint(
 
 
 def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
-    """The module of a checkpoint, in eval mode.
+    """The module of a checkpoint, or the part of it that `spec` is, in eval mode.
 
     `ArtifactError` if it is another model's checkpoint, if a parameter is missing, extra or of another shape, or if
     a frozen part is not the one it was trained over.
     """
     import torch
 
-    if checkpoint.model != spec.name:
+    if checkpoint.model != spec.checkpoint:
         raise ArtifactError(
-            f"{checkpoint.folder}: expected a checkpoint of {spec.name}, found one of {checkpoint.model}"
+            f"{checkpoint.folder}: expected a checkpoint of {spec.checkpoint}, found one of {checkpoint.model}"
         )
     module = spec.build(checkpoint.config).eval()
     frozen = spec.frozen(checkpoint.config)
@@ -135,13 +141,13 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
             f"expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
         )
     module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in stored.items()}, strict=False)
-    return module
+    return spec.part(module)
 
 
 def describe_frozen(part: Frozen, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Source, revision and the digest of every tensor of a frozen part."""
     own = {name: tensor for name, tensor in tensors.items() if _under(name, (part,))}
-    return {**asdict(part), "tensors": {name: _sha256_tensor(tensor) for name, tensor in sorted(own.items())}}
+    return {**asdict(part), "tensors": {name: sha256_tensor(tensor) for name, tensor in sorted(own.items())}}
 
 
 def array(tensor: "Tensor") -> np.ndarray:
@@ -166,7 +172,7 @@ def _under(name: str, frozen: Iterable[Frozen]) -> bool:
     return any(name.startswith(part.prefix + ".") for part in frozen)
 
 
-def _sha256_tensor(tensor: np.ndarray) -> str:
+def sha256_tensor(tensor: np.ndarray) -> str:
     head = f"{tensor.dtype.str}{tensor.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 

@@ -1,6 +1,7 @@
 """Train models and write their checkpoints: python -m training.run MODEL..."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find
 def main(argv: list[str] | None = None) -> int:
     """Train every named model; one table of metrics beside their baselines at the end."""
     arguments, more = _parser().parse_known_args(argv)
-    specs = (
-        list(all_specs().values()) if arguments.models == ["all"] else [find_spec(name) for name in arguments.models]
-    )
+    specs = list(choose(arguments.models))
     changes = {**settings(arguments.set), **flags(more)}
     if arguments.if_missing:
         specs = [spec for spec in specs if not (arguments.out / spec.name).is_dir()]
@@ -38,6 +37,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def choose(names: Sequence[str]) -> Iterator[ModelSpec]:
+    """The models of these names, or all; `InputError` for one that is a part of another."""
+    for spec in all_specs().values() if names == ["all"] else map(find_spec, names):
+        if spec.trained:
+            yield spec
+        elif names != ["all"]:
+            raise InputError(f"{spec.name} is a part of {spec.checkpoint}; train that")
+
+
 def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Config, Config]:
     """The preset's config and training settings with the user's changes; `InputError` for a setting neither has."""
     chosen = spec.preset(preset)
@@ -49,7 +57,7 @@ def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Co
     config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})
     training = override(defaults, {name: text for name, text in changes.items() if name in defaults})
     check_training(training)
-    return config, training
+    return spec.settle(config), training
 
 
 def train(
@@ -70,6 +78,7 @@ def train(
         trainer.trained,
         preset=preset,
         config=recipe.config,
+        training=recipe.training,
         step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step,
         metrics=evaluation.metrics,
         probe=recipe.probe(),

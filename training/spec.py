@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ from runtimes.tensors import Signature, Tensors
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from training.precompute import Reading
 
 Config = dict[str, Any]
 Metrics = dict[str, float]
@@ -46,6 +48,10 @@ class Tolerance:
     relative: float
 
 
+def whole(module: "nn.Module") -> "nn.Module":
+    return module
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A model as training, export and parity see it. Nothing here imports torch until it is called.
@@ -57,6 +63,10 @@ class ModelSpec:
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
     fixed        what of the config makes the model what its name says, and cannot be set
+    settle       completes a config with what follows from it, such as the width of the base it names
+    assets       files that the pipeline reads, such as a tokenizer, by name
+    checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
+    part         the part of that checkpoint's module that this model is
     """
 
     name: str
@@ -71,6 +81,18 @@ class ModelSpec:
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
+    settle: Callable[[Config], Config] = dict
+    assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    checkpoint: str = ""
+    part: Callable[["nn.Module"], "nn.Module"] = whole
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint", self.checkpoint or self.name)
+
+    @property
+    def trained(self) -> bool:
+        """False for a part: it is trained with the model whose checkpoint it is cut from."""
+        return self.checkpoint == self.name
 
     def preset(self, name: str) -> Preset:
         """The preset; `InputError` names those there are."""
@@ -109,6 +131,10 @@ class Recipe(ABC):
     def collate(self, rows: Any) -> dict[str, Any]:
         """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""
         return rows
+
+    def readings(self) -> Sequence["Reading"]:
+        """What the frozen parts have to read once, before training; for `training.precompute`."""
+        return ()
 
     def summary(self) -> list[str]:
         """Lines worth telling the user about the data: what was read, what was skipped and why."""
