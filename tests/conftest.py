@@ -114,5 +114,7 @@ def write_untrained(spec: ModelSpec, folder: Path, changes: Mapping[str, object]
     module = spec.build(config).eval()
     sizes = spec.signature(config).sizes("opt")
     probe = spec.feeds(config, np.random.default_rng(0), sizes, {})
-    save_checkpoint(folder, spec, module, preset="tiny", config=config, step=7, metrics={"nats": 1.5}, probe=probe)
+    save_checkpoint(
+        folder, spec, module, preset="tiny", config=config, training={}, step=7, metrics={"nats": 1.5}, probe=probe
+    )
     return module

@@ -267,7 +267,7 @@ def save(spec: ModelSpec, folder: Path, factor: float) -> None:
         for parameter in trained.parameters():
             parameter.mul_(factor)
     probe = {"frames": np.zeros((1, 2, 287), np.float32)}
-    save_checkpoint(folder, spec, trained, preset="tiny", config=config, step=1, metrics={}, probe=probe)
+    save_checkpoint(folder, spec, trained, preset="tiny", config=config, training={}, step=1, metrics={}, probe=probe)
 
 
 def test_the_first_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_a_transposed_parameter_is_stored_as_it_reads(
     assert not trained.head.weight.is_contiguous()
     folder = tmp_path / "transposed"
     again = save_checkpoint(
-        folder, toy_model, trained, preset="tiny", config=checkpoint.config, step=0, metrics={}, probe={}
+        folder, toy_model, trained, preset="tiny", config=checkpoint.config, training={}, step=0, metrics={}, probe={}
     )
     assert torch.equal(restore(again, toy_model).head.weight, trained.head.weight)
 
@@ -310,7 +310,7 @@ def test_a_bfloat16_parameter_comes_back_with_its_value(
     trained.head.to(torch.bfloat16)
     folder = tmp_path / "bfloat16"
     again = save_checkpoint(
-        folder, toy_model, trained, preset="tiny", config=checkpoint.config, step=0, metrics={}, probe={}
+        folder, toy_model, trained, preset="tiny", config=checkpoint.config, training={}, step=0, metrics={}, probe={}
     )
     assert torch.equal(restore(again, toy_model).head.weight, trained.head.weight.float())
 

@@ -110,7 +110,9 @@ def test_another_checkpoint_gives_another_key(checkpoints: Path, tmp_path: Path,
     probe = Checkpoint.load(checkpoints / MODEL).probe()
     other = tmp_path / "other"
     module = spec.build(config)
-    save_checkpoint(other / MODEL, spec, module, preset="tiny", config=config, step=1, metrics={}, probe=probe)
+    save_checkpoint(
+        other / MODEL, spec, module, preset="tiny", config=config, training={}, step=1, metrics={}, probe=probe
+    )
     assert run("--target", "onnx", "--model", MODEL, source=other)[1][0]["status"] == "ok"
 
 

@@ -36,6 +36,7 @@ class Checkpoint:
     model: str
     preset: str
     config: Config
+    training: Config
     step: int
     metrics: Metrics
     files: Mapping[str, str]
@@ -70,7 +71,7 @@ class Checkpoint:
 
     @property
     def assets(self) -> Path:
-        """Files the pipeline needs, such as a tokenizer; the folder may be empty."""
+        """Files the pipeline needs, such as a tokenizer; the folder may be missing."""
         return self.folder / ASSETS
 
 
@@ -81,6 +82,7 @@ def save_checkpoint(
     *,
     preset: str,
     config: Config,
+    training: Config,
     step: int,
     metrics: Metrics,
     probe: Tensors,
@@ -89,8 +91,9 @@ def save_checkpoint(
     frozen = spec.frozen(config)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    (draft / ASSETS).mkdir(parents=True)
+    draft.mkdir(parents=True)
     for name, data in spec.assets(config).items():
+        (draft / ASSETS).mkdir(exist_ok=True)
         (draft / ASSETS / name).write_bytes(data)
     tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
     save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
@@ -99,6 +102,7 @@ def save_checkpoint(
         "model": spec.name,
         "preset": preset,
         "config": config,
+        "training": training,
         "step": step,
         "metrics": metrics,
         "files": digests(draft),

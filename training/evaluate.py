@@ -23,13 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     result.add_argument("model", help="model name")
     result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
-    result.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one training setting")
+    result.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting it was trained with"
+    )
     result.add_argument("--json", action="store_true", help="print JSON only")
     arguments = result.parse_args(argv)
 
     spec = find_spec(arguments.model)
     checkpoint = Checkpoint.load(arguments.checkpoint)
-    _, training = configure(spec, checkpoint.preset, settings(arguments.set))
+    changes = settings(arguments.set)
+    _, now = configure(spec, checkpoint.preset, changes)
+    training = {**now, **{name: then for name, then in checkpoint.training.items() if name not in changes}}
     recipe = spec.recipe()(checkpoint.config, training, arguments.data)
     evaluation = recipe.evaluate(restore(checkpoint, spec))
     if arguments.json:

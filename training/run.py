@@ -78,6 +78,7 @@ def train(
         trainer.trained,
         preset=preset,
         config=recipe.config,
+        training=recipe.training,
         step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step,
         metrics=evaluation.metrics,
         probe=recipe.probe(),
