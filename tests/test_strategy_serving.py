@@ -240,6 +240,21 @@ def test_predict_answers_from_a_file(repository: Path, tmp_path: Path, capsys: p
     assert json.loads(capsys.readouterr().out)["label"] in STRATEGIES["esconv"]
 
 
+def test_predict_answers_alike_from_a_store(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps(PLAIN))
+    arguments = ["strategy", "--input", str(path), "--repository", str(repository)]
+    answers = []
+    for more in ([], ["--store", str(tmp_path / "store")], ["--store", str(tmp_path / "store")]):
+        assert predict([*arguments, *more]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[1] == answers[2]
+    assert answers[0]["label"] == answers[1]["label"]
+    np.testing.assert_allclose(answers[0]["attention"], answers[1]["attention"], atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def server(repository: Path) -> Iterator[TritonServer]:
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.cascade import StrategyCascade
 from runtimes.dialogue import EXAMPLE, STRATEGIES, Dialogue, emotion_tensors, graph_tensors, read_answers, read_dialogue
 from runtimes.errors import InputError
 from runtimes.pipeline import Pipeline
@@ -19,6 +20,8 @@ class StrategyPipeline(Pipeline):
     An answer is `{label, probs, emotions, attention}`: the likeliest strategy, the probability of each, and for every
     turn that was read, oldest first, its emotions and its share of the last layer's attention.
     """
+
+    cascade = StrategyCascade
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         super().__init__(config, assets)

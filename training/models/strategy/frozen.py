@@ -187,8 +187,9 @@ def byte_tokenizer() -> bytes:
     return tokenizer.to_str().encode()
 
 
+@lru_cache(maxsize=4)
 def digest(module: nn.Module) -> str:
-    """sha256 over the names and values of all parameters and buffers."""
+    """sha256 over the names and values of all parameters and buffers; of a frozen module, so it is computed once."""
     return sha256_json({name: sha256_tensor(array(tensor)) for name, tensor in module.state_dict().items()})
 
 
