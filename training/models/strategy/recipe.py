@@ -22,6 +22,7 @@ from training.models.strategy import reading
 from training.models.strategy.data import Sample, split_by_dialogue, synthetic_samples, train_and_valid
 from training.models.strategy.metrics import confusion, measure
 from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
+from training.models.strategy.pruning import Pruning
 from training.models.strategy.rgat import SparseLayers
 from training.precompute import Reading
 from training.spec import Config, Evaluation, Metrics, Recipe
@@ -79,7 +80,7 @@ class StrategyRecipe(Recipe):
         return {name: torch.from_numpy(array) for name, array in {**arrays, "labels": labels}.items()}
 
     def trainee(self, module: nn.Module) -> nn.Module:
-        return Trainee(module.dialogue, self.training, self._class_weights())  # type: ignore[arg-type]
+        return Trainee(module.dialogue, self.training, self._class_weights(), len(self.samples[0]))  # type: ignore[arg-type]
 
     def _class_weights(self) -> Tensor:
         """Inverse frequencies to the power of `class_weights`, with mean 1; 0 weighs all classes alike."""
@@ -160,11 +161,14 @@ class Shuffled(Dataset[Batch]):
 class Trainee(nn.Module):
     """The graph part with its loss, its attention computed over a list of edges by PyG (`rgat=pyg`) or densely."""
 
-    def __init__(self, graph: StrategyGraph, training: Config, class_weights: Tensor) -> None:
+    def __init__(self, graph: StrategyGraph, training: Config, class_weights: Tensor, samples: int) -> None:
         super().__init__()
         if training["rgat"] not in ("pyg", "dense"):
             raise InputError(f"expected rgat of pyg, dense; found '{training['rgat']}'")
+        if training["prune"] and training["rgat"] != "pyg":
+            raise InputError("expected rgat of pyg to prune edges, found dense, where all edges cost the same")
         self.graph = graph
+        self.pruning = Pruning(graph, training["prune"], samples) if training["prune"] else None
         # In a list, and so not registered: their parameters are those of `graph`, which are saved once.
         self.sparse = [SparseLayers(list(graph.layers))] if training["rgat"] == "pyg" else []  # type: ignore[arg-type]
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -172,7 +176,10 @@ class Trainee(nn.Module):
     def forward(self, labels: Tensor, rows: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
         if self.sparse:
             nodes = self.graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
-            nodes = self.sparse[0](nodes, typed_edges(inputs["kinds"], inputs["relations"]))
+            typed = typed_edges(inputs["kinds"], inputs["relations"])
+            if self.training and self.pruning:
+                typed = self.pruning.cut(typed, rows, tuple(inputs[name] for name in INPUTS))
+            nodes = self.sparse[0](nodes, typed)
             logits = self.graph.classify(nodes, inputs["context"])
         else:
             logits = self.graph(*(inputs[name] for name in INPUTS))[0]

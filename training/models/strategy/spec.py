@@ -278,6 +278,7 @@ TRAINING: Config = {
     "valid_share": 0.15,
     "class_weights": 0.5,
     "rgat": "pyg",
+    "prune": 0.0,  # attention below which a turn is no longer heard after the first epoch
     "store": "",
     "dialogues": 150,
 }
