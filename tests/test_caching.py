@@ -91,6 +91,12 @@ def test_what_memory_forgot_is_still_in_the_folder(tmp_path: Path) -> None:
         assert [entry is not None and entry[0] for entry in shelf.get(["a", "bb"])] == [1, 2]
 
 
+def test_a_folder_with_another_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "store.json").write_text('{"format": "other"}')
+    with Store(tmp_path) as store, pytest.raises(ArtifactError, match="expected format"):
+        store.shelf("context", IDENTITY)
+
+
 def test_missing_texts_are_counted_with_the_remedy(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         shelf = store.shelf("context", IDENTITY)

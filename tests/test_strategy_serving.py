@@ -193,6 +193,14 @@ def test_training_from_an_incomplete_store_names_the_remedy(tmp_path: Path, caps
     assert "training.precompute strategy" in capsys.readouterr().err
 
 
+def test_a_model_without_frozen_parts_has_nothing_to_precompute(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["policy_gru", "--store", str(tmp_path), "--set", "games=4", "--set", "frames=100"]
+    assert precompute(arguments) == 2
+    assert "frozen parts" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_checkpoint_holds_no_frozen_weights_and_refuses_another_base(trained: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
