@@ -21,6 +21,7 @@ from runtimes.predict import main as predict
 from runtimes.repository import find
 from runtimes.triton_server import TritonServer, find_bundle
 from training.models.strategy import frozen
+from training.models.strategy.make_encoder import main as make_encoder
 from training.models.strategy.module import StrategyGraph
 from training.precompute import main as precompute
 from training.run import main as run
@@ -320,3 +321,19 @@ def test_the_server_refuses_a_wrong_request_in_one_line(request_: str, named: st
 @pytest.mark.slow
 def test_the_repository_passes_verification(repository: Path) -> None:
     assert verify(["--repository", str(repository)]) == 0
+
+
+@pytest.mark.slow
+def test_two_frozen_parts_may_have_two_tokenizers(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    turns = [{"speaker": "seeker", "content": f"I feel {word} today."} for word in ("sad", "glad", "afraid", "angry")]
+    said = [{"speaker": "supporter", "content": "Why?", "annotation": {"strategy": "Question"}}]
+    data.write_text(json.dumps([{"dialog": [turn, *said, turn, *said]} for turn in turns]))
+    encoder = tmp_path / "encoder"
+    assert make_encoder(["--data", str(data), "--out", str(encoder), "--width", "32", "--vocabulary", "400"]) == 0
+    arguments = ["strategy", "--data", str(data), "--encoder", str(encoder), "--history", "5", "--epochs", "1"]
+    assert run([*arguments, "--out", str(tmp_path)]) == 0
+    places = ["--checkpoints", str(tmp_path), "--repository", str(tmp_path / "repository")]
+    assert export_all.main(["--target", "onnx", "--model", "strategy", "--model", "strategy_emotion", *places]) == 0
+    (answer,) = answer_fused(tmp_path / "repository", [PLAIN])
+    assert answer["label"] in STRATEGIES["esconv"]

@@ -55,8 +55,10 @@ def identities(config: Config) -> dict[str, Any]:
     }
 
 
-def context_tokens(config: Config) -> Tokens:
-    return Tokens(tokenizers(config)[CONTEXT], config["max_tokens"])
+def tokens(config: Config) -> tuple[Tokens, Tokens]:
+    """How contexts and how turns become token ids."""
+    files = tokenizers(config)
+    return Tokens(files[CONTEXT], config["max_tokens"]), Tokens(files[EMOTION], config["turn_tokens"])
 
 
 def readings(config: Config, dialogues: Sequence[Dialogue]) -> list[Reading]:
@@ -117,25 +119,25 @@ def discourse_text(dialogue: Dialogue) -> str:
 def _text_reading(
     shelf: str, identity: Mapping[str, Any], texts: Sequence[str], model: nn.Module, tokenizer: bytes
 ) -> Reading:
-    tokens = Tokens(tokenizer, identity["max_tokens"])
+    own = Tokens(tokenizer, identity["max_tokens"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def ask(batch: Sequence[str]) -> list[np.ndarray]:
         with torch.inference_mode():
-            ids = torch.from_numpy(tokens.ids(batch)).to(device)
+            ids = torch.from_numpy(own.ids(batch)).to(device)
             return list(model.to(device)(ids).cpu().numpy())
 
-    return Reading(shelf=shelf, identity=identity, texts=texts, lengths=tokens.lengths, ask=ask)
+    return Reading(shelf=shelf, identity=identity, texts=texts, lengths=own.lengths, ask=ask)
 
 
 def _discourse_reading(config: Config, dialogues: Sequence[Dialogue]) -> Reading:
     parser = discourse.load_parser(config["parser_model"], "main")
     tokenizer = tokenizer_json(config["parser_model"], "main")
-    tokens = Tokens(tokenizer, discourse.PAIR_TOKENS)
+    pairs = Tokens(tokenizer, discourse.PAIR_TOKENS)
     unparsed = [discourse_text(dialogue) for dialogue in dialogues if dialogue.edges is None]
 
     def ask(batch: Sequence[str]) -> list[np.ndarray]:
-        return [parser.parse(json.loads(text), tokens) for text in batch]
+        return [parser.parse(json.loads(text), pairs) for text in batch]
 
     return Reading(
         shelf=DISCOURSE,

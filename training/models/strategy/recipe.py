@@ -129,12 +129,16 @@ class StrategyRecipe(Recipe):
             return head.eval()(valid["context"]).argmax(-1)
 
     def probe(self) -> Tensors:
-        """Held-out dialogues as the parts of the model take them, and the token ids of their contexts."""
+        """Held-out dialogues as the parts of the model take them, with the ids of their contexts and newest turns."""
         valid, samples = self.tables[1], self.samples[1]
         chosen = np.linspace(0, len(samples) - 1, min(PROBE_ROWS, len(samples))).astype(int)
-        tokens = reading.context_tokens(self.config)
+        contexts, turns = reading.tokens(self.config)
         rows = {name: valid[name].numpy()[chosen] for name in INPUTS}
-        return {**rows, "context_ids": tokens.ids([samples[i].dialogue.context for i in chosen])}
+        return {
+            **rows,
+            "context_ids": contexts.ids([samples[i].dialogue.context for i in chosen]),
+            "turn_ids": turns.ids([samples[i].dialogue.turns[-1].text for i in chosen]),
+        }
 
 
 class Shuffled(Dataset[Batch]):

@@ -143,9 +143,14 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
     )
 
 
-def text_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Rows of the probe's contexts as token ids, or made-up ones."""
+def context_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+    """Contexts of the probe as token ids, or made-up ones."""
     return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids"))}
+
+
+def turn_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+    """Turns of the probe as the emotion classifier's token ids, or made-up ones."""
+    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("turn_ids"))}
 
 
 def graph_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
@@ -180,7 +185,7 @@ def fused_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
     shape = (sizes["batch"], sizes["turns"], sizes["turn_tokens"])
     return {
         "context_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids")),
-        "turn_ids": _ids(rng, shape, probe.get("context_ids")),
+        "turn_ids": _ids(rng, shape, probe.get("turn_ids")),
         "emotion_logits": graph["emotion_logits"],
         "emotion_known": known,
         **{name: graph[name] for name in ("kinds", "strategies", "relations")},
@@ -319,7 +324,7 @@ SPECS = (
         feeds=fused_feeds,
         agreement=same_label,
     ),
-    _part("strategy_encoder", "encoder", signature=encoder_signature, feeds=text_feeds, agreement=same_direction),
-    _part("strategy_emotion", "emotion", signature=emotion_signature, feeds=text_feeds, agreement=same_emotion),
+    _part("strategy_encoder", "encoder", signature=encoder_signature, feeds=context_feeds, agreement=same_direction),
+    _part("strategy_emotion", "emotion", signature=emotion_signature, feeds=turn_feeds, agreement=same_emotion),
     _part("strategy_graph", "dialogue", signature=graph_signature, feeds=graph_feeds, agreement=same_label),
 )
