@@ -80,6 +80,11 @@ class Checkpoint:
         return self.folder / ASSETS
 
 
+def exists(folder: Path) -> bool:
+    """Whether `Checkpoint.load` finds something there, whole or not."""
+    return folder.is_dir() or _old(folder).is_dir()
+
+
 def save_checkpoint(
     folder: Path,
     spec: ModelSpec,
