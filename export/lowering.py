@@ -75,6 +75,37 @@ def _frozen(tensor: TensorSpec, axis: str, found: Any) -> ParityError:
     )
 
 
+def quantize_weights(path: Path) -> None:
+    """Make the constant factors of matrix products and the embeddings int8, in place; checked.
+
+    A matrix has one scale per column; stacks of matrices stay as they are, for ONNX Runtime 1.31 quantizes them and
+    then fails to run them. Activations are quantized as they come, by ONNX Runtime; TensorRT reads no such model.
+    """
+    onnx = require("onnx", extra="export")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    model = onnx.load(path)
+    external = weights_bytes(model) > EXTERNAL_BYTES
+    stacks = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) > 2}
+    for old in path.parent.glob(f"{path.name}*"):
+        old.unlink()
+    quantize_dynamic(
+        model,
+        path,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input)],
+        use_external_data_format=external,
+        extra_options={"MatMulConstBOnly": True},
+    )
+    check_onnx(path)
+
+
+def weights_bytes(model: "onnx.ModelProto") -> int:
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+
+
 def check_onnx(path: Path) -> None:
     """`ParityError` unless the full checker and strict shape inference accept the file."""
     onnx = require("onnx", extra="export")

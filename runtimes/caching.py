@@ -62,8 +62,10 @@ class Store:
             known: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "shelves": {}}
             if known.get("format") != FORMAT:
                 raise ArtifactError(f"{path}: expected format {FORMAT}; precompute into another folder")
-            _refuse_another(path, name, known["shelves"].setdefault(name, dict(identity)), identity)
-            write_json(path, known)
+            if name in known["shelves"]:
+                _refuse_another(path, name, known["shelves"][name], identity)
+            else:
+                write_json(path, {**known, "shelves": {**known["shelves"], name: dict(identity)}})
         return Shelf(self, name, identity)
 
     def read(self, keys: Sequence[bytes]) -> list[np.ndarray | None]:

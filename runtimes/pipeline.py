@@ -1,9 +1,9 @@
 """Pipeline: a request becomes tensors, tensors become an answer. Written once, used in training, serving and Triton."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ class Pipeline(ABC):
 
     `config` is the checkpoint's config; `assets` is the folder with files such as a tokenizer, if the model has any.
     """
+
+    cascade: ClassVar[Callable[..., Any] | None] = None  # opens the model's parts around a store, if it has any
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         self.config = config

@@ -7,9 +7,10 @@ from typing import Any
 
 from runtimes.artifact import artifact_name, read_json
 from runtimes.base import open_runtime
+from runtimes.caching import Store
 from runtimes.command import command, parser
 from runtimes.errors import InputError, one_line
-from runtimes.pipeline import open_pipeline
+from runtimes.pipeline import Pipeline, open_pipeline
 from runtimes.repository import find
 
 
@@ -26,9 +27,22 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not arguments.input:
             raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-        answers = pipeline.decode(runtime.fresh(pipeline.encode([_request(arguments.input)])))
+        requests = [_request(arguments.input)]
+        if arguments.store:
+            answers = _answer_from_store(pipeline, requests, arguments)
+        else:
+            answers = pipeline.decode(runtime.fresh(pipeline.encode(requests)))
         print(json.dumps(answers[0], ensure_ascii=False))
     return 0
+
+
+def _answer_from_store(pipeline: Pipeline, requests: list[Any], arguments: Any) -> list[Any]:
+    """The answers of the model's parts, with what the frozen ones said taken from the store and added to it."""
+    if pipeline.cascade is None:
+        raise InputError(f"--store: expected a model with frozen parts, found {arguments.model}, which has none")
+    kind = {"target": arguments.target, "precision": arguments.precision}
+    with Store(arguments.store) as store, pipeline.cascade(arguments.repository, store, **kind) as cascade:
+        return list(cascade.answer(requests))
 
 
 def _request(path: Path) -> Any:
@@ -54,6 +68,7 @@ def _parser() -> Any:
     result.add_argument("--example", action="store_true", help="print a valid request instead")
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
     result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    result.add_argument("--store", type=Path, help="answer by the model's parts, keeping what the frozen ones say here")
     result.add_argument("--url", help="ask the Triton server at this gRPC HOST:PORT instead of this process")
     return result
 

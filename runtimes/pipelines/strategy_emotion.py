@@ -1,0 +1,11 @@
+"""The frozen emotion classifier of `strategy`: a turn's text in, seven logits out."""
+
+from runtimes.texts import TextPipeline
+
+
+class EmotionPipeline(TextPipeline):
+    tokenizer = "emotion_tokenizer.json"
+    max_tokens = "turn_tokens"
+
+
+PIPELINE = EmotionPipeline

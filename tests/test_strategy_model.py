@@ -1,0 +1,237 @@
+"""The model against independent references: PyG's RGATConv, a loop over edges, SciPy-free brute force over trees."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from runtimes.dialogue import DISCOURSE, INTER, OTHER, RELATIONS, ROOT, SEEKER, SELF
+from runtimes.errors import InputError
+from training.models.strategy.discourse import DiscourseParser, best_tree, decode, find_cycle, load_parser
+from training.models.strategy.frozen import byte_tokenizer, load_encoder
+from training.models.strategy.module import StrategyGraph, typed_edges
+from training.models.strategy.reading import Tokens
+from training.models.strategy.rgat import RelationalAttention, SparseLayers
+from training.spec import find_spec, override
+
+SPEC = find_spec("strategy_graph")
+TINY = SPEC.preset("tiny").config
+
+
+def graph_of(**changes: Any) -> StrategyGraph:
+    torch.manual_seed(0)
+    module = StrategyGraph({**TINY, **changes}).eval()
+    for parameter in module.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.02  # biases, too, are not zero
+    return module
+
+
+def feeds_of(batch: int = 5, turns: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
+    sizes = {"batch": batch, "turns": turns}
+    arrays = SPEC.feeds(TINY, np.random.default_rng(seed), sizes, {})
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def loop_over_edges(layer: RelationalAttention, nodes: torch.Tensor, typed: torch.Tensor) -> torch.Tensor:
+    """The formula of the specification, node by node."""
+    result = layer.bias.expand_as(nodes).clone()
+    for i in range(len(nodes)):
+        edges = [(j, int(typed[i, j])) for j in range(len(nodes)) if typed[i, j] >= 0]
+        if not edges:
+            continue
+        scores = [
+            torch.nn.functional.leaky_relu(
+                nodes[i] @ layer.weight[r] @ layer.query + nodes[j] @ layer.weight[r] @ layer.key, 0.2
+            )
+            for j, r in edges
+        ]
+        shares = torch.softmax(torch.cat(scores), 0)
+        result[i] += sum(share * (nodes[j] @ layer.weight[r]) for share, (j, r) in zip(shares, edges, strict=True))
+    return result
+
+
+def test_a_layer_on_three_nodes_and_two_relations_is_the_formula() -> None:
+    torch.manual_seed(0)
+    layer = RelationalAttention(4, 2)
+    layer.bias.data.normal_()
+    nodes = torch.randn(3, 4)
+    typed = torch.tensor([[-1, 0, 1], [-1, -1, 0], [-1, -1, -1]])
+    edges = (typed[None, None] == torch.arange(2).view(1, 2, 1, 1)).float()
+    found, attention = layer(nodes[None], edges)
+    torch.testing.assert_close(found[0], loop_over_edges(layer, nodes, typed))
+    torch.testing.assert_close(attention[0].sum(-1), torch.tensor([1.0, 1.0, 0.0]))
+    torch.testing.assert_close(found[0, 2], layer.bias.data)
+
+
+@pytest.mark.parametrize("turns", [1, 6, 16])
+def test_the_dense_layers_are_pygs(turns: int) -> None:
+    pytest.importorskip("torch_geometric")
+    graph, feeds = graph_of(), feeds_of(turns=turns)
+    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    typed = typed_edges(feeds["kinds"], feeds["relations"])
+    sparse = SparseLayers(list(graph.layers))(nodes, typed)
+    edges = (typed[:, None] == torch.arange(len(RELATIONS)).view(1, -1, 1, 1)).float()
+    dense = nodes
+    for layer in graph.layers:
+        dense = layer(dense, edges)[0] + dense
+    assert (dense - sparse).abs().max() < 1e-5
+    logits = graph(*feeds.values())[0]
+    assert (logits - graph.classify(sparse, feeds["context"])).abs().max() < 1e-5
+
+
+def test_the_sparse_layers_train_the_parameters_of_the_dense_ones() -> None:
+    pytest.importorskip("torch_geometric")
+    graph, feeds = graph_of(), feeds_of()
+    typed = typed_edges(feeds["kinds"], feeds["relations"])
+    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    sparse = SparseLayers(list(graph.layers))
+    sparse(nodes, typed).square().sum().backward()
+    assert all(layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0 for layer in graph.layers)
+    trained = {id(parameter) for parameter in sparse.parameters() if parameter.requires_grad}
+    assert trained == {id(parameter) for parameter in graph.layers.parameters()}
+
+
+def test_three_layers_of_width_512_have_the_published_number_of_parameters() -> None:
+    layers = [RelationalAttention(512, len(RELATIONS)) for _ in range(3)]
+    assert sum(parameter.numel() for layer in layers for parameter in layer.parameters()) == 14_946_816
+
+
+def test_turns_that_are_padding_have_no_influence() -> None:
+    graph, feeds = graph_of(), feeds_of(batch=3, turns=4)
+    want = graph(*feeds.values())
+    wide = {
+        "context": feeds["context"],
+        "emotion_logits": torch.nn.functional.pad(feeds["emotion_logits"], (0, 0, 0, 5), value=9.0),
+        "kinds": torch.nn.functional.pad(feeds["kinds"], (0, 5)),
+        "strategies": torch.nn.functional.pad(feeds["strategies"], (0, 5), value=3),
+        "relations": torch.nn.functional.pad(feeds["relations"], (0, 5, 0, 5), value=-1),
+    }
+    got = graph(*wide.values())
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1][:, :4], want[1])
+    torch.testing.assert_close(got[2][..., :4], want[2])
+    assert got[1][:, 4:].abs().max() == 0
+    assert got[2][..., 4:].abs().max() == 0
+
+
+def test_the_order_of_a_batch_does_not_matter_and_duplicates_are_equal() -> None:
+    graph, feeds = graph_of(), feeds_of(batch=6)
+    order = torch.tensor([3, 0, 5, 5, 1, 3])
+    want = graph(*feeds.values())[0][order]
+    got = graph(*(tensor[order] for tensor in feeds.values()))[0]
+    torch.testing.assert_close(got, want)
+    assert torch.equal(got[2], got[3])
+    assert torch.equal(got[0], got[5])
+
+
+def test_the_attention_of_the_dummy_is_a_distribution_over_turns() -> None:
+    graph, feeds = graph_of(), feeds_of()
+    _, emotions, attention = graph(*feeds.values())
+    torch.testing.assert_close(attention.sum(-1), torch.ones(5, 3))
+    torch.testing.assert_close(emotions.sum(-1), (feeds["kinds"] > 0).float())
+
+
+def test_a_discourse_edge_is_the_only_one_that_enters_its_turn_so_its_attention_is_one() -> None:
+    graph, feeds = graph_of(), feeds_of()
+    typed = typed_edges(feeds["kinds"], feeds["relations"])
+    edges = (typed[:, None] == torch.arange(len(RELATIONS)).view(1, -1, 1, 1)).float()
+    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    _, attention = graph.layers[0](nodes, edges)
+    discourse = typed[:, 1:] >= 0
+    torch.testing.assert_close(attention[:, 1:][discourse], torch.ones(int(discourse.sum())))
+
+
+def test_every_turn_tells_the_dummy_who_speaks() -> None:
+    kinds = torch.tensor([[SEEKER, OTHER, 0]])
+    typed = typed_edges(kinds, torch.full((1, 3, 3), -1))
+    assert typed[0, 0].tolist() == [-1, INTER, SELF, -1]
+    assert (typed[0, 1:] == -1).all()
+
+
+def test_hard_emotions_are_one_prototype_and_mixed_ones_become_it_when_cold() -> None:
+    logits = torch.randn(2, 3, 7)
+    hard, cold = graph_of(emotion="hard"), graph_of(temperature=1e-6)
+    torch.testing.assert_close(hard.mixture(logits), cold.mixture(logits))
+    warm = graph_of().mixture(logits)
+    torch.testing.assert_close(warm.sum(-1), torch.ones(2, 3))
+    assert warm.max() < 1
+
+
+def test_the_temperature_starts_where_it_is_set() -> None:
+    graph = StrategyGraph({**TINY, "temperature": 0.25})
+    logits = torch.tensor([[1.0, 0, 0, 0, 0, 0, 0.5]])
+    torch.testing.assert_close(graph.mixture(logits), torch.softmax(logits * 4, -1))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"emotion": "soft"},
+        {"parser": "rst"},
+        {"labels": "daily"},
+        {"hg_dim": "0"},
+        {"temperature": "0"},
+        {"pooling": "x"},
+    ],
+)
+def test_an_impossible_setting_is_refused_before_anything_is_built(change: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=next(iter(change))):
+        SPEC.signature(override(TINY, change))
+
+
+def every_tree(places: int) -> Any:
+    for heads in itertools.product(range(places), repeat=places - 1):
+        tree = [0, *heads]
+        if not find_cycle(tree) and sum(head == 0 for head in heads) == 1:
+            yield tree
+
+
+def total(scores: np.ndarray, heads: list[int]) -> float:
+    return float(sum(scores[head, tail] for tail, head in enumerate(heads) if tail))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_best_tree_is_the_best_of_all_trees(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(size=(5, 5))
+    found = best_tree(scores)
+    assert not find_cycle(found)
+    assert total(scores, found) == pytest.approx(max(total(scores, tree) for tree in every_tree(5)))
+
+
+def test_a_parse_is_a_tree_in_which_heads_come_first() -> None:
+    scores = np.random.default_rng(0).normal(size=(6, 6, len(DISCOURSE) + 1))
+    edges = decode(scores)
+    assert edges[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
+    assert edges[0].tolist() == [0, 1, ROOT]
+    assert all(0 < head < tail and relation < ROOT for head, tail, relation in edges[1:])
+
+
+def test_the_parser_reads_a_dialogue_alike_whatever_follows() -> None:
+    parser = load_parser("seeded:tiny", "main")
+    tokens = Tokens(byte_tokenizer(), 96)
+    turns = [("seeker", "Hello"), ("supporter", "What happened?"), ("seeker", "I lost my job.")]
+    assert parser.parse(turns, tokens).shape == (3, 3)
+    assert parser.parse(turns[:1], tokens).tolist() == [[0, 1, ROOT]]
+
+
+def test_the_pair_scores_are_those_of_four_passes_written_as_loops() -> None:
+    torch.manual_seed(0)
+    parser = DiscourseParser(load_encoder("seeded:tiny", "main"))
+    turns = 4
+    pairs = torch.triu(torch.ones(turns, turns)).unsqueeze(-1) * torch.randn(turns, turns, 64)
+
+    def last(lstm: torch.nn.LSTM, path: list[tuple[int, int]]) -> torch.Tensor:
+        return lstm(torch.stack([pairs[place] for place in path])[None])[0][0, -1]
+
+    found = parser(pairs)
+    for i in range(turns):
+        for j in range(i, turns):
+            right = last(parser.from_diagonal, [(i, k) for k in range(i, j + 1)])
+            left = last(parser.to_diagonal, [(i, k) for k in range(turns - 1, j - 1, -1)])
+            down = last(parser.to_diagonal, [(k, j) for k in range(i + 1)])
+            up = last(parser.from_diagonal, [(k, j) for k in range(j, i - 1, -1)])
+            want = parser.classes(torch.cat([right + down, left + up]))
+            torch.testing.assert_close(found[i, j], want)

@@ -1,0 +1,191 @@
+"""How strategies are learned: from what the frozen parts said once, by the graph part alone.
+
+Shapes: B batch, T turns, S strategies.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from runtimes.caching import Store
+from runtimes.dialogue import STRATEGIES, graph_tensors
+from runtimes.errors import InputError
+from runtimes.tensors import Tensors
+from training.models.strategy import reading
+from training.models.strategy.data import Sample, split_by_dialogue, synthetic_samples, train_and_valid
+from training.models.strategy.metrics import confusion, measure
+from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
+from training.models.strategy.pruning import Pruning
+from training.models.strategy.rgat import SparseLayers
+from training.precompute import Reading
+from training.spec import Config, Evaluation, Metrics, Recipe
+
+PROBE_ROWS = 16
+EVERYTHING = 1 << 40  # entries that a store in memory may hold
+INPUTS = ("context", "emotion_logits", "kinds", "strategies", "relations")
+Batch = dict[str, Tensor]
+
+
+class StrategyRecipe(Recipe):
+    """Dialogues are held out whole; the frozen parts read every text once, now or in `training.precompute`."""
+
+    @cached_property
+    def samples(self) -> tuple[list[Sample], list[Sample]]:
+        """Training and validation samples."""
+        training, labels = self.training, self.config["labels"]
+        if training["history"] > self.config["max_turns"]:
+            raise InputError(
+                f"expected a history of at most max_turns = {self.config['max_turns']}, found {training['history']}"
+            )
+        if self.data is None:
+            made = synthetic_samples(training["seed"], training["dialogues"], labels)
+            return split_by_dialogue(made, training["valid_share"], training["seed"])
+        return train_and_valid(self.data, labels, training["history"], training["valid_share"], training["seed"])
+
+    def summary(self) -> list[str]:
+        train, valid = self.samples
+        groups = len({sample.group for sample in train}), len({sample.group for sample in valid})
+        return [f"{len(train)} samples of {groups[0]} dialogues to train on, {len(valid)} of {groups[1]} held out"]
+
+    def readings(self) -> Sequence[Reading]:
+        train, valid = self.samples
+        return reading.readings(self.config, [sample.dialogue for sample in (*train, *valid)])
+
+    @cached_property
+    def tables(self) -> tuple[Batch, Batch]:
+        """All training and all validation samples as tensors; with a store, no frozen part runs."""
+        train, valid = self.samples
+        dialogues = [sample.dialogue for sample in (*train, *valid)]
+        folder = Path(self.training["store"]) if self.training["store"] else None
+        with Store(folder, memory_entries=EVERYTHING) as store:
+            known = reading.complete(self.config, dialogues, store, read=folder is None)
+        return self._table(train, known), self._table(valid, known)
+
+    def _table(self, samples: Sequence[Sample], known: reading.Known) -> Batch:
+        longest = max(len(sample.dialogue.turns) for sample in (*self.samples[0], *self.samples[1]))
+        dialogues = [known.complete(sample.dialogue) for sample in samples]
+        emotions = np.zeros((len(samples), longest, 7), np.float32)
+        for row, dialogue in zip(emotions, dialogues, strict=True):
+            row[: len(dialogue.turns)] = dialogue.emotion_logits
+        graph = graph_tensors(dialogues, len(STRATEGIES[self.config["labels"]]), longest)
+        arrays = {"context": known.contexts(dialogues), "emotion_logits": emotions, **graph}
+        labels = np.array([sample.label for sample in samples])
+        return {name: torch.from_numpy(array) for name, array in {**arrays, "labels": labels}.items()}
+
+    def trainee(self, module: nn.Module) -> nn.Module:
+        return Trainee(module.dialogue, self.training, self._class_weights(), len(self.samples[0]))  # type: ignore[arg-type]
+
+    def _class_weights(self) -> Tensor:
+        """Inverse frequencies to the power of `class_weights`, with mean 1; 0 weighs all classes alike."""
+        classes = len(STRATEGIES[self.config["labels"]])
+        counts = torch.bincount(self.tables[0]["labels"], minlength=classes).clamp_min(1).float()
+        weights = counts ** -float(self.training["class_weights"])
+        return weights * classes / weights.sum()
+
+    def datasets(self, lanes: int) -> tuple[Dataset[Batch], Dataset[Batch]]:
+        train, valid = self.tables
+        return Shuffled(train, self.training["seed"]), Shuffled(valid, None)
+
+    def evaluate(self, module: nn.Module) -> Evaluation:
+        train, valid = self.tables
+        with torch.inference_mode():
+            logits = torch.cat([module.dialogue(*rows)[0] for rows in _pieces(valid)])  # type: ignore[operator]
+        baselines = {
+            "majority": self._measure(torch.full_like(valid["labels"], int(train["labels"].mode().values))),
+            "text_only": self._measure(self._text_only(train, valid)),
+        }
+        return Evaluation(metrics=self._measure(logits.argmax(-1)), baselines=baselines)
+
+    def _measure(self, predicted_B: Tensor) -> Metrics:
+        labels = self.tables[1]["labels"].numpy()
+        return measure(confusion(labels, predicted_B.numpy(), len(STRATEGIES[self.config["labels"]])))
+
+    def _text_only(self, train: Batch, valid: Batch) -> Tensor:
+        """What the same classifier predicts from the context alone, trained alike: as often, as fast, as weighted."""
+        settings = self.training
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings["seed"])
+            classes = len(STRATEGIES[self.config["labels"]])
+            head = Classifier(self.config["context_width"], classes, self.config["dropout"])
+            optimiser = torch.optim.AdamW(head.parameters(), settings["lr"], weight_decay=settings["weight_decay"])
+            steps = int(settings["epochs"] * -(-len(train["labels"]) // settings["batch"]))
+            slope = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
+            weights = self._class_weights()
+            for _ in range(steps):
+                rows = torch.randint(len(train["labels"]), (settings["batch"],))
+                loss = F.cross_entropy(head(train["context"][rows]), train["labels"][rows], weights)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                slope.step()
+        with torch.inference_mode():
+            return head.eval()(valid["context"]).argmax(-1)
+
+    def probe(self) -> Tensors:
+        """Held-out dialogues as the parts of the model take them, and the token ids of their contexts."""
+        valid, samples = self.tables[1], self.samples[1]
+        chosen = np.linspace(0, len(samples) - 1, min(PROBE_ROWS, len(samples))).astype(int)
+        tokens = reading.context_tokens(self.config)
+        rows = {name: valid[name].numpy()[chosen] for name in INPUTS}
+        return {**rows, "context_ids": tokens.ids([samples[i].dialogue.context for i in chosen])}
+
+
+class Shuffled(Dataset[Batch]):
+    """Rows of a table, in another order every epoch if `seed` is given; whole batches are gathered at once."""
+
+    def __init__(self, table: Batch, seed: int | None) -> None:
+        self.table, self.seed = table, seed
+        self.order = torch.arange(len(self))
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed * 10_007 + epoch)
+            self.order = torch.randperm(len(self), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.table["labels"])
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:
+        rows = self.order[torch.as_tensor(places)]
+        return {**{name: tensor[rows] for name, tensor in self.table.items()}, "rows": rows}
+
+
+class Trainee(nn.Module):
+    """The graph part with its loss, its attention computed over a list of edges by PyG (`rgat=pyg`) or densely."""
+
+    def __init__(self, graph: StrategyGraph, training: Config, class_weights: Tensor, samples: int) -> None:
+        super().__init__()
+        if training["rgat"] not in ("pyg", "dense"):
+            raise InputError(f"expected rgat of pyg, dense; found '{training['rgat']}'")
+        if training["prune"] and training["rgat"] != "pyg":
+            raise InputError("expected rgat of pyg to prune edges, found dense, where all edges cost the same")
+        self.graph = graph
+        self.pruning = Pruning(graph, training["prune"], samples) if training["prune"] else None
+        # In a list, and so not registered: their parameters are those of `graph`, which are saved once.
+        self.sparse = [SparseLayers(list(graph.layers))] if training["rgat"] == "pyg" else []  # type: ignore[arg-type]
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, labels: Tensor, rows: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
+        if self.sparse:
+            nodes = self.graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
+            typed = typed_edges(inputs["kinds"], inputs["relations"])
+            if self.training and self.pruning:
+                typed = self.pruning.cut(typed, rows, tuple(inputs[name] for name in INPUTS))
+            nodes = self.sparse[0](nodes, typed)
+            logits = self.graph.classify(nodes, inputs["context"])
+        else:
+            logits = self.graph(*(inputs[name] for name in INPUTS))[0]
+        return {"loss": F.cross_entropy(logits, labels, self.class_weights)}  # type: ignore[arg-type]
+
+
+def _pieces(table: Batch, size: int = 256) -> Any:
+    for start in range(0, len(table["labels"]), size):
+        yield tuple(table[name][start : start + size] for name in INPUTS)
