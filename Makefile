@@ -4,10 +4,11 @@ PY := .venv/bin/python
 
 .PHONY: export test test-fast check triton clean
 
-# The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table.
+# The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
+# programs are not served: they are what runtimes.bench measures the others against.
 export: .venv/ready
 	$(PY) -m training.run all --if-missing
-	$(PY) -m export.all --target onnx
+	$(PY) -m export.all --target onnx --target torch
 
 test: .venv/ready .venv-triton/ready
 	$(PY) -m pytest

@@ -22,7 +22,7 @@ from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
 from runtimes.repository import newest
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, exists
 from training.spec import ModelSpec, all_specs, find_spec
 
 UNTOUCHED = Facts(built=False, deserialized=False, ran=False, compared=False)
@@ -120,7 +120,7 @@ def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
         return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
     if cell.precision not in spec.tolerance:
         return f"no tolerance is stated for {spec.name} in {cell.precision}"
-    if not (checkpoints / spec.checkpoint).is_dir():
+    if not exists(checkpoints / spec.checkpoint):
         return f"no checkpoint in {checkpoints / spec.checkpoint}; make one: python -m training.run {spec.checkpoint}"
     return None
 

@@ -76,7 +76,6 @@ class Artifact:
     def save(self, folder: Path) -> None:
         data = {slot: getattr(self, slot) for slot in self.__dataclass_fields__}
         data |= {
-            "format": FORMAT,
             "signature": self.signature.to_json(),
             "facts": {name: getattr(self.facts, name) for name in Facts.__dataclass_fields__},
             "parity": {
@@ -84,7 +83,7 @@ class Artifact:
                 for name, check in self.parity.items()
             },
         }
-        write_json(folder / MANIFEST, data)
+        write_manifest(folder / MANIFEST, FORMAT, data)
 
     @classmethod
     def load(cls, folder: Path) -> "Artifact":
@@ -153,11 +152,19 @@ def read_json(path: Path) -> Any:
 
 
 def read_manifest(path: Path, format_: str, remedy: str) -> dict[str, Any]:
-    """The fields of a manifest without its format; `ArtifactError` if it has another format."""
+    """The fields of a manifest; `ArtifactError` if it has another format or was changed since it was written."""
     data = read_json(path)
     if not isinstance(data, dict) or data.pop("format", None) != format_:
         raise ArtifactError(f"{path}: expected format {format_}; {remedy}")
+    expected, found = str(data.pop("sha256", None)), sha256_json(data)
+    if expected != found:
+        raise ArtifactError(f"{path}: expected sha256 {expected[:12]}…, found {found[:12]}…; {remedy}")
     return data
+
+
+def write_manifest(path: Path, format_: str, fields: Mapping[str, Any]) -> None:
+    """Write the fields with their format and their own sha256: a changed proof or setting is noticed."""
+    write_json(path, {"format": format_, **fields, "sha256": sha256_json(fields)})
 
 
 def not_a_manifest(path: Path, error: Exception, remedy: str) -> ArtifactError:

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -50,7 +51,11 @@ def main(argv: list[str] | None = None) -> int:
     subjects = list(choose(repository, arguments.model, arguments.target, options))
     if not subjects:
         raise InputError(f"expected artifacts that can run here in {repository}, found none; run python -m export.all")
-    with open_server(repository, arguments.triton) as server:
+    for model in sorted({subject.artifact.model for subject in subjects if not has_baseline(subject, subjects)}):
+        print(
+            f"no baseline for {model}; make one: python -m export.all --target torch --model {model}", file=sys.stderr
+        )
+    with TritonServer(repository) if arguments.triton else nullcontext() as server:
         if server:
             subjects += list(served(subjects, server))
         rows = list(measure(subjects, arguments.seconds, arguments.rounds))
@@ -77,6 +82,11 @@ def choose(
             yield Subject(artifact=artifact, root=root, label="torch.compile", options={**options, "compiled": True})
 
 
+def has_baseline(subject: Subject, subjects: Sequence[Subject]) -> bool:
+    """Whether torch is measured beside this artifact."""
+    return any(other.label == BASELINE and other.artifact.model == subject.artifact.model for other in subjects)
+
+
 def served(subjects: Sequence[Subject], server: TritonServer) -> Iterator[Subject]:
     """The same artifacts through the server, where it has them."""
     ready = {model["name"] for model in server.index()}
@@ -84,20 +94,6 @@ def served(subjects: Sequence[Subject], server: TritonServer) -> Iterator[Subjec
         if subject.artifact.name in ready:
             options = {"engine": "triton", "url": server.grpc_url}
             yield Subject(artifact=subject.artifact, root=subject.root, label="triton", options=options)
-
-
-class open_server:
-    """A Triton on the repository while the block lasts, or None."""
-
-    def __init__(self, repository: Path, wanted: bool) -> None:
-        self.server = TritonServer(repository) if wanted else None
-
-    def __enter__(self) -> TritonServer | None:
-        return self.server.__enter__() if self.server else None
-
-    def __exit__(self, *details: object) -> None:
-        if self.server:
-            self.server.__exit__(*details)
 
 
 def measure(subjects: Sequence[Subject], seconds: float, rounds: int) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ WARMUP_S, WARMUP_CALLS = 0.2, 10
 STABLE_BLOCKS, STABLE_SPREAD = 3, 0.10
 # The smallest n for which the largest sample bounds the percentile at 99 % confidence: ln 0.01 / ln p.
 SAMPLES_FOR = {50: 7, 90: 44, 95: 90, 99: 459}
+CLOSE_TIMEOUT_S = 2
 START_TIMEOUT_S = 600  # torch.compile may take minutes
 
 
@@ -104,7 +105,10 @@ class Worker:
         self.measurement.latency_s.append(block)
 
     def close(self) -> None:
-        self._process.terminate()
+        """End the process: at its next command it sees that nobody is there; one that computes on is killed."""
+        self._pipe.close()
+        self._process.join(CLOSE_TIMEOUT_S)
+        self._process.kill()
         self._process.join()
 
     def _receive(self, timeout_s: float) -> Any:

@@ -206,7 +206,7 @@ class Killed(BaseException):
     """What no handler catches."""
 
 
-STEPS = ["mkdir", "save_file", "digests", "write_json", "first rename", "second rename", "last rmtree"]
+STEPS = ["mkdir", "save_file", "digests", "write_manifest", "first rename", "second rename", "last rmtree"]
 
 
 def kill_in(step: str, monkeypatch: pytest.MonkeyPatch) -> None:

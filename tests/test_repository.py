@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import toys
 import runtimes.pipelines
 from export.lint import lint
 from export.repository import drafting, publish, publish_ensemble
-from runtimes.artifact import Artifact, read_json, write_json
+from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError
 from runtimes.repository import newest, published
 from runtimes.tensors import Axis, Signature
@@ -226,8 +227,13 @@ def flip_a_byte(repository: Path) -> None:
 
 
 def another_key(repository: Path) -> None:
-    manifest = repository / "running_onnx" / "1" / "artifact.json"
-    write_json(manifest, read_json(manifest) | {"key": "another"})
+    folder = repository / "running_onnx" / "1"
+    replace(Artifact.load(folder), key="another").save(folder)
+
+
+def another_pipeline(repository: Path) -> None:
+    folder = repository / "running_decode" / "1"
+    replace(Artifact.load(folder), pipeline="toi").save(folder)
 
 
 ONNX, ENSEMBLE, ENCODE = "running_onnx/config.pbtxt", "running/config.pbtxt", "running_encode/config.pbtxt"
@@ -253,7 +259,7 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "step": (edit(ENCODE, '"encode"', '"encde"'), "expected parameter step of encode, decode, found 'encde'"),
     "program": (remove("running_encode/1/model.py"), "running_encode: version 1: expected model.py, found none"),
     "asset": (remove("running_decode/1/assets/unit.json"), "unit.json: expected this file, found none"),
-    "pipeline": (edit("running_decode/1/artifact.json", '"toy"', '"toi"'), "found 'toi'"),
+    "pipeline": (another_pipeline, "found 'toi'"),
     "old steps": (another_key, "expected steps made for one artifact, found 2 keys; publish the ensemble again"),
     "map": (edit(ENSEMBLE, 'value: "y"', 'value: "why"'), "step 'running_decode': input 'y': expected TYPE_FP32"),
     "key": (edit(ENSEMBLE, 'key: "y"', 'key: "why"'), "step 'running_onnx': expected outputs y, found 'why'"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from onnx import TensorProto, helper, save
 from export.targets.tensorrt import build, check_network, choose_builder
 from runtimes.device import gpu
 from runtimes.engines.tensorrt import FULL, RTX
-from runtimes.errors import ArtifactError, EngineError
+from runtimes.errors import ArtifactError, EngineError, MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
 
 trt = pytest.importorskip(RTX, reason="TensorRT-RTX is not installed")
@@ -98,3 +99,11 @@ def test_every_name_we_call_is_in_the_recorded_surface_of_tensorrt_11(kind: str)
 def test_the_builder_on_a_gpu_is_nvidias_where_installed() -> None:
     pytest.importorskip(FULL)
     assert choose_builder() == FULL
+
+
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, RTX, None)
+    with pytest.raises(MissingPackage, match=r"slipway\[tensorrt-rtx\]"):
+        build(RTX, tmp_path / "any.onnx", square())

@@ -7,7 +7,7 @@ from typing import Any
 
 from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError
-from training.checkpoint import Checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, exists, save_checkpoint
 from training.loop import COMMON, check_training, fit, is_first_process
 from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find_spec, override
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     specs = list(choose(arguments.models))
     changes = {**settings(arguments.set), **flags(more)}
     if arguments.if_missing:
-        specs = [spec for spec in specs if not (arguments.out / spec.name).is_dir()]
+        specs = [spec for spec in specs if not exists(arguments.out / spec.name)]
     runs = [(spec, *configure(spec, arguments.preset, changes)) for spec in specs]
     if arguments.resume and not any(_has_state(arguments.work, spec) for spec in specs):
         raise InputError(f"--resume: expected states of an earlier run in --work, found none in {arguments.work}")
