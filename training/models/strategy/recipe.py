@@ -137,7 +137,7 @@ class StrategyRecipe(Recipe):
         return {
             **rows,
             "context_ids": contexts.ids([samples[i].dialogue.context for i in chosen]),
-            "turn_ids": turns.ids([samples[i].dialogue.turns[-1].text for i in chosen]),
+            "newest_turn_ids": turns.ids([samples[i].dialogue.turns[-1].text for i in chosen]),
         }
 
 

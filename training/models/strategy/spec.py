@@ -150,7 +150,7 @@ def context_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, 
 
 def turn_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
     """Turns of the probe as the emotion classifier's token ids, or made-up ones."""
-    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("turn_ids"))}
+    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("newest_turn_ids"))}
 
 
 def graph_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
@@ -185,7 +185,7 @@ def fused_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
     shape = (sizes["batch"], sizes["turns"], sizes["turn_tokens"])
     return {
         "context_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids")),
-        "turn_ids": _ids(rng, shape, probe.get("turn_ids")),
+        "turn_ids": _ids(rng, shape, probe.get("newest_turn_ids")),
         "emotion_logits": graph["emotion_logits"],
         "emotion_known": known,
         **{name: graph[name] for name in ("kinds", "strategies", "relations")},
