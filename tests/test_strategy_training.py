@@ -1,15 +1,18 @@
 """Training learns what there is to learn, beats its baselines, and its settings do what they say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from runtimes.caching import Store
 from training.checkpoint import Checkpoint
 from training.models.strategy.module import typed_edges
 from training.models.strategy.pruning import Pruning
 from training.models.strategy.recipe import INPUTS, StrategyRecipe
+from training.precompute import fill
 from training.run import configure
 from training.run import main as run
 from training.spec import find_spec
@@ -80,6 +83,22 @@ def test_class_weights_have_mean_one_and_favour_the_rare() -> None:
     weights, counts = recipe._class_weights(), torch.bincount(recipe.tables[0]["labels"], minlength=8)
     assert weights.mean().item() == pytest.approx(1)
     assert weights[counts.argmin()] == weights.max()
+
+
+def test_a_parser_gives_edges_to_dialogues_that_have_none(tmp_path: Path) -> None:
+    turns = [{"speaker": "seeker", "content": "I am sad."}, {"speaker": "supporter", "content": "Why?", "strategy": 2}]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"dialog": turns * 2}, {"dialog": turns}]))
+    recipe = recipe_of(path, parser="sddp", history=5)
+    store = tmp_path / "store"
+    with Store(store) as opened:
+        for reading in recipe.readings():
+            fill(opened, reading)
+    parsed = recipe_of(path, parser="sddp", history=5, store=store).tables[0]
+    plain = recipe_of(path, history=5).tables[0]
+    assert (plain["relations"] == -1).all()
+    turns_but_first = (parsed["kinds"] > 0).sum() - len(parsed["kinds"])
+    assert (parsed["relations"] >= 0).sum() == turns_but_first
 
 
 @pytest.mark.slow
