@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from runtimes.dialogue import EMOTIONS, INTER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
-
-LAYERS = 3
+from training.models.strategy.spec import LAYERS
 
 
 class Strategy(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from runtimes.caching import Store
-from runtimes.dialogue import STRATEGIES, graph_tensors
+from runtimes.dialogue import EMOTIONS, STRATEGIES, graph_tensors
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
 from training.models.strategy import reading
@@ -71,7 +71,7 @@ class StrategyRecipe(Recipe):
     def _table(self, samples: Sequence[Sample], known: reading.Known) -> Batch:
         longest = max(len(sample.dialogue.turns) for sample in (*self.samples[0], *self.samples[1]))
         dialogues = [known.complete(sample.dialogue) for sample in samples]
-        emotions = np.zeros((len(samples), longest, 7), np.float32)
+        emotions = np.zeros((len(samples), longest, len(EMOTIONS)), np.float32)
         for row, dialogue in zip(emotions, dialogues, strict=True):
             row[: len(dialogue.turns)] = dialogue.emotion_logits
         graph = graph_tensors(dialogues, len(STRATEGIES[self.config["labels"]]), longest)
