@@ -2,37 +2,18 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from runtimes.caching import Store, buckets
 from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError
 from training.run import configure
-from training.spec import find_spec
+from training.spec import Reading, find_spec
 
 PADDED_SIZE = 4096  # tokens of a batch, padding included
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """Texts that a frozen model has to read.
-
-    identity  names the model, its tokenizer and its settings
-    lengths   the length of each text in tokens
-    ask       what the model says to each text of a batch
-    """
-
-    shelf: str
-    identity: Mapping[str, Any]
-    texts: Sequence[str]
-    lengths: Callable[[Sequence[str]], Sequence[int]]
-    ask: Callable[[Sequence[str]], Sequence[np.ndarray]]
 
 
 @command

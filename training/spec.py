@@ -17,8 +17,6 @@ from runtimes.tensors import Signature, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
-    from training.precompute import Reading
-
 Config = dict[str, Any]
 Metrics = dict[str, float]
 
@@ -101,6 +99,22 @@ class ModelSpec:
         return self.presets[name]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Texts that a frozen model has to read.
+
+    identity  names the model, its tokenizer and its settings
+    lengths   the length of each text in tokens
+    ask       what the model says to each text of a batch
+    """
+
+    shelf: str
+    identity: Mapping[str, Any]
+    texts: Sequence[str]
+    lengths: Callable[[Sequence[str]], Sequence[int]]
+    ask: Callable[[Sequence[str]], Sequence[np.ndarray]]
+
+
 class Recipe(ABC):
     """What Hugging Face's Trainer needs to train a model, and how the result is judged.
 
@@ -132,7 +146,7 @@ class Recipe(ABC):
         """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""
         return rows
 
-    def readings(self) -> Sequence["Reading"]:
+    def readings(self) -> Sequence[Reading]:
         """What the frozen parts have to read once, before training; for `training.precompute`."""
         return ()
 

@@ -21,8 +21,8 @@ from training.models.strategy.frozen import (
     sha256_bytes,
     tokenizer_json,
 )
-from training.precompute import Reading, fill
-from training.spec import Config
+from training.precompute import fill
+from training.spec import Config, Reading
 
 CONTEXT, EMOTION, DISCOURSE = "context", "emotion", "discourse"
 

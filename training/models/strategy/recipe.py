@@ -24,8 +24,7 @@ from training.models.strategy.metrics import confusion, measure
 from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
 from training.models.strategy.pruning import Pruning
 from training.models.strategy.rgat import SparseLayers
-from training.precompute import Reading
-from training.spec import Config, Evaluation, Metrics, Recipe
+from training.spec import Config, Evaluation, Metrics, Reading, Recipe
 
 PROBE_ROWS = 16
 EVERYTHING = 1 << 40  # entries that a store in memory may hold

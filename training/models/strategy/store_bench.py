@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from runtimes.caching import Store
 from runtimes.command import command, flags, parser, settings, table
 from training.models.strategy.recipe import StrategyRecipe
-from training.precompute import Reading, fill
+from training.precompute import fill
 from training.run import configure
-from training.spec import find_spec
+from training.spec import Reading, find_spec
 
 
 @command
