@@ -36,7 +36,6 @@ PLAYER_KEYS = ("action", "character", *(field.name for field in PLAYER_FIELDS), 
 NANA_KEYS = ("action", *(field.name for field in NANA_FIELDS))
 CONTROLLER_KEYS = ("buttons", "main_stick", "c_stick", "shoulder")
 PROJECTILE_KEYS = tuple(field.name for field in PROJECTILE_FIELDS)
-_AXES = {field.name: field for field in CONTROLLER_FIELDS if field.kind == "unit"}
 
 Raw = dict[str, float]
 
