@@ -208,7 +208,8 @@ def rewrite(model: Any, product: Product, scales: Scales) -> None:
     whole = add("MatMul", [activation, weights], [f"{stem}_product"])
     outputs = [node.output[0] for node in product.nodes]
     if (bias := settle_bias(model, product, scales.drift)).any():
-        whole = add("Add", [whole, constant("bias", bias)], [f"{stem}_sum"])
+        # ONNX Runtime 1.31 would make a Gemm of a product of rows and an Add, and compute that in float.
+        whole = add("Sub", [whole, constant("negative_bias", -bias)], [f"{stem}_sum"])
     if len(outputs) > 1:
         add("Split", [whole, constant("widths", np.asarray(product.widths))], outputs, axis=-1)
     else:

@@ -93,16 +93,19 @@ def test_every_scale_is_a_constant_without_zero_point_and_every_quantized_value_
         assert sum(node.output[0] in other.input for other in graph.node) == 1
 
 
-def test_products_of_one_activation_become_one_that_onnx_runtime_computes_in_int8(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "products"), [(Layers, 2), (Rows, 1)])
+def test_onnx_runtime_computes_in_int8_and_once_for_products_of_one_activation(
+    module: type[nn.Module], products: int, tmp_path: Path
+) -> None:
     path, optimized = tmp_path / "model.onnx", tmp_path / "optimized.onnx"
-    write_onnx(OfModule(Layers()), OPERATOR, "fp32", path)
+    write_onnx(OfModule(module()), OPERATOR, "fp32", path)
     quantize_static(path, feeds())
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimized)
     options.log_severity_level = 3
     onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(optimized).graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == 2, "three products, two of which read one activation"
+    assert kinds.count("MatMulIntegerToFloat") == products
     assert not {"MatMul", "Gemm", "FusedGemm"} & set(kinds)
 
 
