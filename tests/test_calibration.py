@@ -110,9 +110,10 @@ def test_onnx_runtime_computes_in_int8_and_once_for_products_of_one_activation(
 
 
 def test_a_channel_that_sticks_out_is_moved_into_the_weights() -> None:
-    rows = RNG.normal(size=(500, 16)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(500, 16)).astype(np.float32)
     rows[:, OUTLIER] *= 100
-    weights = RNG.normal(size=(16, 8)).astype(np.float32)
+    weights = rng.normal(size=(16, 8)).astype(np.float32)
     seen = calibration.Seen(largest=np.abs(rows).max(0), rows=rows)
     scales = choose_scales(seen, weights)
     assert scales.smooth.argmax() == OUTLIER
