@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch_geometric.nn import RGATConv
 
 from runtimes.dialogue import DISCOURSE, INTER, OTHER, RELATIONS, ROOT, SEEKER, SELF
 from runtimes.errors import InputError
 from training.models.strategy.discourse import DiscourseParser, best_tree, decode, find_cycle, load_parser
 from training.models.strategy.frozen import byte_tokenizer, load_encoder
-from training.models.strategy.module import StrategyGraph, typed_edges
+from training.models.strategy.module import StrategyGraph, one_hot, typed_edges
 from training.models.strategy.reading import Tokens
-from training.models.strategy.rgat import RelationalAttention, SparseLayers
+from training.models.strategy.rgat import RelationalAttention
+from training.models.strategy.sparse import GroupedRGATConv, SparseLayers
 from training.spec import find_spec, override
 
 SPEC = find_spec("strategy_graph")
@@ -65,24 +67,74 @@ def test_a_layer_on_three_nodes_and_two_relations_is_the_formula() -> None:
     torch.testing.assert_close(found[0, 2], layer.bias.data)
 
 
-@pytest.mark.parametrize("turns", [1, 6, 16])
-def test_the_dense_layers_are_pygs(turns: int) -> None:
-    pytest.importorskip("torch_geometric")
-    graph, feeds = graph_of(), feeds_of(turns=turns)
+def untouched_pyg(layers: Any, nodes: torch.Tensor, typed: torch.Tensor) -> torch.Tensor:
+    """Nodes [B, N, W] after all layers by RGATConv itself, dialogue by dialogue."""
+    rows = []
+    for x, relations in zip(nodes, typed, strict=True):
+        tails, heads = (relations >= 0).nonzero(as_tuple=True)
+        for layer in layers:
+            conv = RGATConv(x.shape[1], x.shape[1], len(RELATIONS))
+            own = {"weight": layer.weight, "q": layer.query, "k": layer.key, "bias": layer.bias}
+            conv.load_state_dict({**conv.state_dict(), **own})
+            x = conv(x, torch.stack([heads, tails]), relations[tails, heads]) + x
+        rows.append(x)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("width", "turns"), [(64, 1), (64, 6), (64, 16), (512, 5)])
+def test_both_forms_of_the_layers_are_pygs(width: int, turns: int) -> None:
+    graph, feeds = graph_of(hg_dim=width), feeds_of(turns=turns)
     nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
     typed = typed_edges(feeds["kinds"], feeds["relations"])
-    sparse = SparseLayers(list(graph.layers))(nodes, typed)
-    edges = (typed[:, None] == torch.arange(len(RELATIONS)).view(1, -1, 1, 1)).float()
+    want = untouched_pyg(graph.layers, nodes, typed)
+    assert (SparseLayers(list(graph.layers))(nodes, typed) - want).abs().max() < 1e-5
+    edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
     dense = nodes
     for layer in graph.layers:
         dense = layer(dense, edges)[0] + dense
-    assert (dense - sparse).abs().max() < 1e-5
+    assert (dense - want).abs().max() < 1e-5
     logits = graph(*feeds.values())[0]
-    assert (logits - graph.classify(sparse, feeds["context"])).abs().max() < 1e-5
+    assert (logits - graph.classify(want[:, 0], feeds["context"])).abs().max() < 1e-5
+
+
+def test_a_layer_gives_mixtures_what_it_gives_the_nodes_mixed() -> None:
+    graph, feeds = graph_of(), feeds_of()
+    shares = graph.shares(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    edges = one_hot(typed_edges(feeds["kinds"], feeds["relations"]), len(RELATIONS)).permute(0, 3, 1, 2)
+    mixed = graph.layers[0](shares, edges, basis_KW=graph.basis())
+    torch.testing.assert_close(mixed, graph.layers[0](shares @ graph.basis(), edges))
+
+
+def random_edges(nodes: int, edges: int, kinds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        torch.randint(nodes, (2, edges), generator=generator),
+        torch.randint(kinds, (edges,), generator=generator),
+    )
+
+
+@pytest.mark.parametrize(("edges", "kinds"), [(40, 19), (40, 2), (0, 1)])
+def test_grouping_edges_changes_neither_what_rgatconv_says_nor_how_it_learns(edges: int, kinds: int) -> None:
+    torch.manual_seed(0)
+    layers = RGATConv(32, 32, 19), GroupedRGATConv(32, 32, 19)
+    layers[1].load_state_dict(layers[0].state_dict())
+    where, relations = random_edges(12, edges, kinds)
+    nodes = torch.randn(12, 32)
+    inputs = [nodes.clone().requires_grad_() for _ in layers]
+    outputs = [layer(x, where, relations) for layer, x in zip(layers, inputs, strict=True)]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    want = {name: p.grad for name, p in layers[0].named_parameters() if p.grad is not None}
+    found = {name: p.grad for name, p in layers[1].named_parameters() if p.grad is not None}
+    assert found.keys() == want.keys()
+    assert "weight" in want
+    for name, gradient in want.items():
+        torch.testing.assert_close(found[name], gradient)
 
 
 def test_the_sparse_layers_train_the_parameters_of_the_dense_ones() -> None:
-    pytest.importorskip("torch_geometric")
     graph, feeds = graph_of(), feeds_of()
     typed = typed_edges(feeds["kinds"], feeds["relations"])
     nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
@@ -136,7 +188,7 @@ def test_the_attention_of_the_dummy_is_a_distribution_over_turns() -> None:
 def test_a_discourse_edge_is_the_only_one_that_enters_its_turn_so_its_attention_is_one() -> None:
     graph, feeds = graph_of(), feeds_of()
     typed = typed_edges(feeds["kinds"], feeds["relations"])
-    edges = (typed[:, None] == torch.arange(len(RELATIONS)).view(1, -1, 1, 1)).float()
+    edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
     nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
     _, attention = graph.layers[0](nodes, edges)
     discourse = typed[:, 1:] >= 0

@@ -1,7 +1,7 @@
 """EmoDynamiX: a dialogue as a typed graph of emotions and strategies, read together with its text (Wan et al., 2025).
 
 Shapes: B batch, T turns, N nodes (T + 1: node 0 is the dummy that gathers), E emotions, R relations, L layers,
-W graph width, D context width, S strategies.
+W graph width, D context width, S strategies, C strategies and none, K vectors of the basis (E + C + 1).
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.spec import LAYERS
 
+TO_DUMMY = slice(SELF, INTER + 1)  # the relations of the edges to the dummy
 
 class Strategy(nn.Module):
     """The whole: texts in. `encoder` and `emotion` are frozen, `dialogue` is trained."""
@@ -59,36 +60,49 @@ class StrategyGraph(nn.Module):
         self, context: Tensor, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor, relations: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [B, S], emotions [B, T, E] with zeros for padding, attention of the dummy over turns [B, L, T])."""
-        nodes_BNW = self.nodes(emotion_logits, kinds, strategies)
-        typed_BNN = typed_edges(kinds, relations)
-        kinds_R = torch.arange(len(RELATIONS), device=kinds.device).reshape(1, -1, 1, 1)
-        edges_BRNN = (typed_BNN.unsqueeze(1) == kinds_R).float()
-        attention_L = []
-        for layer in self.layers:
-            received_BNW, attention_BNN = layer(nodes_BNW, edges_BRNN)
-            nodes_BNW = received_BNW + nodes_BNW
-            attention_L.append(attention_BNN[:, 0, 1:])
-        real_BT1 = (kinds != PADDING).unsqueeze(-1).float()
-        emotions_BTE = torch.softmax(emotion_logits, -1) * real_BT1
-        return self.classify(nodes_BNW, context), emotions_BTE, torch.stack(attention_L, 1)
+        shares_BNK, basis_KW = self.shares(emotion_logits, kinds, strategies), self.basis()
+        edges_BRNN = one_hot(typed_edges(kinds, relations), len(RELATIONS)).permute(0, 3, 1, 2)
+        first, second, last = self.layers
+        nodes_BNW = shares_BNK @ basis_KW
+        # Every node is a mixture of few vectors: what the first layer's matrices make of these, export computes ahead.
+        received_BNW, first_BNN = first(shares_BNK, edges_BRNN, basis_KW=basis_KW)
+        nodes_BNW = nodes_BNW + received_BNW
+        received_BNW, second_BNN = second(nodes_BNW, edges_BRNN)
+        nodes_BNW = nodes_BNW + received_BNW
+        # Of the last layer only the dummy is read, and it hears two relations.
+        received_B1W, last_B1N = last(nodes_BNW, edges_BRNN[:, TO_DUMMY, :1], relations=TO_DUMMY)
+        gathered_BW = (nodes_BNW[:, :1] + received_B1W).squeeze(1)
+        attention_BLT = torch.stack([each[:, 0, 1:] for each in (first_BNN, second_BNN, last_B1N)], 1)
+        emotions_BTE = torch.softmax(emotion_logits, -1) * (kinds != PADDING).unsqueeze(-1).float()
+        return self.classify(gathered_BW, context), emotions_BTE, attention_BLT
 
     def nodes(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
         """[B, N, W]: the dummy; the emotion of a seeker's turn, the strategy of any other."""
-        emotion_BTW = self.mixture(emotion_logits).to(self.emotion_prototypes.dtype) @ self.emotion_prototypes
-        strategy_BTW = self.strategy_embedding(strategies)
-        turns_BTW = torch.where((kinds == SEEKER).unsqueeze(-1), emotion_BTW, strategy_BTW)
-        dummy_B1W = self.dummy.expand(kinds.shape[0], 1, -1)
-        return torch.cat([dummy_B1W, turns_BTW], 1)
+        return self.shares(emotion_logits, kinds, strategies) @ self.basis()
+
+    def basis(self) -> Tensor:
+        """The vectors that nodes are mixtures of, [K, W]: prototypes of emotions, strategies, the dummy."""
+        return torch.cat([self.emotion_prototypes, self.strategy_embedding.weight, self.dummy.unsqueeze(0)])
+
+    def shares(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
+        """How much of each vector of the basis there is in each node, [B, N, K]."""
+        is_seeker_BT1 = (kinds == SEEKER).unsqueeze(-1)
+        emotion_BTE = torch.where(is_seeker_BT1, self.mixture(emotion_logits), 0.0)
+        strategy_BTC = torch.where(is_seeker_BT1, 0.0, one_hot(strategies, self.strategy_embedding.num_embeddings))
+        turns_BTK = nn.functional.pad(torch.cat([emotion_BTE, strategy_BTC], -1), (0, 1))
+        dummy_K = one_hot(torch.tensor(turns_BTK.shape[-1] - 1, device=kinds.device), turns_BTK.shape[-1])
+        shares_BNK = torch.cat([dummy_K.expand(kinds.shape[0], 1, -1), turns_BTK], 1)
+        return shares_BNK.to(self.emotion_prototypes.dtype)
 
     def mixture(self, logits_BTE: Tensor) -> Tensor:
         """The share of each prototype: by a softmax with the learned temperature, or all of the likeliest."""
         if self.mixed:
             return torch.softmax(logits_BTE / self.log_temperature.float().exp(), -1)
-        likeliest_BT1 = logits_BTE.argmax(-1, keepdim=True)
-        return (torch.arange(len(EMOTIONS), device=logits_BTE.device) == likeliest_BT1).float()
+        return one_hot(logits_BTE.argmax(-1), len(EMOTIONS))
 
-    def classify(self, nodes_BNW: Tensor, context_BD: Tensor) -> Tensor:
-        return self.classifier(torch.cat([nodes_BNW[:, 0], context_BD.to(nodes_BNW.dtype)], -1)).float()
+    def classify(self, gathered_BW: Tensor, context_BD: Tensor) -> Tensor:
+        """Logits from what the dummy gathered and the context."""
+        return self.classifier(torch.cat([gathered_BW, context_BD.to(gathered_BW.dtype)], -1)).float()
 
 
 class Classifier(nn.Module):
@@ -102,6 +116,11 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+
+def one_hot(ids: Tensor, count: int) -> Tensor:
+    """float32 [..., count]; zeros for an id that is none of them."""
+    return (ids.unsqueeze(-1) == torch.arange(count, device=ids.device)).float()
 
 
 def typed_edges(kinds_BT: Tensor, relations_BTT: Tensor) -> Tensor:
