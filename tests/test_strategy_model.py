@@ -61,7 +61,7 @@ def test_a_layer_on_three_nodes_and_two_relations_is_the_formula() -> None:
     nodes = torch.randn(3, 4)
     typed = torch.tensor([[-1, 0, 1], [-1, -1, 0], [-1, -1, -1]])
     edges = (typed[None, None] == torch.arange(2).view(1, 2, 1, 1)).float()
-    found, attention = layer(nodes[None], edges)
+    found, attention = layer(nodes[None], nodes[None], edges)
     torch.testing.assert_close(found[0], loop_over_edges(layer, nodes, typed))
     torch.testing.assert_close(attention[0].sum(-1), torch.tensor([1.0, 1.0, 0.0]))
     torch.testing.assert_close(found[0, 2], layer.bias.data)
@@ -91,7 +91,7 @@ def test_both_forms_of_the_layers_are_pygs(width: int, turns: int) -> None:
     edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
     dense = nodes
     for layer in graph.layers:
-        dense = layer(dense, edges)[0] + dense
+        dense = layer(dense, dense, edges)[0] + dense
     assert (dense - want).abs().max() < 1e-5
     logits = graph(*feeds.values())[0]
     assert (logits - graph.classify(want[:, 0], feeds["context"])).abs().max() < 1e-5
@@ -101,8 +101,9 @@ def test_a_layer_gives_mixtures_what_it_gives_the_nodes_mixed() -> None:
     graph, feeds = graph_of(), feeds_of()
     shares = graph.shares(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
     edges = one_hot(typed_edges(feeds["kinds"], feeds["relations"]), len(RELATIONS)).permute(0, 3, 1, 2)
-    mixed = graph.layers[0](shares, edges, basis_KW=graph.basis())
-    torch.testing.assert_close(mixed, graph.layers[0](shares @ graph.basis(), edges))
+    mixed = graph.layers[0](shares, shares, edges, basis_KW=graph.basis())
+    nodes = shares @ graph.basis()
+    torch.testing.assert_close(mixed, graph.layers[0](nodes, nodes, edges))
 
 
 def random_edges(nodes: int, edges: int, kinds: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +191,7 @@ def test_a_discourse_edge_is_the_only_one_that_enters_its_turn_so_its_attention_
     typed = typed_edges(feeds["kinds"], feeds["relations"])
     edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
     nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
-    _, attention = graph.layers[0](nodes, edges)
+    _, attention = graph.layers[0](nodes, nodes, edges)
     discourse = typed[:, 1:] >= 0
     torch.testing.assert_close(attention[:, 1:][discourse], torch.ones(int(discourse.sum())))
 

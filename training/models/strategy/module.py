@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtimes.dialogue import EMOTIONS, INTER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
+from runtimes.dialogue import DISCOURSE, EMOTIONS, INTER, OTHER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.spec import LAYERS
 
-TO_DUMMY = slice(SELF, INTER + 1)  # the relations of the edges to the dummy
+TO_TURNS, TO_DUMMY = slice(len(DISCOURSE)), slice(SELF, INTER + 1)  # relations: turns hear turns, the dummy hears turns
+
 
 class Strategy(nn.Module):
     """The whole: texts in. `encoder` and `emotion` are frozen, `dialogue` is trained."""
@@ -60,21 +61,22 @@ class StrategyGraph(nn.Module):
         self, context: Tensor, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor, relations: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [B, S], emotions [B, T, E] with zeros for padding, attention of the dummy over turns [B, L, T])."""
-        shares_BNK, basis_KW = self.shares(emotion_logits, kinds, strategies), self.basis()
-        edges_BRNN = one_hot(typed_edges(kinds, relations), len(RELATIONS)).permute(0, 3, 1, 2)
+        dummy_B1K, turns_BTK = self.shares(emotion_logits, kinds, strategies).split([1, kinds.shape[1]], 1)
+        basis_KW = self.basis()
+        spoken_BR1T = torch.stack([kinds == OTHER, kinds == SEEKER], 1).unsqueeze(2).float()
+        parsed_BRTT = one_hot(relations, len(DISCOURSE)).permute(0, 3, 1, 2)
         first, second, last = self.layers
-        nodes_BNW = shares_BNK @ basis_KW
         # Every node is a mixture of few vectors: what the first layer's matrices make of these, export computes ahead.
-        received_BNW, first_BNN = first(shares_BNK, edges_BRNN, basis_KW=basis_KW)
-        nodes_BNW = nodes_BNW + received_BNW
-        received_BNW, second_BNN = second(nodes_BNW, edges_BRNN)
-        nodes_BNW = nodes_BNW + received_BNW
-        # Of the last layer only the dummy is read, and it hears two relations.
-        received_B1W, last_B1N = last(nodes_BNW, edges_BRNN[:, TO_DUMMY, :1], relations=TO_DUMMY)
-        gathered_BW = (nodes_BNW[:, :1] + received_B1W).squeeze(1)
-        attention_BLT = torch.stack([each[:, 0, 1:] for each in (first_BNN, second_BNN, last_B1N)], 1)
+        gathered_B1W, first_B1T = first(dummy_B1K, turns_BTK, spoken_BR1T, TO_DUMMY, basis_KW)
+        heard_BTW, _ = first(turns_BTK, turns_BTK, parsed_BRTT, TO_TURNS, basis_KW)
+        dummy_B1W, turns_BTW = dummy_B1K @ basis_KW + gathered_B1W, turns_BTK @ basis_KW + heard_BTW
+        gathered_B1W, second_B1T = second(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)
+        heard_BTW, _ = second(turns_BTW, turns_BTW, parsed_BRTT, TO_TURNS)
+        dummy_B1W, turns_BTW = dummy_B1W + gathered_B1W, turns_BTW + heard_BTW
+        gathered_B1W, last_B1T = last(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)  # nobody reads the turns any more
+        logits_BS = self.classify((dummy_B1W + gathered_B1W).squeeze(1), context)
         emotions_BTE = torch.softmax(emotion_logits, -1) * (kinds != PADDING).unsqueeze(-1).float()
-        return self.classify(gathered_BW, context), emotions_BTE, attention_BLT
+        return logits_BS, emotions_BTE, torch.cat([first_B1T, second_B1T, last_B1T], 1)
 
     def nodes(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
         """[B, N, W]: the dummy; the emotion of a seeker's turn, the strategy of any other."""

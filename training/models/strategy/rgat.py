@@ -1,7 +1,7 @@
 """Relational graph attention across relations, additive, one head (Busbridge et al. 2019), in plain matrix products.
 
-The form for export; `sparse` has the same on the same parameters, for training. Shapes: B batch, N nodes, M nodes that
-receive (the first of them), R relations, W width, K in what nodes are given: the vectors of a basis, or W itself.
+The form for export; `sparse` has the same on the same parameters, for training. Shapes: B batch, M nodes that receive,
+N nodes that send, R relations, W width, K in what nodes are given: the vectors of a basis, or W itself.
 """
 
 import torch
@@ -29,31 +29,30 @@ class RelationalAttention(nn.Module):
 
     def forward(
         self,
-        nodes_BNK: Tensor,
+        receivers_BMK: Tensor,
+        senders_BNK: Tensor,
         edges_BRMN: Tensor,
-        *,
-        basis_KW: Tensor | None = None,
         relations: slice = slice(None),
+        basis_KW: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the first M nodes receive, and their attention [B, M, N].
+        """What the receivers receive, and their attention [B, M, N], for all their edges: 1 at [b, r, i, j] for j -> i.
 
-        `edges_BRMN` is 1 at [b, r, i, j] where j -> i has relation r, else 0; `relations` says which ones these R are,
-        if they are not all. With a basis, `nodes_BNK` holds each node's share of every vector in it.
+        `relations` says which ones these R are. With a basis, nodes are given by their share of each vector in it.
 
-        Nodes are summed up before they are multiplied: each matrix is then read once, as a part of a single product
-        with a constant, and the scores need none. What depends on parameters alone, export computes ahead.
+        What is sent is summed up before it is multiplied: each matrix is then read once, as a part of one product with
+        a constant, and the scores need none. Export computes ahead what depends on parameters alone.
         """
         weight_RKW = self.weight[relations]
         if basis_KW is not None:
             weight_RKW = basis_KW @ weight_RKW
-        asked_BMR = nodes_BNK[:, : edges_BRMN.shape[2]] @ (weight_RKW @ self.query).squeeze(-1).T
-        told_BNR = nodes_BNK @ (weight_RKW @ self.key).squeeze(-1).T
+        asked_BMR = receivers_BMK @ (weight_RKW @ self.query).squeeze(-1).T
+        told_BNR = senders_BNK @ (weight_RKW @ self.key).squeeze(-1).T
         scores_BRMN = asked_BMR.transpose(1, 2).unsqueeze(-1) + told_BNR.transpose(1, 2).unsqueeze(-2)
         # The softmax stays in float32, whatever the parameters are.
         scores_BRMN = nn.functional.leaky_relu(scores_BRMN.float(), SLOPE)
         scores_BRMN = torch.where(edges_BRMN > 0, scores_BRMN, UNREACHABLE)
         weights_BRMN = torch.exp(scores_BRMN - scores_BRMN.amax((1, 3), keepdim=True)) * edges_BRMN
         attention_BRMN = weights_BRMN / weights_BRMN.sum((1, 3), keepdim=True).clamp_min(SMALLEST_SUM)
-        heard_BMRK = (attention_BRMN.to(nodes_BNK.dtype) @ nodes_BNK.unsqueeze(1)).transpose(1, 2)
+        heard_BMRK = (attention_BRMN.to(senders_BNK.dtype) @ senders_BNK.unsqueeze(1)).transpose(1, 2)
         received_BMW = heard_BMRK.flatten(2) @ weight_RKW.flatten(0, 1)
         return received_BMW + self.bias, attention_BRMN.sum(1)
