@@ -1,6 +1,5 @@
-"""The model against independent references: PyG's RGATConv, a loop over edges, SciPy-free brute force over trees."""
+"""The model against independent references: PyG's RGATConv, a loop over edges."""
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -8,12 +7,10 @@ import pytest
 import torch
 from torch_geometric.nn import RGATConv
 
-from runtimes.dialogue import DISCOURSE, INTER, OTHER, RELATIONS, ROOT, SEEKER, SELF
+from runtimes.dialogue import INTER, OTHER, RELATIONS, SEEKER, SELF
 from runtimes.errors import InputError
-from training.models.strategy.discourse import DiscourseParser, best_tree, decode, find_cycle, load_parser
-from training.models.strategy.frozen import byte_tokenizer, load_encoder
-from training.models.strategy.module import StrategyGraph, one_hot, typed_edges
-from training.models.strategy.reading import Tokens
+from training.models.strategy.discourse import one_hot
+from training.models.strategy.module import StrategyGraph, typed_edges
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.sparse import GroupedRGATConv, SparseLayers
 from training.spec import find_spec, override
@@ -232,59 +229,3 @@ def test_the_temperature_starts_where_it_is_set() -> None:
 def test_an_impossible_setting_is_refused_before_anything_is_built(change: dict[str, str]) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
         SPEC.signature(override(TINY, change))
-
-
-def every_tree(places: int) -> Any:
-    for heads in itertools.product(range(places), repeat=places - 1):
-        tree = [0, *heads]
-        if not find_cycle(tree) and sum(head == 0 for head in heads) == 1:
-            yield tree
-
-
-def total(scores: np.ndarray, heads: list[int]) -> float:
-    return float(sum(scores[head, tail] for tail, head in enumerate(heads) if tail))
-
-
-@pytest.mark.parametrize("seed", range(25))
-def test_the_best_tree_is_the_best_of_all_trees(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    scores = rng.normal(size=(5, 5))
-    found = best_tree(scores)
-    assert not find_cycle(found)
-    assert total(scores, found) == pytest.approx(max(total(scores, tree) for tree in every_tree(5)))
-
-
-def test_a_parse_is_a_tree_in_which_heads_come_first() -> None:
-    scores = np.random.default_rng(0).normal(size=(6, 6, len(DISCOURSE) + 1))
-    edges = decode(scores)
-    assert edges[:, 1].tolist() == [1, 2, 3, 4, 5, 6]
-    assert edges[0].tolist() == [0, 1, ROOT]
-    assert all(0 < head < tail and relation < ROOT for head, tail, relation in edges[1:])
-
-
-def test_the_parser_reads_a_dialogue_alike_whatever_follows() -> None:
-    parser = load_parser("seeded:tiny", "main")
-    tokens = Tokens(byte_tokenizer(), 96)
-    turns = [("seeker", "Hello"), ("supporter", "What happened?"), ("seeker", "I lost my job.")]
-    assert parser.parse(turns, tokens).shape == (3, 3)
-    assert parser.parse(turns[:1], tokens).tolist() == [[0, 1, ROOT]]
-
-
-def test_the_pair_scores_are_those_of_four_passes_written_as_loops() -> None:
-    torch.manual_seed(0)
-    parser = DiscourseParser(load_encoder("seeded:tiny", "main"))
-    turns = 4
-    pairs = torch.triu(torch.ones(turns, turns)).unsqueeze(-1) * torch.randn(turns, turns, 64)
-
-    def last(lstm: torch.nn.LSTM, path: list[tuple[int, int]]) -> torch.Tensor:
-        return lstm(torch.stack([pairs[place] for place in path])[None])[0][0, -1]
-
-    found = parser(pairs)
-    for i in range(turns):
-        for j in range(i, turns):
-            right = last(parser.from_diagonal, [(i, k) for k in range(i, j + 1)])
-            left = last(parser.to_diagonal, [(i, k) for k in range(turns - 1, j - 1, -1)])
-            down = last(parser.to_diagonal, [(k, j) for k in range(i + 1)])
-            up = last(parser.from_diagonal, [(k, j) for k in range(j, i - 1, -1)])
-            want = parser.classes(torch.cat([right + down, left + up]))
-            torch.testing.assert_close(found[i, j], want)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.dialogue import DISCOURSE, EMOTIONS, INTER, OTHER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
+from training.models.strategy.discourse import load_parser, one_hot, trees
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.spec import LAYERS
@@ -19,12 +20,14 @@ TO_TURNS, TO_DUMMY = slice(len(DISCOURSE)), slice(SELF, INTER + 1)  # relations:
 
 
 class Strategy(nn.Module):
-    """The whole: texts in. `encoder` and `emotion` are frozen, `dialogue` is trained."""
+    """The whole: texts in. `encoder`, `emotion` and `parser`, if there is one, are frozen; `dialogue` is trained."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.encoder = TextEncoder(config["encoder"], config["encoder_revision"], config["pooling"])
         self.emotion = EmotionClassifier(config["emotion_model"], config["emotion_revision"])
+        if config["parser"] == "sddp":
+            self.parser = load_parser(config["parser_model"])
         self.dialogue = StrategyGraph(config)
 
     def forward(
@@ -36,9 +39,15 @@ class Strategy(nn.Module):
         kinds: Tensor,
         strategies: Tensor,
         relations: Tensor,
+        *unparsed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `StrategyGraph`; `unparsed` is there with a parser: pair ids, their places, and whose edges are known."""
         classified_BTE = self.emotion(turn_ids.flatten(0, 1)).unflatten(0, turn_ids.shape[:2])
         logits_BTE = torch.where(emotion_known.unsqueeze(-1) > 0, emotion_logits, classified_BTE)
+        if unparsed:
+            pair_ids, pair_places, edges_known = unparsed
+            parsed_BTT = trees(self.parser(pair_ids, pair_places))
+            relations = torch.where(edges_known.reshape(-1, 1, 1) > 0, relations, parsed_BTT)
         return self.dialogue(self.encoder(context_ids), logits_BTE, kinds, strategies, relations)
 
 
@@ -118,11 +127,6 @@ class Classifier(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
-
-
-def one_hot(ids: Tensor, count: int) -> Tensor:
-    """float32 [..., count]; zeros for an id that is none of them."""
-    return (ids.unsqueeze(-1) == torch.arange(count, device=ids.device)).float()
 
 
 def typed_edges(kinds_BT: Tensor, relations_BTT: Tensor) -> Tensor:
