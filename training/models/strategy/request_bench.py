@@ -97,7 +97,7 @@ def _parser() -> Any:
         "training.models.strategy.request_bench",
         __doc__.partition(":")[0] + ".",
         "--checkpoint checkpoints/strategy --data dialogues.jsonl",
-        "--checkpoint checkpoints/strategy --data dialogues.jsonl --precision fp32 --precision int8 --turns 2 --turns 5",
+        "--checkpoint checkpoints/strategy --data dialogues.jsonl --precision fp32 --precision int8",
     )
     result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
     result.add_argument("--data", type=Path, required=True, help="what it was trained on")
