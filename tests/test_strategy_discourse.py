@@ -19,9 +19,10 @@ from runtimes.caching import Store
 from runtimes.cascade import StrategyCascade
 from runtimes.dialogue import DISCOURSE, ROOT, STRATEGIES, read_dialogue
 from runtimes.discourse import NO_HEAD, NO_PAIR, best_trees, pair_tensors, pair_tokens, parser_dialogue, parser_text
-from runtimes.errors import InputError
+from runtimes.errors import InputError, MissingPackage
 from runtimes.pipeline import Pipeline, open_pipeline
 from runtimes.repository import find
+from runtimes.triton_server import TritonServer, find_bundle
 from training.checkpoint import Checkpoint
 from training.models.strategy.discourse import DiscourseParser, load_parser, trees
 from training.models.strategy.frozen import byte_tokenizer, load_encoder
@@ -302,6 +303,23 @@ def test_the_parts_say_what_they_do_without_and_with_edges(parsing: tuple[Path, 
     with open_runtime(root) as runtime:
         answers = parser.decode(runtime.run(parser.encode([{"turns": TURNS}, {"turns": TURNS[:1]}])))
     assert [len(answer["edges"]) for answer in answers] == [3, 1]
+
+
+@pytest.mark.slow
+def test_the_ensemble_parses_what_has_no_edges(parsing: tuple[Path, Path, Path]) -> None:
+    http = pytest.importorskip("tritonclient.http")
+    try:
+        find_bundle()
+    except MissingPackage as error:
+        pytest.skip(str(error))
+    request = {"turns": [{"speaker": "start", "text": "<START>"}, *TURNS]}
+    with Store() as store, StrategyCascade(parsing[2], store) as cascade:
+        (want,) = cascade.answer([request])
+    tensor = http.InferInput("request", [1, 1], "BYTES")
+    tensor.set_data_from_numpy(np.array([[json.dumps(request).encode()]], np.object_))
+    with TritonServer(parsing[2]) as server, http.InferenceServerClient(server.http_url) as client:
+        got = json.loads(client.infer("strategy", [tensor]).as_numpy("answer").item())
+    np.testing.assert_allclose(list(got["probs"].values()), list(want["probs"].values()), atol=1e-5)
 
 
 @pytest.mark.slow
