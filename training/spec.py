@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ class ModelSpec:
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
     absent       the reason why a checkpoint of this config has no such part, or None
+    calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
     """
 
     name: str
@@ -85,6 +86,7 @@ class ModelSpec:
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
     absent: Callable[[Config], str | None] = lambda config: None
+    calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", self.checkpoint or self.name)
