@@ -84,7 +84,7 @@ def read(lstm: nn.LSTM, rows_BTTD: Tensor, start_BT: Tensor, step: int) -> Tenso
     turns = rows_BTTD.shape[2]
     time_T = torch.arange(turns, device=start_BT.device)
     places_RT = start_BT.reshape(-1, 1) + step * time_T
-    around_1 = time_T[-1:] + 1  # `turns` as a tensor: the exporter cannot take a remainder by a dynamic size
+    around_1 = time_T[-1:] + 1  # `turns` as a tensor: the exporter takes no dynamic size for a scalar
     places_RT = torch.where(places_RT < 0, places_RT + around_1, places_RT)
     places_RT = torch.where(places_RT >= around_1, places_RT - around_1, places_RT)
     order_RTT = one_hot(places_RT, turns).to(rows_BTTD.dtype)  # a permutation for each row
