@@ -113,7 +113,9 @@ class StrategyGraph(nn.Module):
 
     def classify(self, gathered_BW: Tensor, context_BD: Tensor) -> Tensor:
         """Logits from what the dummy gathered and the context."""
-        return self.classifier(torch.cat([gathered_BW, context_BD.to(gathered_BW.dtype)], -1)).float()
+        joined_BV = torch.cat([gathered_BW, context_BD.to(gathered_BW.dtype)], -1)
+        # In three dimensions, for of two ONNX Runtime 1.31 makes a Gemm, which it does not compute in int8.
+        return self.classifier(joined_BV.unsqueeze(1)).squeeze(1).float()
 
 
 class Classifier(nn.Module):
