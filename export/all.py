@@ -98,6 +98,8 @@ def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: 
         if reason := why_skipped(cell, checkpoints):
             return replace(outcome, reason=reason)
         checkpoint = Checkpoint.load(checkpoints / cell.spec.checkpoint)
+        if reason := cell.spec.absent(checkpoint.config):
+            return replace(outcome, reason=reason)
         key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint)
         found = newest(repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
         if found and not force and (artifact := reusable(found, key)):

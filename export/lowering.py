@@ -1,6 +1,8 @@
 """Steps that targets share: from a traced program to a checked ONNX file whose dynamic axes have their names."""
 
 import logging
+import math
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from training.scan import Form
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
 
 OPSET = 20
 EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB
@@ -39,11 +42,36 @@ def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
         )
     weights_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     assert exported is not None  # only the dynamo=False exporter returns None
+    fold_constants(exported.model)
     exported.save(path, external_data=weights_bytes > EXTERNAL_BYTES)
     model = onnx.load(path, load_external_data=False)
     name_axes(model, signature)
     onnx.save(model, path)
     check_onnx(path)
+
+
+def fold_constants(model: "onnx_ir.Model") -> None:
+    """Compute ahead, in place, what parameters alone decide, where that is smaller than they are or takes their place.
+
+    The exporter does so for small parameters only; ONNX Runtime for all, but at every start, and what it packs and what
+    is quantized are constants as the file holds them.
+    """
+    require("onnxscript", extra="export")
+    from onnxscript.optimizer import fold_constants as fold
+
+    fold(model, should_fold=_is_worth_folding, output_size_limit=sys.maxsize)
+
+
+def _is_worth_folding(node: "onnx_ir.Node") -> bool:
+    """Whether a node on constants makes fewer numbers than it reads, or no more than nobody else reads."""
+    shapes = [value.shape for value in node.outputs]
+    if any(shape is None or not shape.is_static() for shape in shapes):
+        return False
+    made = sum(math.prod(shape.numpy()) for shape in shapes if shape is not None)
+    tensors = [(value.const_value, len(value.uses())) for value in node.inputs if value is not None]
+    read = max((tensor.size for tensor, _ in tensors if tensor is not None), default=0)
+    freed = sum(tensor.size for tensor, uses in tensors if tensor is not None and uses == 1)
+    return bool(made < read or made <= freed)
 
 
 def name_axes(model: "onnx.ModelProto", signature: Signature) -> None:

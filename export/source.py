@@ -75,6 +75,7 @@ class Source:
         ]
         module = cast(self.module, precision)
         positional, variadic = _parameters(module)
+        variadic = variadic and len(shapes) > positional
         with torch.no_grad(), scan_form(form):
             return torch.export.export(
                 module,

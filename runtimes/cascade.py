@@ -11,6 +11,7 @@ from runtimes.artifact import ASSETS, artifact_name, read_json
 from runtimes.base import Runtime, open_runtime
 from runtimes.caching import Shelf, Store
 from runtimes.dialogue import STRATEGIES, Dialogue, emotion_tensors, graph_tensors, read_answers, read_dialogue
+from runtimes.discourse import best_trees, load_pair_tokens, pair_tensors, parser_dialogue, parser_text
 from runtimes.errors import InputError
 from runtimes.repository import find
 from runtimes.tensors import BATCH, Tensors
@@ -22,8 +23,14 @@ SHELVES = "shelves.json"  # among the assets: what names the frozen parts in a s
 class Reader:
     """A frozen part with its shelf: texts in, an array for each out."""
 
-    def __init__(self, runtime: Runtime, tokens: Tokens, shelf: Shelf) -> None:
-        self.runtime, self.tokens, self.shelf = runtime, tokens, shelf
+    def __init__(
+        self,
+        runtime: Runtime,
+        shelf: Shelf,
+        encode: Callable[[Sequence[str]], Tensors],
+        decode: Callable[[np.ndarray], Sequence[np.ndarray]] = list,
+    ) -> None:
+        self.runtime, self.shelf, self.encode, self.decode = runtime, shelf, encode, decode
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray]:
         """From the shelf where it is there, else from the model, and then kept."""
@@ -33,8 +40,8 @@ class Reader:
         most = self.runtime.signature.axis(BATCH).max
         result: list[np.ndarray] = []
         for start in range(0, len(texts), most):
-            (vectors,) = self.runtime.run({"token_ids": self.tokens.ids(texts[start : start + most])}).values()
-            result += list(vectors)
+            (vectors,) = self.runtime.run(self.encode(texts[start : start + most])).values()
+            result += self.decode(vectors)
         return result
 
 
@@ -57,8 +64,9 @@ class StrategyCascade:
             self.graph = self._open("graph")
             self.config = self.graph.artifact.config
             self.strategies = STRATEGIES[self.config["labels"]]
-            self.contexts = self._reader("encoder", "context", "max_tokens")
-            self.emotions = self._reader("emotion", "emotion", "turn_tokens")
+            self.contexts = self._text_reader("encoder", "context", "max_tokens")
+            self.emotions = self._text_reader("emotion", "emotion", "turn_tokens")
+            self.discourse = self._parser() if self.config["parser"] == "sddp" else None
             undo.pop_all()
         return self
 
@@ -74,7 +82,7 @@ class StrategyCascade:
         if not requests:
             raise InputError("expected at least one request, found none")
         dialogues = [
-            self._with_emotions(read_dialogue(request, self.strategies, f"request {i}"))
+            self._complete(read_dialogue(request, self.strategies, f"request {i}").newest(self.config["max_turns"]))
             for i, request in enumerate(requests)
         ]
         contexts = self.contexts.read([dialogue.context for dialogue in dialogues])
@@ -84,16 +92,28 @@ class StrategyCascade:
             **graph_tensors(dialogues, len(self.strategies)),
         }
 
-    def _with_emotions(self, dialogue: Dialogue) -> Dialogue:
-        newest = dialogue.newest(self.config["max_turns"])
-        if newest.emotion_logits is not None:
-            return newest
-        logits = np.stack(self.emotions.read([turn.text for turn in newest.turns]))
-        return Dialogue(turns=newest.turns, edges=newest.edges, emotion_logits=logits)
+    def _complete(self, dialogue: Dialogue) -> Dialogue:
+        """The dialogue with emotions, and with edges if the model was trained with a parser."""
+        if dialogue.emotion_logits is None:
+            dialogue = dialogue.with_emotions(self.emotions.read([turn.text for turn in dialogue.turns]))
+        if dialogue.edges is None and self.discourse:
+            dialogue = dialogue.with_edges(self.discourse.read([parser_text(dialogue)])[0])
+        return dialogue
 
-    def _reader(self, part: str, shelf: str, max_tokens: str) -> Reader:
+    def _text_reader(self, part: str, shelf: str, max_tokens: str) -> Reader:
         runtime = self._open(part)
-        assets = runtime.root / ASSETS
-        identity = {**read_json(assets / SHELVES)[shelf], "precision": runtime.artifact.precision}
-        tokens = Tokens.load(assets / f"{shelf}_tokenizer.json", self.config[max_tokens])
-        return Reader(runtime, tokens, self.store.shelf(shelf, identity))
+        tokens = Tokens.load(runtime.root / ASSETS / f"{shelf}_tokenizer.json", self.config[max_tokens])
+        return Reader(runtime, self._shelf(runtime, shelf), lambda texts: {"token_ids": tokens.ids(texts)})
+
+    def _parser(self) -> Reader:
+        runtime = self._open("parser")
+        tokens = load_pair_tokens(runtime.root / ASSETS)
+
+        def encode(texts: Sequence[str]) -> Tensors:
+            return pair_tensors([parser_dialogue(text) for text in texts], tokens)
+
+        return Reader(runtime, self._shelf(runtime, "discourse"), encode, best_trees)
+
+    def _shelf(self, runtime: Runtime, name: str) -> Shelf:
+        identity = read_json(runtime.root / ASSETS / SHELVES)[name]
+        return self.store.shelf(name, {**identity, "precision": runtime.artifact.precision})

@@ -72,6 +72,14 @@ class Dialogue:
         logits = None if self.emotion_logits is None else self.emotion_logits[gone:]
         return replace(self, turns=self.turns[gone:], edges=edges, emotion_logits=logits)
 
+    def with_emotions(self, rows: Sequence[np.ndarray]) -> "Dialogue":
+        """The dialogue with logits that a classifier gave, one row for every turn."""
+        return replace(self, emotion_logits=np.stack(rows))
+
+    def with_edges(self, rows: np.ndarray) -> "Dialogue":
+        """The dialogue with edges [edges, 3] that a parser gave."""
+        return replace(self, edges=tuple((head, tail, kind) for head, tail, kind in rows.tolist()))
+
     @property
     def context(self) -> str:
         """The text that the context encoder reads."""

@@ -14,22 +14,22 @@ PADS = ("<pad>", "[PAD]")
 
 
 class Tokens:
-    """A tokenizer.json that cuts on the left at `max_tokens`, special tokens included."""
+    """A tokenizer.json that cuts at `max_tokens`, special tokens included: what is oldest, or on another side."""
 
-    def __init__(self, tokenizer_json: bytes, max_tokens: int) -> None:
+    def __init__(self, tokenizer_json: bytes, max_tokens: int, cut: str = "left") -> None:
         tokenizers = require("tokenizers", extra="strategy")
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-        self._tokenizer.enable_truncation(max_tokens, direction="left")
+        self._tokenizer.enable_truncation(max_tokens, direction=cut)
         self._tokenizer.no_padding()
         pads = (self._tokenizer.token_to_id(pad) for pad in PADS)
         self.pad = next((pad for pad in pads if pad is not None), 0)
 
     @classmethod
-    def load(cls, path: Path, max_tokens: int) -> "Tokens":
+    def load(cls, path: Path, max_tokens: int, cut: str = "left") -> "Tokens":
         """The tokenizer in a file; `InputError` if there is none."""
         if not path.is_file():
             raise InputError(f"expected a tokenizer at {path}, found none; export the model again")
-        return cls(path.read_bytes(), max_tokens)
+        return cls(path.read_bytes(), max_tokens, cut)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text, once it is cut."""

@@ -51,6 +51,29 @@ def run_onnx(path: Path, **feeds: np.ndarray) -> np.ndarray:
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
 
 
+class Folded(nn.Module):
+    """Two large parameters that are only read through a product, and one that is read as it is and turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.many = nn.Parameter(torch.randn(4, 3000)), nn.Parameter(torch.randn(3000, 3000) / 3000)
+        self.tied = nn.Parameter(torch.randn(3000, 4) / 3000)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.few @ self.many) @ self.tied + torch.tanh(x @ self.tied.T @ self.tied)
+
+
+def test_what_parameters_alone_decide_is_computed_ahead_and_nothing_is_stored_twice(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    source = OfModule(Folded())
+    write_onnx(source, Form(kind="loop"), "fp32", path)
+    stored = [list(tensor.dims) for tensor in onnx.load(path).graph.initializer if np.prod(tensor.dims) > 100]
+    assert sorted(stored) == [[4, 3000], [3000, 4]]
+    feeds = source.feeds(np.random.default_rng(0), {"batch": 2, "time": 3})
+    want = source.answer(feeds)["embedding_out"]
+    np.testing.assert_allclose(run_onnx(path, **feeds), want, atol=1e-5)
+
+
 class Softmax(nn.Module):
     """Shares of a sum that may be zero, guarded in one of two ways."""
 

@@ -1,6 +1,7 @@
 """From a trained checkpoint to the answer: pipelines, the cascade with its store, precomputing, a real Triton."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -274,10 +275,11 @@ def server(repository: Path) -> Iterator[TritonServer]:
         yield running
 
 
-def ask(server: TritonServer, model: str, request: str) -> Any:
+def ask(server: TritonServer, model: str, request: str | bytes) -> Any:
     http = pytest.importorskip("tritonclient.http")
     tensor = http.InferInput("request", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[request.encode()]], np.object_))
+    said = request.encode() if isinstance(request, str) else request
+    tensor.set_data_from_numpy(np.array([[said]], np.object_))
     with http.InferenceServerClient(server.http_url) as client:
         return json.loads(client.infer(model, [tensor]).as_numpy("answer").item())
 
@@ -301,21 +303,42 @@ def test_every_part_answers_through_the_server(part: str, server: TritonServer, 
     assert ask(server, part, json.dumps(pipeline_of(part, repository).example()))
 
 
+TURN = {"speaker": "seeker", "text": "x"}
+WRONG = [
+    (b"not json", "JSON"),
+    (b'{"turns": [{"speaker": "seeker", "text": "\xff"}]}', "UTF-8"),
+    (b'{"turns": []}', "turns"),
+    (json.dumps({"turns": [{**TURN, "speaker": "doctor"}]}).encode(), "seeker"),
+    (json.dumps({"turns": [{**TURN, "strategy": "Hypnosis"}]}).encode(), "Self-disclosure"),
+    (json.dumps({"turns": [TURN, TURN], "edges": [[1, 3, 0]]}).encode(), r"1\.\.2"),
+    (json.dumps({"turns": [TURN, TURN], "emotion_logits": [[0.0] * 7]}).encode(), "2 rows"),
+    (json.dumps({"turns": [TURN] * 10_000}).encode(), "10000"),
+]
+
+
+@pytest.mark.parametrize(("request_", "named"), WRONG)
+def test_predict_refuses_a_wrong_request_in_one_line(
+    request_: bytes, named: str, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "request.json"
+    path.write_bytes(request_)
+    arguments = ["strategy", "--input", str(path), "--repository", str(repository)]
+    for more in ([], ["--store", str(tmp_path / "store")]):
+        assert predict([*arguments, *more]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert re.search(named, line)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("request_", "named"),
-    [
-        ("not json", "JSON"),
-        ('{"turns": []}', "turns"),
-        (json.dumps({"turns": [{"speaker": "doctor", "text": "x"}]}), "seeker"),
-        (json.dumps({"turns": [{"speaker": "seeker", "text": "x"}] * 10_000}), "10000"),
-    ],
-)
-def test_the_server_refuses_a_wrong_request_in_one_line(request_: str, named: str, server: TritonServer) -> None:
+@pytest.mark.parametrize(("request_", "named"), WRONG)
+def test_the_server_refuses_a_wrong_request_in_one_line_and_answers_the_next(
+    request_: bytes, named: str, server: TritonServer
+) -> None:
     utils = pytest.importorskip("tritonclient.utils")
     with pytest.raises(utils.InferenceServerException, match=named) as caught:
         ask(server, "strategy", request_)
     assert "\n" not in str(caught.value).strip()
+    assert ask(server, "strategy", json.dumps(EXAMPLE))["label"] in STRATEGIES["esconv"]
 
 
 @pytest.mark.slow

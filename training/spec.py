@@ -65,6 +65,7 @@ class ModelSpec:
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
+    absent       the reason why a checkpoint of this config has no such part, or None
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
     """
 
@@ -84,6 +85,7 @@ class ModelSpec:
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
+    absent: Callable[[Config], str | None] = lambda config: None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from runtimes.cascade import StrategyCascade
 from runtimes.dialogue import EXAMPLE, STRATEGIES, Dialogue, emotion_tensors, graph_tensors, read_answers, read_dialogue
+from runtimes.discourse import load_pair_tokens, pair_tensors
 from runtimes.errors import InputError
 from runtimes.pipeline import Pipeline
 from runtimes.tensors import Tensors
@@ -16,6 +17,8 @@ from runtimes.texts import Tokens
 
 class StrategyPipeline(Pipeline):
     """A request is a dialogue as `example` shows; a turn's `strategy`, `edges` and `emotion_logits` may be left out.
+
+    Without edges the parser is asked, if the model was trained with one; else there are none.
 
     An answer is `{label, probs, emotions, attention}`: the likeliest strategy, the probability of each, and for every
     turn that was read, oldest first, its emotions and its share of the last layer's attention.
@@ -28,6 +31,7 @@ class StrategyPipeline(Pipeline):
         self.strategies = STRATEGIES[config["labels"]]
         self.context_tokens = Tokens.load(assets / "context_tokenizer.json", config["max_tokens"])
         self.turn_tokens = Tokens.load(assets / "emotion_tokenizer.json", config["turn_tokens"])
+        self.pair_tokens = load_pair_tokens(assets) if config["parser"] == "sddp" else None
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of the fused model; dialogues of different lengths are padded."""
@@ -42,7 +46,13 @@ class StrategyPipeline(Pipeline):
             "turn_ids": self._turn_ids(dialogues),
             **emotion_tensors(dialogues),
             **graph_tensors(dialogues, len(self.strategies)),
+            **(self._unparsed(dialogues, self.pair_tokens) if self.pair_tokens else {}),
         }
+
+    def _unparsed(self, dialogues: Sequence[Dialogue], tokens: Tokens) -> Tensors:
+        """What the parser reads, and int64 [batch]: 1 for a dialogue whose edges are given, which it does not read."""
+        known = [dialogue.edges is not None for dialogue in dialogues]
+        return {**pair_tensors(dialogues, tokens), "edges_known": np.array(known, np.int64)}
 
     def _turn_ids(self, dialogues: Sequence[Dialogue]) -> np.ndarray:
         """int64 [batch, turns, tokens]; a turn whose emotion is given is not read again."""

@@ -31,6 +31,8 @@ class GraphPipeline(Pipeline):
             dialogue = read_dialogue(rest, self.strategies, f"request {i}")
             if dialogue.emotion_logits is None:
                 raise InputError(f"request {i}: expected 'emotion_logits', found none; ask the emotion classifier")
+            if dialogue.edges is None and self.config["parser"] == "sddp":
+                raise InputError(f"request {i}: expected 'edges', found none; ask strategy_parser, as in training")
             dialogues.append(dialogue.newest(self.config["max_turns"]))
         emotions = emotion_tensors(dialogues)["emotion_logits"]
         graph = graph_tensors(dialogues, len(self.strategies))

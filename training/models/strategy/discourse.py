@@ -1,36 +1,44 @@
-"""The structured dialogue discourse parser (Chi & Rudnicky, SIGDIAL 2022): scores of pairs, and the best tree.
+"""The structured dialogue discourse parser (Chi & Rudnicky, SIGDIAL 2022): which turn answers which, and how.
 
-Shapes: T turns, N places (T + 1: place 0 is the root), D encoder width, C classes (16 relations and root).
+Shapes: B batch, T turns, P pairs of turns, L tokens, D encoder width, C classes (16 relations and root).
 """
 
-from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from runtimes.dialogue import DISCOURSE, ROOT
-from runtimes.errors import InputError
-from runtimes.texts import Tokens
-from training.models.strategy.frozen import SEEDED, FrozenModule, inputs, load_encoder, real_tokens
+from runtimes.discourse import NO_PAIR
+from runtimes.errors import InputError, one_line
+from training.cells import run_cell
+from training.models.strategy.frozen import (
+    SEEDED,
+    FrozenModule,
+    inputs,
+    load_encoder,
+    load_untrained_encoder,
+    real_tokens,
+)
 
-PAIR_TOKENS = 96
 CLASSES = len(DISCOURSE) + 1
 WEIGHTS = "model.safetensors"
-NO_HEAD = "this is the placeholder for start of dialogue"  # what public weights were trained to read before a root
 # Of the two bidirectional LSTMs of the public weights only the backward halves are read.
 PUBLIC_NAMES = {
     "struct_attention.rnn_b.": "from_diagonal.",
     "struct_attention.rnn_f.": "to_diagonal.",
     "struct_attention.transform_list.0.": "classes.",
 }
+BACKWARD = "_reverse"
+UNREAD = ("encoder.pooler.", "encoder.embeddings.position_ids")
 
 
 class DiscourseParser(FrozenModule):
-    """Reads every pair of turns, lets the pairs of a row and of a column speak to each other, takes the best tree."""
+    """Reads every pair of turns, and lets the pairs of a row and of a column speak to each other."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -40,141 +48,109 @@ class DiscourseParser(FrozenModule):
         self.to_diagonal = nn.LSTM(width, width, batch_first=True)
         self.classes = nn.Linear(2 * width, CLASSES)
 
-    def forward(self, pairs_TTD: Tensor) -> Tensor:
-        """Scores [T, T, C] at [head, tail]; the diagonal is for the root as head, below it nothing is meant."""
-        across_TTD = torch.cat([_rolled(self.from_diagonal, pairs_TTD), _reversed(self.to_diagonal, pairs_TTD)], -1)
-        columns_TTD = pairs_TTD.transpose(0, 1)
-        down_TTD = torch.cat([self.to_diagonal(columns_TTD)[0], _rolled(self.from_diagonal, columns_TTD, -1)], -1)
-        return self.classes(across_TTD + down_TTD.transpose(0, 1))
+    def forward(self, pair_ids: Tensor, pair_places: Tensor) -> Tensor:
+        """Scores float32 [B, T, T, C] at [head, tail], for tensors as `runtimes.discourse.pair_tensors` makes them.
 
-    def parse(self, turns: Sequence[tuple[str, str]], tokens: Tokens) -> np.ndarray:
-        """int64 [T, 3]: (head, tail, relation) for every turn; turns are (speaker, text)."""
-        texts = [f"{speaker} , {text}" for speaker, text in turns]
-        heads, tails = np.triu_indices(len(texts))
-        pairs = [(NO_HEAD if i == j else texts[i], texts[j]) for i, j in zip(heads, tails, strict=True)]
+        The diagonal is for the root as head. Where no pair is, below it and beyond a dialogue's turns, is NO_PAIR.
+        """
+        ids_RL = pair_ids.flatten(0, 1)
         config: Any = self.encoder.config
-        with torch.inference_mode():
-            ids = torch.from_numpy(tokens.ids(pairs))
-            states = self.encoder(**inputs(self.encoder, ids, real_tokens(ids, config.pad_token_id)))
-            pairs_TTD = torch.zeros(len(texts), len(texts), config.hidden_size)
-            pairs_TTD[heads, tails] = states.last_hidden_state[:, 0]
-            scores_TTC = self(pairs_TTD).double().numpy()
-        return decode(scores_TTC)
+        states_RLD = self.encoder(**inputs(self.encoder, ids_RL, real_tokens(ids_RL, config.pad_token_id)))[0]
+        vectors_BPD = states_RLD[:, 0].unflatten(0, pair_ids.shape[:2])
+        scores_BTTC = self.score(grid(vectors_BPD, pair_places), (pair_places[:, 0] >= 0).sum(-1)).float()
+        return torch.where(pair_places.unsqueeze(-1) >= 0, scores_BTTC, NO_PAIR)
+
+    def score(self, pairs_BTTD: Tensor, turns_B: Tensor) -> Tensor:
+        """Each pair hears those between it and the diagonal, and those beyond it, along its row and its column."""
+        own_BT = torch.arange(pairs_BTTD.shape[1], device=turns_B.device).expand(pairs_BTTD.shape[:2])
+        last_BT = (turns_B - 1).unsqueeze(1).expand_as(own_BT)
+        columns_BTTD = pairs_BTTD.transpose(1, 2)
+        across = read(self.from_diagonal, pairs_BTTD, own_BT, 1), read(self.to_diagonal, pairs_BTTD, last_BT, -1)
+        down = (
+            read(self.to_diagonal, columns_BTTD, torch.zeros_like(own_BT), 1),
+            read(self.from_diagonal, columns_BTTD, own_BT, -1),
+        )
+        return self.classes(torch.cat(across, -1) + torch.cat(down, -1).transpose(1, 2))
 
 
-def _reversed(lstm: nn.LSTM, rows_TTD: Tensor) -> Tensor:
-    """What the LSTM says when it reads each row from its end."""
-    return lstm(rows_TTD.flip(1))[0].flip(1)
+def grid(vectors_BPD: Tensor, places_BTT: Tensor) -> Tensor:
+    """The vector of each place [B, T, T, D]; zeros where there is none."""
+    chosen_BKP = one_hot(places_BTT.flatten(1), vectors_BPD.shape[1]).to(vectors_BPD.dtype)
+    return (chosen_BKP @ vectors_BPD).unflatten(1, places_BTT.shape[1:])
 
 
-def _rolled(lstm: nn.LSTM, rows_TTD: Tensor, step: int = 1) -> Tensor:
-    """What the LSTM says when it reads row i from place i on, to the right or (-1) to the left."""
-    turns = len(rows_TTD)
-    row = torch.arange(turns)[:, None]
-    places = (row + step * torch.arange(turns)) % turns
-    result = torch.empty_like(rows_TTD)
-    result[row, places] = lstm(rows_TTD[row, places])[0]
-    return result
+def read(lstm: nn.LSTM, rows_BTTD: Tensor, start_BT: Tensor, step: int) -> Tensor:
+    """What the LSTM says when it reads each row from its start on, to the right (1) or to the left (-1), all around."""
+    turns = rows_BTTD.shape[2]
+    time_T = torch.arange(turns, device=start_BT.device)
+    places_RT = start_BT.reshape(-1, 1) + step * time_T
+    around_1 = time_T[-1:] + 1  # `turns` as a tensor: the exporter takes no dynamic size for a scalar
+    places_RT = torch.where(places_RT < 0, places_RT + around_1, places_RT)
+    places_RT = torch.where(places_RT >= around_1, places_RT - around_1, places_RT)
+    order_RTT = one_hot(places_RT, turns).to(rows_BTTD.dtype)  # a permutation for each row
+    # Time goes first for a moment: torch.export 2.13 does not see that the smaller of T and T * T is T.
+    rows_RTD = rows_BTTD.movedim(2, 0).contiguous().flatten(1, 2).transpose(0, 1)
+    read_RTD = order_RTT @ rows_RTD
+    state_1RD = read_RTD.new_zeros(1, read_RTD.shape[0], read_RTD.shape[2])
+    said_RTD, _ = run_cell(lstm, read_RTD, (state_1RD, state_1RD))
+    return (order_RTT.mT @ said_RTD).unflatten(0, rows_BTTD.shape[:2])
 
 
-def load_parser(source: str, revision: str) -> DiscourseParser:
-    """The parser in a Hugging Face folder with its weights as safetensors, or a seeded one."""
+def one_hot(ids: Tensor, count: int) -> Tensor:
+    """float32 [..., count]; zeros for an id that is none of them."""
+    return (ids.unsqueeze(-1) == torch.arange(count, device=ids.device)).float()
+
+
+def trees(scores_BTTC: Tensor) -> Tensor:
+    """`runtimes.discourse.best_trees` as relation ids [B, T, T] at [tail, head], -1 for no edge."""
+    best_BTT, relations_BTT = scores_BTTC[..., :ROOT].max(-1)
+    turns_T = torch.arange(best_BTT.shape[1], device=best_BTT.device)
+    earlier_BTT = (turns_T.unsqueeze(1) < turns_T) & (best_BTT > NO_PAIR)
+    heads_B1T = torch.where(earlier_BTT, best_BTT, NO_PAIR).argmax(1, keepdim=True)
+    chosen_BTT = earlier_BTT & (turns_T.unsqueeze(1) == heads_B1T)
+    return torch.where(chosen_BTT, relations_BTT, -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=2)
+def load_parser(source: str) -> DiscourseParser:
+    """The parser in a Hugging Face folder with its weights as safetensors, or a seeded one; once per process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        parser = DiscourseParser(load_encoder(source, revision))
+        encoder = load_encoder(source, "main") if source.startswith(SEEDED) else load_untrained_encoder(source)
+        parser = DiscourseParser(encoder)
     if not source.startswith(SEEDED):
-        path = Path(source) / WEIGHTS
-        if not path.is_file():
-            raise InputError(f"expected the parser's weights at {path}, found none; convert them to safetensors")
-        own = parser.state_dict()
-        stored = {renamed(name): tensor for name, tensor in load_file(path).items()}
-        wrong = [name for name in own if name not in stored or own[name].shape != stored[name].shape]
-        if wrong:
-            raise InputError(f"{path}: expected the parser's parameters, {len(wrong)} do not fit, first '{wrong[0]}'")
-        parser.load_state_dict({name: stored[name] for name in own})
+        parser.load_state_dict(_stored(Path(source) / WEIGHTS, parser.state_dict()))
     return parser.eval().requires_grad_(False)
 
 
-def renamed(name: str) -> str:
+def _stored(path: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in a file under our names; `InputError` unless they are `own`'s, all of them and no others."""
+    if not path.is_file():
+        raise InputError(f"expected the parser's weights at {path}, found none; convert them to safetensors")
+    try:
+        stored = {own_name(name): tensor for name, tensor in load_file(path).items() if not _is_unread(name)}
+    except SafetensorError as error:
+        raise InputError(f"{path}: expected safetensors, found {one_line(error)}") from error
+    shapes = {name: list(tensor.shape) for name, tensor in stored.items()}
+    expected = {name: list(tensor.shape) for name, tensor in own.items()}
+    wrong = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if wrong:
+        raise InputError(
+            f"{path}: expected the parser's parameters, {len(wrong)} do not fit, first '{wrong[0]}': "
+            f"expected {expected.get(wrong[0], 'none')}, found {shapes.get(wrong[0], 'none')}"
+        )
+    return stored
+
+
+def own_name(name: str) -> str:
     """Our name of a parameter of the public weights."""
     for public, own in PUBLIC_NAMES.items():
-        if name.startswith(public) and ("_reverse" in name or own == "classes."):
-            return own + name.removeprefix(public).replace("_reverse", "")
+        if name.startswith(public):
+            return own + name.removeprefix(public).removesuffix(BACKWARD)
     return name
 
 
-def decode(scores_TTC: np.ndarray) -> np.ndarray:
-    """The best tree whose root has one child, as edges int64 [T, 3] sorted by tail; a head comes before its tail."""
-    turns = len(scores_TTC)
-    scores_NN = np.full((turns + 1, turns + 1), -np.inf)
-    later = np.triu(np.ones((turns, turns), bool), 1)
-    scores_NN[1:, 1:][later] = scores_TTC[..., :ROOT].max(-1)[later]
-    scores_NN[0, 1:] = np.diagonal(scores_TTC[..., ROOT])
-    heads = best_tree(scores_NN)
-    kinds = [int(scores_TTC[head - 1, tail, :ROOT].argmax()) if head else ROOT for tail, head in enumerate(heads[1:])]
-    return np.array(list(zip(heads[1:], range(1, turns + 1), kinds, strict=True)), np.int64)
-
-
-def best_tree(scores_NN: np.ndarray) -> list[int]:
-    """The head of every place in the best tree below place 0, which has one child; place 0 has itself.
-
-    Tries every child of the root: of the others, each tree is a maximum spanning arborescence.
-    """
-    places = len(scores_NN)
-    best, best_heads = -np.inf, [0] * places
-    for child in range(1, places):
-        if not np.isfinite(scores_NN[0, child]):
-            continue
-        only = scores_NN.copy()
-        only[0] = -np.inf
-        only[0, child] = scores_NN[0, child]
-        heads = arborescence(only)
-        total = sum(only[head, tail] for tail, head in enumerate(heads) if tail)
-        if total > best:
-            best, best_heads = total, heads
-    return best_heads
-
-
-def arborescence(scores_NN: np.ndarray) -> list[int]:
-    """The head of every place in the maximum spanning arborescence from place 0 (Chu & Liu 1965, Edmonds 1967)."""
-    scores_NN = scores_NN.copy()
-    np.fill_diagonal(scores_NN, -np.inf)
-    scores_NN[:, 0] = -np.inf
-    heads = [0, *scores_NN[:, 1:].argmax(0).tolist()]
-    cycle = find_cycle(heads)
-    if not cycle:
-        return heads
-    return _contract(scores_NN, heads, cycle)
-
-
-def find_cycle(heads: Sequence[int]) -> list[int]:
-    """The places of one cycle, or none."""
-    for start in range(1, len(heads)):
-        path, place = [], start
-        while place and place not in path:
-            path.append(place)
-            place = heads[place]
-        if place:
-            return path[path.index(place) :]
-    return []
-
-
-def _contract(scores_NN: np.ndarray, heads: list[int], cycle: list[int]) -> list[int]:
-    """The arborescence of the graph in which the cycle is one place, with the cycle opened where it is entered."""
-    rest = [place for place in range(len(heads)) if place not in cycle]
-    inside = np.array([scores_NN[heads[place], place] for place in cycle])
-    entering = scores_NN[np.ix_(rest, cycle)] - inside  # what the tree gains by entering at each place
-    leaving = scores_NN[np.ix_(cycle, rest)]
-    small = np.full((len(rest) + 1, len(rest) + 1), -np.inf)
-    small[:-1, :-1] = scores_NN[np.ix_(rest, rest)]
-    small[:-1, -1] = entering.max(1)
-    small[-1, :-1] = leaving.max(0)
-    small_heads = arborescence(small)
-    result = list(heads)
-    for i, place in enumerate(rest):
-        if place:
-            head = small_heads[i]
-            result[place] = cycle[int(leaving[:, i].argmax())] if head == len(rest) else rest[head]
-    outside = small_heads[-1]
-    result[cycle[int(entering[outside].argmax())]] = rest[outside]
-    return result
+def _is_unread(name: str) -> bool:
+    """Whether public weights hold this, and nothing that the parser says depends on it."""
+    forward = "struct_attention.rnn_" in name and not name.endswith(BACKWARD)
+    return forward or name.startswith(UNREAD)

@@ -110,6 +110,15 @@ def load_encoder(source: str, revision: str) -> nn.Module:
     return _frozen(model)
 
 
+def load_untrained_encoder(source: str) -> nn.Module:
+    """An encoder of the config in a folder, for weights that are loaded over it."""
+    from transformers import AutoConfig, AutoModel
+
+    model: Any = AutoModel.from_config(_pretrained(AutoConfig, source, "main"), **EAGER)
+    model.pooler = None
+    return _frozen(model)
+
+
 @lru_cache(maxsize=2)
 def load_classifier(source: str, revision: str) -> nn.Module:
     """The emotion classifier `source`; `InputError` unless it has the seven emotions."""

@@ -1,7 +1,7 @@
 """EmoDynamiX: a dialogue as a typed graph of emotions and strategies, read together with its text (Wan et al., 2025).
 
 Shapes: B batch, T turns, N nodes (T + 1: node 0 is the dummy that gathers), E emotions, R relations, L layers,
-W graph width, D context width, S strategies.
+W graph width, D context width, S strategies, C strategies and none, K vectors of the basis (E + C + 1).
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtimes.dialogue import EMOTIONS, INTER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
+from runtimes.dialogue import DISCOURSE, EMOTIONS, INTER, OTHER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
+from training.models.strategy.discourse import load_parser, one_hot, trees
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.spec import LAYERS
 
+TO_TURNS, TO_DUMMY = slice(len(DISCOURSE)), slice(SELF, INTER + 1)  # relations: turns hear turns, the dummy hears turns
+
 
 class Strategy(nn.Module):
-    """The whole: texts in. `encoder` and `emotion` are frozen, `dialogue` is trained."""
+    """The whole: texts in. `encoder`, `emotion` and `parser`, if there is one, are frozen; `dialogue` is trained."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.encoder = TextEncoder(config["encoder"], config["encoder_revision"], config["pooling"])
         self.emotion = EmotionClassifier(config["emotion_model"], config["emotion_revision"])
+        if config["parser"] == "sddp":
+            self.parser = load_parser(config["parser_model"])
         self.dialogue = StrategyGraph(config)
 
     def forward(
@@ -34,9 +39,15 @@ class Strategy(nn.Module):
         kinds: Tensor,
         strategies: Tensor,
         relations: Tensor,
+        *unparsed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `StrategyGraph`; `unparsed` is there with a parser: pair ids, their places, and whose edges are known."""
         classified_BTE = self.emotion(turn_ids.flatten(0, 1)).unflatten(0, turn_ids.shape[:2])
         logits_BTE = torch.where(emotion_known.unsqueeze(-1) > 0, emotion_logits, classified_BTE)
+        if unparsed:
+            pair_ids, pair_places, edges_known = unparsed
+            parsed_BTT = trees(self.parser(pair_ids, pair_places))
+            relations = torch.where(edges_known.reshape(-1, 1, 1) > 0, relations, parsed_BTT)
         return self.dialogue(self.encoder(context_ids), logits_BTE, kinds, strategies, relations)
 
 
@@ -59,36 +70,52 @@ class StrategyGraph(nn.Module):
         self, context: Tensor, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor, relations: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logits [B, S], emotions [B, T, E] with zeros for padding, attention of the dummy over turns [B, L, T])."""
-        nodes_BNW = self.nodes(emotion_logits, kinds, strategies)
-        typed_BNN = typed_edges(kinds, relations)
-        kinds_R = torch.arange(len(RELATIONS), device=kinds.device).reshape(1, -1, 1, 1)
-        edges_BRNN = (typed_BNN.unsqueeze(1) == kinds_R).float()
-        attention_L = []
-        for layer in self.layers:
-            received_BNW, attention_BNN = layer(nodes_BNW, edges_BRNN)
-            nodes_BNW = received_BNW + nodes_BNW
-            attention_L.append(attention_BNN[:, 0, 1:])
-        real_BT1 = (kinds != PADDING).unsqueeze(-1).float()
-        emotions_BTE = torch.softmax(emotion_logits, -1) * real_BT1
-        return self.classify(nodes_BNW, context), emotions_BTE, torch.stack(attention_L, 1)
+        dummy_B1K, turns_BTK = self.shares(emotion_logits, kinds, strategies).split([1, kinds.shape[1]], 1)
+        basis_KW = self.basis()
+        spoken_BR1T = torch.stack([kinds == OTHER, kinds == SEEKER], 1).unsqueeze(2).float()
+        parsed_BRTT = one_hot(relations, len(DISCOURSE)).permute(0, 3, 1, 2)
+        first, second, last = self.layers
+        # Every node is a mixture of few vectors: what the first layer's matrices make of these, export computes ahead.
+        gathered_B1W, first_B1T = first(dummy_B1K, turns_BTK, spoken_BR1T, TO_DUMMY, basis_KW)
+        heard_BTW, _ = first(turns_BTK, turns_BTK, parsed_BRTT, TO_TURNS, basis_KW)
+        dummy_B1W, turns_BTW = dummy_B1K @ basis_KW + gathered_B1W, turns_BTK @ basis_KW + heard_BTW
+        gathered_B1W, second_B1T = second(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)
+        heard_BTW, _ = second(turns_BTW, turns_BTW, parsed_BRTT, TO_TURNS)
+        dummy_B1W, turns_BTW = dummy_B1W + gathered_B1W, turns_BTW + heard_BTW
+        gathered_B1W, last_B1T = last(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)  # nobody reads the turns any more
+        logits_BS = self.classify((dummy_B1W + gathered_B1W).squeeze(1), context)
+        emotions_BTE = torch.softmax(emotion_logits, -1) * (kinds != PADDING).unsqueeze(-1).float()
+        return logits_BS, emotions_BTE, torch.cat([first_B1T, second_B1T, last_B1T], 1)
 
     def nodes(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
         """[B, N, W]: the dummy; the emotion of a seeker's turn, the strategy of any other."""
-        emotion_BTW = self.mixture(emotion_logits).to(self.emotion_prototypes.dtype) @ self.emotion_prototypes
-        strategy_BTW = self.strategy_embedding(strategies)
-        turns_BTW = torch.where((kinds == SEEKER).unsqueeze(-1), emotion_BTW, strategy_BTW)
-        dummy_B1W = self.dummy.expand(kinds.shape[0], 1, -1)
-        return torch.cat([dummy_B1W, turns_BTW], 1)
+        return self.shares(emotion_logits, kinds, strategies) @ self.basis()
+
+    def basis(self) -> Tensor:
+        """The vectors that nodes are mixtures of, [K, W]: prototypes of emotions, strategies, the dummy."""
+        return torch.cat([self.emotion_prototypes, self.strategy_embedding.weight, self.dummy.unsqueeze(0)])
+
+    def shares(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
+        """How much of each vector of the basis there is in each node, [B, N, K]."""
+        is_seeker_BT1 = (kinds == SEEKER).unsqueeze(-1)
+        emotion_BTE = torch.where(is_seeker_BT1, self.mixture(emotion_logits), 0.0)
+        strategy_BTC = torch.where(is_seeker_BT1, 0.0, one_hot(strategies, self.strategy_embedding.num_embeddings))
+        turns_BTK = nn.functional.pad(torch.cat([emotion_BTE, strategy_BTC], -1), (0, 1))
+        dummy_K = one_hot(torch.tensor(turns_BTK.shape[-1] - 1, device=kinds.device), turns_BTK.shape[-1])
+        shares_BNK = torch.cat([dummy_K.expand(kinds.shape[0], 1, -1), turns_BTK], 1)
+        return shares_BNK.to(self.emotion_prototypes.dtype)
 
     def mixture(self, logits_BTE: Tensor) -> Tensor:
         """The share of each prototype: by a softmax with the learned temperature, or all of the likeliest."""
         if self.mixed:
             return torch.softmax(logits_BTE / self.log_temperature.float().exp(), -1)
-        likeliest_BT1 = logits_BTE.argmax(-1, keepdim=True)
-        return (torch.arange(len(EMOTIONS), device=logits_BTE.device) == likeliest_BT1).float()
+        return one_hot(logits_BTE.argmax(-1), len(EMOTIONS))
 
-    def classify(self, nodes_BNW: Tensor, context_BD: Tensor) -> Tensor:
-        return self.classifier(torch.cat([nodes_BNW[:, 0], context_BD.to(nodes_BNW.dtype)], -1)).float()
+    def classify(self, gathered_BW: Tensor, context_BD: Tensor) -> Tensor:
+        """Logits from what the dummy gathered and the context."""
+        joined_BV = torch.cat([gathered_BW, context_BD.to(gathered_BW.dtype)], -1)
+        # In three dimensions, for of two ONNX Runtime 1.31 makes a Gemm, which it does not compute in int8.
+        return self.classifier(joined_BV.unsqueeze(1)).squeeze(1).float()
 
 
 class Classifier(nn.Module):

@@ -1,6 +1,5 @@
 """What the frozen parts have to read of the samples, and under which names a store keeps it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,9 @@ from torch import nn
 
 from runtimes.caching import Store
 from runtimes.dialogue import Dialogue
+from runtimes.discourse import PAIR_TOKENS, best_trees, pair_tensors, pair_tokens, parser_dialogue, parser_text
 from runtimes.texts import Tokens
-from training.models.strategy import discourse
+from training.models.strategy.discourse import load_parser
 from training.models.strategy.frozen import (
     EmotionClassifier,
     TextEncoder,
@@ -29,16 +29,19 @@ CONTEXT, EMOTION, DISCOURSE = "context", "emotion", "discourse"
 
 def tokenizers(config: Config) -> dict[str, bytes]:
     """tokenizer.json of each part that reads text."""
-    return {
+    result = {
         CONTEXT: tokenizer_json(config["encoder"], config["encoder_revision"]),
         EMOTION: tokenizer_json(config["emotion_model"], config["emotion_revision"]),
     }
+    if config["parser"] == "sddp":
+        result[DISCOURSE] = tokenizer_json(config["parser_model"], "main")
+    return result
 
 
 def identities(config: Config) -> dict[str, Any]:
     """What an entry depends on besides its text, by shelf. Serving reads the same from the artifact's assets."""
     named = {part: sha256_bytes(data) for part, data in tokenizers(config).items()}
-    return {
+    result = {
         CONTEXT: {
             "model": digest(load_encoder(config["encoder"], config["encoder_revision"])),
             "tokenizer": named[CONTEXT],
@@ -53,6 +56,14 @@ def identities(config: Config) -> dict[str, Any]:
             "precision": "fp32",
         },
     }
+    if DISCOURSE in named:
+        result[DISCOURSE] = {
+            "model": digest(load_parser(config["parser_model"])),
+            "tokenizer": named[DISCOURSE],
+            "max_tokens": PAIR_TOKENS,
+            "precision": "fp32",
+        }
+    return result
 
 
 def tokens(config: Config) -> tuple[Tokens, Tokens]:
@@ -73,8 +84,9 @@ def readings(config: Config, dialogues: Sequence[Dialogue]) -> list[Reading]:
         _text_reading(CONTEXT, identity[CONTEXT], contexts, encoder, files[CONTEXT]),
         _text_reading(EMOTION, identity[EMOTION], turns, classifier, files[EMOTION]),
     ]
-    if config["parser"] == "sddp":
-        result.append(_discourse_reading(config, dialogues))
+    if DISCOURSE in identity:
+        parser = load_parser(config["parser_model"])
+        result.append(_discourse_reading(identity[DISCOURSE], dialogues, parser, files[DISCOURSE]))
     return result
 
 
@@ -102,18 +114,11 @@ class Known:
 
     def complete(self, dialogue: Dialogue) -> Dialogue:
         """The dialogue with emotions, and with edges if a parser read it."""
-        logits, edges = dialogue.emotion_logits, dialogue.edges
-        if logits is None:
-            logits = np.stack([self.entries[EMOTION][turn.text] for turn in dialogue.turns])
-        if edges is None and DISCOURSE in self.entries:
-            parsed = self.entries[DISCOURSE][discourse_text(dialogue)]
-            edges = tuple((int(head), int(tail), int(kind)) for head, tail, kind in parsed)
-        return Dialogue(turns=dialogue.turns, edges=edges, emotion_logits=logits)
-
-
-def discourse_text(dialogue: Dialogue) -> str:
-    """A dialogue as the parser reads it."""
-    return json.dumps([[turn.speaker, turn.text] for turn in dialogue.turns], ensure_ascii=False)
+        if dialogue.emotion_logits is None:
+            dialogue = dialogue.with_emotions([self.entries[EMOTION][turn.text] for turn in dialogue.turns])
+        if dialogue.edges is None and DISCOURSE in self.entries:
+            dialogue = dialogue.with_edges(self.entries[DISCOURSE][parser_text(dialogue)])
+        return dialogue
 
 
 def _text_reading(
@@ -130,19 +135,21 @@ def _text_reading(
     return Reading(shelf=shelf, identity=identity, texts=texts, lengths=own.lengths, ask=ask)
 
 
-def _discourse_reading(config: Config, dialogues: Sequence[Dialogue]) -> Reading:
-    parser = discourse.load_parser(config["parser_model"], "main")
-    tokenizer = tokenizer_json(config["parser_model"], "main")
-    pairs = Tokens(tokenizer, discourse.PAIR_TOKENS)
-    unparsed = [discourse_text(dialogue) for dialogue in dialogues if dialogue.edges is None]
+def _discourse_reading(
+    identity: Mapping[str, Any], dialogues: Sequence[Dialogue], parser: nn.Module, tokenizer: bytes
+) -> Reading:
+    tokens = pair_tokens(tokenizer)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def ask(batch: Sequence[str]) -> list[np.ndarray]:
-        return [parser.parse(json.loads(text), pairs) for text in batch]
+        unparsed = [parser_dialogue(text) for text in batch]
+        with torch.inference_mode():
+            arrays = pair_tensors(unparsed, tokens).values()
+            scores = parser.to(device)(*(torch.from_numpy(array).to(device) for array in arrays)).cpu().numpy()
+        return best_trees(scores)
 
-    return Reading(
-        shelf=DISCOURSE,
-        identity={"model": digest(parser), "tokenizer": sha256_bytes(tokenizer), "max_tokens": discourse.PAIR_TOKENS},
-        texts=unparsed,
-        lengths=lambda texts: [len(text) for text in texts],
-        ask=ask,
-    )
+    def lengths(texts: Sequence[str]) -> list[int]:
+        return [pair_tensors([parser_dialogue(text)], tokens)["pair_ids"].size for text in texts]
+
+    texts = [parser_text(dialogue) for dialogue in dialogues if dialogue.edges is None]
+    return Reading(shelf=DISCOURSE, identity=identity, texts=texts, lengths=lengths, ask=ask)

@@ -16,14 +16,13 @@ from torch.utils.data import Dataset
 
 from runtimes.caching import Store
 from runtimes.dialogue import EMOTIONS, STRATEGIES, graph_tensors
-from runtimes.errors import InputError
+from runtimes.errors import InputError, require
 from runtimes.tensors import Tensors
 from training.models.strategy import reading
 from training.models.strategy.data import Sample, split_by_dialogue, synthetic_samples, train_and_valid
 from training.models.strategy.metrics import confusion, measure
 from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
 from training.models.strategy.pruning import Pruning
-from training.models.strategy.rgat import SparseLayers
 from training.spec import Config, Evaluation, Metrics, Reading, Recipe
 
 PROBE_ROWS = 16
@@ -173,7 +172,7 @@ class Trainee(nn.Module):
         self.graph = graph
         self.pruning = Pruning(graph, training["prune"], samples) if training["prune"] else None
         # In a list, and so not registered: their parameters are those of `graph`, which are saved once.
-        self.sparse = [SparseLayers(list(graph.layers))] if training["rgat"] == "pyg" else []  # type: ignore[arg-type]
+        self.sparse = [sparse_layers(graph)] if training["rgat"] == "pyg" else []
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, labels: Tensor, rows: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
@@ -183,10 +182,18 @@ class Trainee(nn.Module):
             if self.training and self.pruning:
                 typed = self.pruning.cut(typed, rows, tuple(inputs[name] for name in INPUTS))
             nodes = self.sparse[0](nodes, typed)
-            logits = self.graph.classify(nodes, inputs["context"])
+            logits = self.graph.classify(nodes[:, 0], inputs["context"])
         else:
             logits = self.graph(*(inputs[name] for name in INPUTS))[0]
         return {"loss": F.cross_entropy(logits, labels, self.class_weights)}  # type: ignore[arg-type]
+
+
+def sparse_layers(graph: StrategyGraph) -> nn.Module:
+    """The layers of `graph` over a list of edges; PyG is needed for training alone."""
+    require("torch_geometric", extra="strategy")
+    from training.models.strategy.sparse import SparseLayers
+
+    return SparseLayers(list(graph.layers))  # type: ignore[arg-type]
 
 
 def _pieces(table: Batch, size: int = 256) -> Any:

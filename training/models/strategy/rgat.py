@@ -1,15 +1,11 @@
-"""Relational graph attention across relations, additive, one head (Busbridge et al. 2019), in two equal forms.
+"""Relational graph attention across relations, additive, one head (Busbridge et al. 2019), in plain matrix products.
 
-Dense, in plain matrix products, for export; sparse, by PyG's RGATConv on the same parameters, for training.
-Shapes: B batch, N nodes, R relations, W width, E edges.
+The form for export; `sparse` has the same on the same parameters, for training. Shapes: B batch, M nodes that receive,
+N nodes that send, R relations, W width, K in what nodes are given: the vectors of a basis, or W itself.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from runtimes.errors import require
 
 SLOPE = 0.2
 UNREACHABLE = -1e4  # fits float16; its exponential is 0
@@ -31,46 +27,32 @@ class RelationalAttention(nn.Module):
         for matrix in (*self.weight, self.query, self.key):  # each relation by itself, as PyG does
             nn.init.xavier_uniform_(matrix)
 
-    def forward(self, nodes_BNW: Tensor, edges_BRNN: Tensor) -> tuple[Tensor, Tensor]:
-        """Nodes and attention [B, N, N] for edges that are 1 at [b, r, i, j] where j -> i has relation r, else 0."""
-        sent_BRNW = nodes_BNW.unsqueeze(1) @ self.weight
-        scores_BRNN = (sent_BRNW @ self.query) + (sent_BRNW @ self.key).transpose(-1, -2)
+    def forward(
+        self,
+        receivers_BMK: Tensor,
+        senders_BNK: Tensor,
+        edges_BRMN: Tensor,
+        relations: slice = slice(None),
+        basis_KW: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the receivers receive, and their attention [B, M, N], for all their edges: 1 at [b, r, i, j] for j -> i.
+
+        `relations` says which ones these R are. With a basis, nodes are given by their share of each vector in it.
+
+        What is sent is summed up before it is multiplied: each matrix is then read once, as a part of one product with
+        a constant, and the scores need none. Export computes ahead what depends on parameters alone.
+        """
+        weight_RKW = self.weight[relations]
+        if basis_KW is not None:
+            weight_RKW = basis_KW @ weight_RKW
+        asked_BMR = receivers_BMK @ (weight_RKW @ self.query).squeeze(-1).T
+        told_BNR = senders_BNK @ (weight_RKW @ self.key).squeeze(-1).T
+        scores_BRMN = asked_BMR.transpose(1, 2).unsqueeze(-1) + told_BNR.transpose(1, 2).unsqueeze(-2)
         # The softmax stays in float32, whatever the parameters are.
-        scores_BRNN = nn.functional.leaky_relu(scores_BRNN.float(), SLOPE)
-        scores_BRNN = torch.where(edges_BRNN > 0, scores_BRNN, UNREACHABLE)
-        weights_BRNN = torch.exp(scores_BRNN - scores_BRNN.amax((1, 3), keepdim=True)) * edges_BRNN
-        attention_BRNN = weights_BRNN / weights_BRNN.sum((1, 3), keepdim=True).clamp_min(SMALLEST_SUM)
-        received_BNW = (attention_BRNN.to(sent_BRNW.dtype) @ sent_BRNW).sum(1)
-        return received_BNW + self.bias, attention_BRNN.sum(1)
-
-
-class SparseLayers(nn.Module):
-    """The same layers by RGATConv, over a list of edges; their parameters are those of the dense layers."""
-
-    def __init__(self, layers: Sequence[RelationalAttention]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_rgat_conv(layer) for layer in layers)
-
-    def forward(self, nodes_BNW: Tensor, relations_BNN: Tensor) -> Tensor:
-        """Nodes after all layers; `relations_BNN` holds at [i, j] the relation of j -> i, or -1."""
-        batch, nodes, width = nodes_BNW.shape
-        row_E, tail_E, head_E = (relations_BNN >= 0).nonzero(as_tuple=True)
-        edges_2E = torch.stack([row_E * nodes + head_E, row_E * nodes + tail_E])
-        kinds_E = relations_BNN[row_E, tail_E, head_E]
-        flat = nodes_BNW.reshape(batch * nodes, width)
-        for layer in self.layers:
-            flat = layer(flat, edges_2E, kinds_E) + flat
-        return flat.view(batch, nodes, width)
-
-
-def _rgat_conv(layer: RelationalAttention) -> nn.Module:
-    require("torch_geometric", extra="strategy")
-    from torch_geometric.nn import RGATConv
-
-    relations, width, _ = layer.weight.shape
-    conv = RGATConv(width, width, relations, negative_slope=SLOPE)
-    conv.weight, conv.q, conv.k, conv.bias = layer.weight, layer.query, layer.key, layer.bias
-    # What RGATConv allocates for other modes than this one is not trained.
-    for name in ("w", "l1", "b1", "l2", "b2"):
-        getattr(conv, name).requires_grad_(False)
-    return conv
+        scores_BRMN = nn.functional.leaky_relu(scores_BRMN.float(), SLOPE)
+        scores_BRMN = torch.where(edges_BRMN > 0, scores_BRMN, UNREACHABLE)
+        weights_BRMN = torch.exp(scores_BRMN - scores_BRMN.amax((1, 3), keepdim=True)) * edges_BRMN
+        attention_BRMN = weights_BRMN / weights_BRMN.sum((1, 3), keepdim=True).clamp_min(SMALLEST_SUM)
+        heard_BMRK = (attention_BRMN.to(senders_BNK.dtype) @ senders_BNK.unsqueeze(1)).transpose(1, 2)
+        received_BMW = heard_BMRK.flatten(2) @ weight_RKW.flatten(0, 1)
+        return received_BMW + self.bias, attention_BRMN.sum(1)

@@ -1,8 +1,9 @@
 """`strategy` and its parts as the rest of Slipway sees them. Nothing here imports torch until it is called.
 
-strategy          texts in: encoder, emotion classifier and graph fused, for callers without a cache
+strategy          texts in: all that follow fused, for callers without a cache
 strategy_encoder  the frozen context encoder, whose output is kept by content
 strategy_emotion  the frozen emotion classifier, likewise
+strategy_parser   the frozen discourse parser, likewise, if the model was trained with one
 strategy_graph    what was trained
 """
 
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.dialogue import DISCOURSE, EMOTIONS, OTHER, SEEKER, STRATEGIES
+from runtimes.dialogue import DISCOURSE, EMOTIONS, ROOT, STRATEGIES
+from runtimes.discourse import PAIR_TOKENS
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
+from training.models.strategy.feeds import context_feeds, fused_feeds, graph_feeds, parser_feeds, turn_feeds
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:
@@ -29,7 +32,6 @@ CHOICES = {
     "parser": ("none", "sddp"),
     "pooling": ("cls", "mean"),
 }
-BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
 
 
 def _batch() -> Axis:
@@ -48,6 +50,27 @@ def _emotion_logits() -> TensorSpec:
     return TensorSpec(name="emotion_logits", dtype="float32", shape=("batch", "turns", len(EMOTIONS)))
 
 
+def _parser_inputs() -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec(name="pair_ids", dtype="int64", shape=("batch", "pairs", "pair_tokens")),
+        TensorSpec(name="pair_places", dtype="int64", shape=("batch", "turns", "turns")),
+    )
+
+
+def _parser_axes(config: Config) -> tuple[Axis, ...]:
+    turns = _turns(config)
+    pairs = Axis(name="pairs", min=1, opt=_pairs(turns.opt), max=_pairs(turns.max))
+    return pairs, _tokens("pair_tokens", PAIR_TOKENS)
+
+
+def _pairs(turns: int) -> int:
+    return turns * (turns + 1) // 2
+
+
+def _turns(config: Config) -> Axis:
+    return Axis(name="turns", min=1, opt=min(5, config["max_turns"]), max=config["max_turns"])
+
+
 def _answers(config: Config) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec(name="logits", dtype="float32", shape=("batch", len(STRATEGIES[config["labels"]]))),
@@ -59,7 +82,9 @@ def _answers(config: Config) -> tuple[TensorSpec, ...]:
 def fused_signature(config: Config) -> Signature:
     """Token ids and the graph in; logits, emotions by turn and attention over turns out."""
     check(config)
-    turns = Axis(name="turns", min=1, opt=min(5, config["max_turns"]), max=config["max_turns"])
+    parsing = config["parser"] == "sddp"
+    unparsed = (*_parser_inputs(), TensorSpec(name="edges_known", dtype="int64", shape=("batch",)))
+    tokens = _tokens("tokens", config["max_tokens"]), _tokens("turn_tokens", config["turn_tokens"])
     return Signature(
         inputs=(
             TensorSpec(name="context_ids", dtype="int64", shape=("batch", "tokens")),
@@ -67,19 +92,26 @@ def fused_signature(config: Config) -> Signature:
             _emotion_logits(),
             TensorSpec(name="emotion_known", dtype="int64", shape=("batch", "turns")),
             *_graph_inputs(),
+            *(unparsed if parsing else ()),
         ),
         outputs=_answers(config),
-        axes=(_batch(), _tokens("tokens", config["max_tokens"]), turns, _tokens("turn_tokens", config["turn_tokens"])),
+        axes=(_batch(), _turns(config), *tokens, *(_parser_axes(config) if parsing else ())),
     )
 
 
 def graph_signature(config: Config) -> Signature:
     check(config)
-    turns = Axis(name="turns", min=1, opt=min(5, config["max_turns"]), max=config["max_turns"])
     context = TensorSpec(name="context", dtype="float32", shape=("batch", config["context_width"]))
     return Signature(
-        inputs=(context, _emotion_logits(), *_graph_inputs()), outputs=_answers(config), axes=(_batch(), turns)
+        inputs=(context, _emotion_logits(), *_graph_inputs()), outputs=_answers(config), axes=(_batch(), _turns(config))
     )
+
+
+def parser_signature(config: Config) -> Signature:
+    """Pairs of turns in, scores at [head, tail, relation] out."""
+    check(config)
+    scores = TensorSpec(name="pair_scores", dtype="float32", shape=("batch", "turns", "turns", len(DISCOURSE) + 1))
+    return Signature(inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config)))
 
 
 def encoder_signature(config: Config) -> Signature:
@@ -129,7 +161,7 @@ def build(config: Config) -> "nn.Module":
 
 
 def assets(config: Config) -> Mapping[str, bytes]:
-    """The two tokenizers, and what names the frozen parts in a store."""
+    """The tokenizers, and what names the frozen parts in a store."""
     from training.models.strategy.reading import identities, tokenizers
 
     named = {f"{part}_tokenizer.json": data for part, data in tokenizers(config).items()}
@@ -137,80 +169,16 @@ def assets(config: Config) -> Mapping[str, bytes]:
 
 
 def frozen(config: Config) -> tuple[Frozen, ...]:
+    parser = (Frozen(prefix="parser", source=config["parser_model"], revision="main"),)
     return (
         Frozen(prefix="encoder", source=config["encoder"], revision=config["encoder_revision"]),
         Frozen(prefix="emotion", source=config["emotion_model"], revision=config["emotion_revision"]),
+        *(parser if config["parser"] == "sddp" else ()),
     )
 
 
-def context_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Contexts of the probe as token ids, or made-up ones."""
-    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids"))}
-
-
-def turn_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Turns of the probe as the emotion classifier's token ids, or made-up ones."""
-    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("newest_turn_ids"))}
-
-
-def graph_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Dialogues of the probe, or made-up ones, repeated in time; the first row is full, the others may be padded."""
-    batch, turns = sizes["batch"], sizes["turns"]
-    rows = rng.integers(0, len(probe["context"]), batch) if "context" in probe else None
-    contexts = rng.normal(size=(batch, config["context_width"])) if rows is None else probe["context"][rows]
-    lengths = np.append(turns, rng.integers(1, turns + 1, batch - 1))
-    real = np.arange(turns) < lengths[:, None]
-    logits = rng.normal(size=(batch, turns, len(EMOTIONS))) * 3
-    kinds = rng.choice([SEEKER, OTHER], (batch, turns))
-    strategies = rng.integers(0, len(STRATEGIES[config["labels"]]) + 1, (batch, turns))
-    if rows is not None:
-        places = np.arange(turns) % probe["kinds"].shape[1]
-        logits, kinds, strategies = (
-            probe[name][rows[:, None], places] for name in ("emotion_logits", "kinds", "strategies")
-        )
-        kinds = np.where(kinds == 0, OTHER, kinds)  # turns repeat where the probe's dialogue has ended
-    return {
-        "context": contexts.astype(np.float32),
-        "emotion_logits": logits.astype(np.float32),
-        "kinds": np.where(real, kinds, 0).astype(np.int64),
-        "strategies": strategies.astype(np.int64),
-        "relations": _trees(rng, lengths, turns),
-    }
-
-
-def fused_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """As the graph's; the emotions of half of the dialogues are known."""
-    graph = graph_feeds(config, rng, sizes, probe)
-    known = rng.integers(0, 2, sizes["batch"])[:, None].repeat(sizes["turns"], 1)
-    shape = (sizes["batch"], sizes["turns"], sizes["turn_tokens"])
-    return {
-        "context_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids")),
-        "turn_ids": _ids(rng, shape, probe.get("newest_turn_ids")),
-        "emotion_logits": graph["emotion_logits"],
-        "emotion_known": known,
-        **{name: graph[name] for name in ("kinds", "strategies", "relations")},
-    }
-
-
-def _ids(rng: np.random.Generator, shape: tuple[int, ...], real: np.ndarray | None) -> np.ndarray:
-    """Token ids: pieces of real rows, repeated where they are too short; the last row ends in padding."""
-    if real is None:
-        ids = rng.integers(*BYTE_IDS, shape)
-    else:
-        rows = real[rng.integers(0, len(real), shape[:-1])]
-        ids = np.take(rows, np.arange(shape[-1]) % rows.shape[-1], -1)
-    ids[..., 0] = 0
-    ids[-1, ..., -(shape[-1] // 3) or shape[-1] :] = 1
-    return ids.astype(np.int64)
-
-
-def _trees(rng: np.random.Generator, lengths: np.ndarray, turns: int) -> np.ndarray:
-    """A discourse tree for every row: each turn but the first answers an earlier one."""
-    relations_BTT = np.full((len(lengths), turns, turns), -1, np.int64)
-    for relations, length in zip(relations_BTT, lengths, strict=True):
-        for tail in range(1, length):
-            relations[tail, rng.integers(0, tail)] = rng.integers(len(DISCOURSE))
-    return relations_BTT
+def without_parser(config: Config) -> str | None:
+    return None if config["parser"] == "sddp" else "trained without a parser; train with --parser sddp to have one"
 
 
 def same_label(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
@@ -220,6 +188,11 @@ def same_label(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, C
 
 def same_emotion(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
     return _same(got["turn_emotion"], want["turn_emotion"], tolerance)
+
+
+def same_tree(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
+    """Share of pairs with the original's relation, but for those in which the tolerance could decide."""
+    return _same(got["pair_scores"][..., :ROOT], want["pair_scores"][..., :ROOT], tolerance)
 
 
 def same_direction(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
@@ -327,5 +300,13 @@ SPECS = (
     ),
     _part("strategy_encoder", "encoder", signature=encoder_signature, feeds=context_feeds, agreement=same_direction),
     _part("strategy_emotion", "emotion", signature=emotion_signature, feeds=turn_feeds, agreement=same_emotion),
+    _part(
+        "strategy_parser",
+        "parser",
+        signature=parser_signature,
+        feeds=parser_feeds,
+        agreement=same_tree,
+        absent=without_parser,
+    ),
     _part("strategy_graph", "dialogue", signature=graph_signature, feeds=graph_feeds, agreement=same_label),
 )
