@@ -145,7 +145,7 @@ def _merged(pieces: Sequence[Span], characters: int) -> Iterator[Span]:
 
 
 class GroundedTokens:
-    """The generator's tokenizer and chat format: a grounded answer becomes tokens, and spans of characters of tokens."""
+    """The generator's tokenizer and chat format: a grounded answer becomes tokens."""
 
     def __init__(self, tokenizer_json: bytes, template: Template, *, max_tokens: int, max_rows: int) -> None:
         tokenizers = require("tokenizers", extra="hallucination")
@@ -162,18 +162,17 @@ class GroundedTokens:
             kept = read.prompt[1] - read.prompt[0] - (len(read.ids) - self.max_tokens)
             if kept < 1:
                 raise InputError(
-                    f"{where}: expected an answer inside the context window of {self.max_tokens} tokens with some of its "
-                    f"context, found {read.answer[1] - read.answer[0]} tokens of answer; give a shorter answer"
+                    f"{where}: expected an answer inside the context window of {self.max_tokens} tokens with some of "
+                    f"its context, found {read.answer[1] - read.answer[0]} tokens of answer; give a shorter answer"
                 )
             encoding = self._encode(self.template.before + read.text.prompt)
             end = encoding.offsets[read.prompt[0] + kept - 1][1] - len(self.template.before)
             read = self._read(read.text.cut(min(end, len(read.text.prompt) - 1)))
         if not read.prompt_spans or read.prompt[0] == read.prompt[1]:
             raise InputError(f"{where}: expected a context, found none in the {self.max_tokens} tokens that are read")
-        if read.answer[1] - read.answer[0] > self.max_rows:
-            raise InputError(
-                f"{where}: expected an answer of at most {self.max_rows} tokens, found {read.answer[1] - read.answer[0]}"
-            )
+        length = read.answer[1] - read.answer[0]
+        if length > self.max_rows:
+            raise InputError(f"{where}: expected an answer of at most {self.max_rows} tokens, found {length}")
         return read
 
     def _read(self, text: Grounded) -> Tokenized:
@@ -247,7 +246,8 @@ def _spans(request: Mapping[str, Any], name: str, text: str, where: str) -> Span
         right = isinstance(span, list | tuple) and len(span) == 2 and all(type(end) is int for end in span)
         if not right or not 0 <= span[0] < span[1] <= len(text):
             raise InputError(
-                f"{where}, {name}: expected 0 <= start < end <= {len(text)}, the length of its text; found {_show(span)}"
+                f"{where}, {name}: expected 0 <= start < end <= {len(text)}, the length of its text; "
+                f"found {_show(span)}"
             )
     return tuple((start, end) for start, end in found)
 

@@ -125,7 +125,8 @@ class Reading:
 class Recipe(ABC):
     """What Hugging Face's Trainer needs to train a model, or how it is fitted without, and how the result is judged.
 
-    A recipe has either `trainee` and `datasets`, or `fit`. `training` holds the preset's training settings with the user's changes; `data` is None for synthetic data.
+    A recipe has either `trainee` and `datasets`, or `fit`.
+    `training` holds the preset's training settings with the user's changes; `data` is None for synthetic data.
     """
 
     def __init__(self, config: Config, training: Config, data: Path | None) -> None:

@@ -22,10 +22,12 @@ NOWHERE = -1e30  # a score of attention that becomes exactly 0; not infinite, or
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One layer after it has run: queries after rotation [B, A, T, C], keys [B, K, T, C], and what it adds to [B, T, D].
+    """One layer after it has run.
 
-    middle  after attention, before the feed-forward part
-    after   after both
+    queries  after rotation, [B, A, T, C]
+    keys     after rotation, [B, K, T, C]
+    middle   the residual states [B, T, D] after attention, before the feed-forward part
+    after    the residual states after both
     """
 
     number: int

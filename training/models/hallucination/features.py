@@ -2,8 +2,7 @@
 
 Source: Sun et al., ReDeEP, ICLR 2025, sections 3 and 4, and their code where an option is called `published`.
 
-Shapes: B batch, T tokens, R rows, D width, H heads, C chunks of the answer, S chunks of the prompt, E width of a sentence
-vector, V vocabulary.
+Shapes: B batch, T tokens, R rows, D width, H heads, C chunks of the answer, S chunks of the prompt, V vocabulary.
 """
 
 import math
@@ -24,9 +23,9 @@ SMALLEST = 1e-12
 def divergence(log_p: Tensor, log_q: Tensor, variant: str, by_chunk: bool) -> Tensor:
     """[...] from log-probabilities [..., V].
 
-    `paper` is the Jensen-Shannon divergence, 0 to ln 2. `published` is half of KL(M || P) + KL(M || Q) with M their mean:
-    the authors' code, which calls torch's kl_div with its arguments exchanged; by token it is a mean over the vocabulary
-    times a million.
+    `paper` is the Jensen-Shannon divergence, 0 to ln 2. `published` is half of KL(M || P) + KL(M || Q), M their mean:
+    the authors' code, which calls torch's kl_div with its arguments exchanged; by token it is a mean over the
+    vocabulary times a million.
     """
     log_m = torch.maximum(log_p, log_q) + torch.log1p(torch.exp(-(log_p - log_q).abs())) - LOG_2
     if variant == "paper":
@@ -36,7 +35,7 @@ def divergence(log_p: Tensor, log_q: Tensor, variant: str, by_chunk: bool) -> Te
 
 
 def knowledge(decoder: Decoder, view: View, rows_BR: Tensor, variant: str, by_chunk: bool) -> Tensor:
-    """PKS of one layer, float32 [B, R], in blocks of rows: two distributions over the vocabulary are all there ever is."""
+    """PKS of one layer, float32 [B, R], in blocks of rows: there are never more than two distributions of a block."""
     vocabulary = decoder.model.config.vocab_size
 
     parts = []
@@ -73,13 +72,14 @@ def pooled(values_BRX: Tensor, inside_BCR: Tensor, mean: bool) -> Tensor:
 def top_share(attention_BHRT: Tensor, range_B2: Tensor, percent: int, most: int) -> tuple[Tensor, Tensor]:
     """(bool [B, H, R, T], gap [B, H, R]): the `percent` of the context that each row attends to most.
 
-    At least one position is taken, and never more than that share of `most`. The gap is that between the last taken and the first left out, relative to the former.
+    At least one position is taken, and never more than that share of `most`. The gap is that between the last taken and
+    the first left out, relative to the former.
     """
     places_T = torch.arange(attention_BHRT.shape[-1], device=range_B2.device)
     inside_BT = (places_T >= range_B2[:, :1]) & (places_T < range_B2[:, 1:])
     seen_BHRT = attention_BHRT.masked_fill(~inside_BT[:, None, None, :], NEVER)
     count_B = ((range_B2[:, 1] - range_B2[:, 0]) * percent // 100).clamp_min(1)
-    # One more than the share, for the first that is left out. The room behind lets torch.export see that there are as many.
+    # One more than the share, for the first that is left out. torch.export sees only with room behind that it exists.
     room = torch.nn.functional.pad(seen_BHRT, (0, most * percent // 100), value=NEVER)
     best_BHRK = torch.topk(room, attention_BHRT.shape[-1] * percent // 100 + 1, -1).values
     last_BHR1 = _at(best_BHRK, count_B - 1)

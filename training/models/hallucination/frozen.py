@@ -86,6 +86,7 @@ def load_encoder(source: str, revision: str) -> Any:
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
+            initializer_range=0.3,  # else every text has nearly the same vector
             pad_token_id=SPECIAL.index("<pad>"),
         )
         with torch.random.fork_rng(devices=[]):
@@ -107,8 +108,8 @@ def decoder_config(source: str, revision: str) -> Any:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in FAMILIES or rope not in STATIC_ROPES:
         raise InputError(
-            f"{source}: expected a decoder of {', '.join(FAMILIES)} with rotary positions of {', '.join(STATIC_ROPES)}; "
-            f"found '{config.model_type}' with '{rope}'"
+            f"{source}: expected a decoder of {', '.join(FAMILIES)} with rotary positions of "
+            f"{', '.join(STATIC_ROPES)}; found '{config.model_type}' with '{rope}'"
         )
     return config
 

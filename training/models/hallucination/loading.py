@@ -1,6 +1,6 @@
-"""How the frozen decoder is held while features are read: its precision, its devices, and named settings for known machines.
+"""How the frozen decoder is held while features are read: its precision, its devices, settings for known machines.
 
-Reading needs no gradients and no more than the weights, one layer's activations and two distributions over the vocabulary.
+Reading needs the weights, one layer's activations and two distributions over the vocabulary for a block of rows.
 """
 
 import os
@@ -21,8 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOADINGS = (*DTYPES, "int8", "nf4", "stored")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}
 SHARE_FOR_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
-GIB = 1 << 30
-# The settings of the machines named in the project's notes; a batch there is padded_size // longest texts of that length.
+# A batch has padded_size // longest of the longest texts.
 PROFILES: dict[str, Config] = {
     "kaggle-2xt4": {
         "loading": "nf4",

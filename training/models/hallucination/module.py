@@ -1,7 +1,7 @@
 """The detector: frozen decoder and sentence encoder, the features that the scorer reads, the scorer.
 
-Shapes: B batch, T tokens, R rows, C chunks of the answer, S chunks of the prompt, W tokens of a chunk, H heads, L layers,
-M members of the scorer.
+Shapes: B batch, T tokens, R rows, C chunks of the answer, S chunks of the prompt, H heads, L layers, M members of the
+scorer.
 """
 
 from collections.abc import Mapping
@@ -168,6 +168,13 @@ class ChunkDetector(Detector):
 
 class Scorer(nn.Module):
     """The trained part: features in, scores out. It was fitted, not learned by gradients: all it has are buffers."""
+
+    uses_head: Tensor
+    uses_layer: Tensor
+    mix: Tensor
+    ecs_bounds: Tensor
+    pks_bounds: Tensor
+    bounds: Tensor
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

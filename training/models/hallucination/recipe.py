@@ -175,7 +175,7 @@ def length_baselines(train: Units, valid: Units, settings: Config) -> dict[str, 
 
 def joined(one: Units, other: Units) -> Units:
     names = ("ecs", "pks", "labels", "lengths", "weights")
-    arrays = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
     responses = np.concatenate([one.responses, other.responses + len(one.sources)])
     return replace(one, **arrays, responses=responses, sources=one.sources + other.sources)
 

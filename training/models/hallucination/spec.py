@@ -286,7 +286,7 @@ def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """Rank order of the scores of chunks without a near-tie, and the share of choices that were too close to compare."""
+    """Rank order of the scores of chunks without a near-tie, and the share of choices too close to be compared."""
     close = want["gaps"] <= _near(tolerance)
     clear_BC = ~close.any(-1)
     exact = tolerance.relative <= 1e-4

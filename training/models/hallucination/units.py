@@ -144,7 +144,7 @@ def _columns(path: Path, row: Mapping[str, Any]) -> tuple[dict[Head, str], dict[
     """Heads and layers in ascending order, each with its key in the log."""
     heads: dict[Head, str] = {}
     layers: dict[int, str] = {}
-    score = row["scores"][0] if isinstance(row["scores"], list) else None
+    score: Any = row["scores"][0] if isinstance(row["scores"], list) else {}
     for name in (ECS, PKS):
         if not isinstance(score, dict) or not isinstance(score.get(name), dict) or not score[name]:
             raise InputError(f"{path}: expected scores with '{name}', found {ascii(score)[:80]}")
