@@ -66,6 +66,7 @@ class ModelSpec:
                  has to limit how much that is
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
+    exact        parts of the module that stay in float32 when the rest becomes int8
     fixed        what of the config makes the model what its name says, and cannot be set
     settle       completes a config with what follows from it, such as the width of the base it names
     assets       files that the pipeline reads, such as a tokenizer, by name
@@ -85,6 +86,7 @@ class ModelSpec:
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
     settled: Callable[[Tensors, Tensors, Tolerance], Tensors] = as_said
+    exact: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}

@@ -15,7 +15,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     """
     write_onnx(source, OPERATOR, "fp32" if precision == "int8" else precision, out / MODEL_FILE)
     if precision == "int8":
-        quantize_weights(out / MODEL_FILE)
+        quantize_weights(out / MODEL_FILE, source.spec.exact)
     return Built(built_with={"opset": str(OPSET)})
 
 

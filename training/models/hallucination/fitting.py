@@ -112,9 +112,15 @@ def rank(units: Units, select: str) -> tuple[list[int], list[int]]:
 
     if select not in ("auc", "mi"):
         raise InputError(f"--set select: expected auc or mi, found '{select}'")
-    heads = [worth(faithful, column) for column in units.ecs.T]
-    layers = [worth(units.labels, column) for column in units.pks.T]
-    return (np.argsort(values, kind="stable")[::-1].tolist() for values in (np.array(heads), np.array(layers)))  # type: ignore[return-value]
+    return (
+        _best_first([worth(faithful, column) for column in units.ecs.T]),
+        _best_first([worth(units.labels, column) for column in units.pks.T]),
+    )
+
+
+def _best_first(values: list[float]) -> list[int]:
+    order: list[int] = np.argsort(values, kind="stable")[::-1].tolist()
+    return order
 
 
 def member(units: Units, heads: list[int], layers: list[int], m: float, alpha: float) -> Member:

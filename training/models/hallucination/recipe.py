@@ -82,11 +82,12 @@ class ScorerRecipe(Recipe):
     def evaluate_settings(self) -> Evaluation:
         """The published protocol, which chooses and judges on the same answers; beside it the same answers held out."""
         every = self.logged() if self.training["scores"] else self.every_unit()
+        published = judged(fitting.fit_published(every, self.training), every)
         scores, called = fitting.held_out(every, self.training)
         known = np.isfinite(scores)
         held_out = fitting.measure(every.response_labels[known], scores[known], called[known])
         return Evaluation(
-            metrics=judged(fitting.fit_published(every, self.training), every),
+            metrics=published,
             baselines={"held_out": held_out, **length_baselines(every, every, self.training)},
         )
 

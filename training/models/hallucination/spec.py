@@ -406,6 +406,7 @@ SPECS = (
         feeds=feeds,
         agreement=agreement,
         settled=settled,
+        exact=("encoder", "scorer"),
         tolerance=TOLERANCE,
         recipe=recipe,
         frozen=frozen,
