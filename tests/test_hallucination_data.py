@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,10 @@ def test_without_a_split_of_their_own_sources_are_held_out_whole() -> None:
         (lambda s, r: r[3].pop("labels"), "response.jsonl, line 4: expected 'labels', found None"),
         (lambda s, r: r[1]["labels"][0].update(end=400), "line 2: expected a label with 0 <= start < end <= .*400"),
         (lambda s, r: r[1]["labels"][0].update(start=20), "line 2: expected a label with 0 <= start < end"),
-        (lambda s, r: r[1]["labels"][0].update(start=14, end=18), "line 2: expected the label at 14 to quote the answer"),
+        (
+            lambda s, r: r[1]["labels"][0].update(start=14, end=18),
+            "line 2: expected the label at 14 to quote",
+        ),
         (lambda s, r: r[1]["labels"][0].pop("end"), "line 2: expected labels with start and end"),
         (lambda s, r: r[5].update(source_id="99"), "line 6: expected source_id of source_info.jsonl, found '99'"),
         (lambda s, r: s[2].pop("prompt"), "source_info.jsonl, line 3: expected 'prompt', found None"),
@@ -148,7 +152,7 @@ def test_chunks_cover_all_words_once_and_no_region_is_crossed(characters: int) -
     text = "One. Two is here!  Three\nfour five six seven eight nine ten eleven. " * 3
     regions = ((0, 60), (60, len(text)))
     found = chunks(text, regions, characters, 1000)
-    assert all(a[1] <= b[0] for a, b in zip(found, found[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(found))
     assert "".join(text[s:e] for s, e in found).replace(" ", "").replace("\n", "") == "".join(text.split())
     assert not any(start < 60 < end for start, end in found)
     assert len(chunks(text, regions, characters, 4)) <= 4

@@ -121,7 +121,7 @@ def test_the_divergence_is_bounded_symmetric_and_zero_for_equals() -> None:
     assert float(found.min()) >= 0
     assert float(found.max()) <= math.log(2) + 1e-6
     torch.testing.assert_close(found, divergence(q, p, "paper", True))
-    assert float(divergence(p, p, "paper", True).abs().max()) < 1e-7, "no floating-point noise to be mistaken for a score"
+    assert float(divergence(p, p, "paper", True).abs().max()) < 1e-7, "not even floating-point noise"
     apart = torch.full((2, 4), -100.0)
     apart[0, 0] = apart[1, 1] = 0.0
     assert float(divergence(apart[0], apart[1], "paper", True)) == pytest.approx(math.log(2))
@@ -255,7 +255,5 @@ def test_another_family_is_refused(tmp_path: Path) -> None:
     from transformers import GPT2Config
 
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="expected a decoder of llama, mistral, qwen2 .* found 'gpt2'"):
+    with pytest.raises(InputError, match=r"expected a decoder of llama, mistral, qwen2 .* found 'gpt2'"):
         decoder_config(str(tmp_path), "main")
-
-

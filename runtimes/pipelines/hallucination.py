@@ -121,7 +121,7 @@ class HallucinationPipeline(Pipeline):
         return {
             "spans": spans,
             "response_score": score,
-            "label": LABELS[score >= threshold],
+            "label": LABELS[bool(score >= threshold)],
             "threshold": threshold,
         }
 

@@ -50,7 +50,7 @@ class ScorerPipeline(Pipeline):
             {
                 "scores": scores.tolist(),
                 "response_score": float(score),
-                "label": LABELS[score >= threshold],
+                "label": LABELS[bool(score >= threshold)],
                 "threshold": threshold,
             }
             for scores, score in zip(outputs["scores"], outputs["response_score"], strict=True)

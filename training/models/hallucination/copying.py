@@ -1,7 +1,7 @@
 """Which heads copy, read off the weights: python -m training.models.hallucination.copying --base SOURCE
 
-A head copies what it attends to if W_U W_O W_V W_E, which maps each token of the vocabulary to what seeing it adds to the
-logits, is large on its diagonal. Source: Sun et al., ReDeEP, ICLR 2025, after Elhage et al., 2021; norms are left out.
+A head copies what it attends to if W_U W_O W_V W_E, which maps each token of the vocabulary to what seeing it adds to
+the logits, is large on its diagonal. Source: Sun et al., ReDeEP, ICLR 2025, after Elhage et al., 2021; without norms.
 
 Shapes: V vocabulary, D width, C width of a head, L layers, A heads.
 """

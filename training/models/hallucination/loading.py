@@ -117,11 +117,13 @@ def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
 
     decoder_config(source, revision)  # refuses what cannot be read
     options = _options(training)
-    with tempfile.TemporaryDirectory() as folder:
-        if source.startswith(SEEDED):  # from_pretrained is what quantises and spreads
-            load_decoder(source, revision).save_pretrained(folder)
-            source = folder
-        model = pretrained(AutoModelForCausalLM, source, revision, **options)
+    folder = None
+    if source.startswith(SEEDED):  # from_pretrained is what quantises and spreads
+        folder = tempfile.TemporaryDirectory(prefix="slipway-")
+        load_decoder(source, revision).save_pretrained(folder.name)
+        source = folder.name
+    model = pretrained(AutoModelForCausalLM, source, revision, **options)
+    model.stored_in = folder  # what lies on the disk is read again at every use
     return model.eval().requires_grad_(False)
 
 
