@@ -80,8 +80,9 @@ def _frozen(tensor: TensorSpec, axis: str, found: Any) -> ParityError:
 def quantize_weights(path: Path, exact: Sequence[str] = ()) -> None:
     """Make the constant factors of matrix products and the embeddings int8, in place; checked.
 
-    What lies in the parts `exact` of the module stays as it is. A matrix has one scale per column; stacks of matrices stay as they are, for ONNX Runtime 1.31 quantizes them and
-    then fails to run them. Activations are quantized as they come, by ONNX Runtime; TensorRT reads no such model.
+    What lies in the parts `exact` of the module stays as it is. A matrix has one scale per column; stacks of matrices
+    stay as they are, for ONNX Runtime 1.31 quantizes them and then fails to run them. Activations are quantized as they
+    come, by ONNX Runtime; TensorRT reads no such model.
     """
     onnx = require("onnx", extra="export")
     from onnxruntime.quantization import QuantType, quantize_dynamic
