@@ -116,14 +116,13 @@ def test_chunk_features_are_those_of_a_literal_loop(family: str, variant: str, t
 
 def test_the_divergence_is_bounded_symmetric_and_zero_for_equals() -> None:
     torch.manual_seed(0)
-    p, q = (torch.log_softmax(torch.randn(50, 300) * scale, -1) for scale in (1, 30))
+    p, q = (torch.randn(50, 300) * scale for scale in (1, 100))
     found = divergence(p, q, "paper", True)
     assert float(found.min()) >= 0
     assert float(found.max()) <= math.log(2) + 1e-6
     torch.testing.assert_close(found, divergence(q, p, "paper", True))
     assert float(divergence(p, p, "paper", True).abs().max()) < 1e-7, "not even floating-point noise"
-    apart = torch.full((2, 4), -100.0)
-    apart[0, 0] = apart[1, 1] = 0.0
+    apart = torch.tensor([[0.0, -200, -200, -200], [-200, 0, -200, -200]])  # with probabilities that are 0
     assert float(divergence(apart[0], apart[1], "paper", True)) == pytest.approx(math.log(2))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtimes.caching import Store
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, require
 from training.models.hallucination import fitting
@@ -66,8 +67,8 @@ class Everything(nn.Module):
         for layer in range(len(after)):
             chosen, _ = top_share(attention[layer, None, :, rows[0]], given["prompt_range"], PERCENT, LENGTHS[-1])
             ecs.append(resemblance(chosen, final, rows))
-            logs = [self.base.log_probabilities(states[layer, rows[0]]) for states in (middle, after)]
-            pks.append(divergence(*logs, "paper", False))
+            seen, said = (self.base.logits(states[layer, rows[0]]) for states in (middle, after))
+            pks.append(divergence(seen, said, "paper", False))
         ecs_BRH = torch.cat(ecs, 1).transpose(1, 2)
         return pooled(ecs_BRH, inside, True), pooled(torch.stack(pks, -1)[None], inside, True)
 
@@ -85,8 +86,8 @@ class Everything(nn.Module):
                 mean = final[weights.topk(count).indices + first].mean(0)
                 ecs[0, r, column] = torch.cosine_similarity(mean, final[n], 0)
             for layer in range(len(after)):
-                logs = [self.base.log_probabilities(states[layer, n]) for states in (middle, after)]
-                pks[0, r, layer] = divergence(*logs, "paper", False)
+                seen, said = (self.base.logits(states[layer, n]) for states in (middle, after))
+                pks[0, r, layer] = divergence(seen, said, "paper", False)
         return pooled(ecs, inside, True), pooled(pks, inside, True)
 
 
@@ -170,7 +171,7 @@ def bench_memory(arguments: Any) -> str:
     """Peak MiB above the loaded model, each length in a process of its own."""
     rows = []
     for tokens in LENGTHS:
-        cells = [tokens]
+        cells: list[Any] = [tokens]
         for way in ("chunk", "token", "dense"):
             if way == "dense" and tokens > arguments.longest_dense:
                 cells.append("-")
@@ -213,19 +214,18 @@ def bench_reading(arguments: Any) -> str:
     examples = synthetic_examples(0, arguments.answers)
     exact: Any = None
     rows = []
-    for name, settings in {
+    ways: dict[str, Config] = {
         "fp32, one at a time": {"padded_size": 1},
         "fp32, buckets of 8192 tokens": {},
         "fp32, compiled": {"compile": True},
         "bf16": {"loading": "bf16"},
         "int8": {"loading": "int8"},
         "nf4": {"loading": "nf4"},
-    }.items():
+    }
+    for name, settings in ways.items():
         reader = FeatureReader(config, {**SETTINGS, **settings})
         reading = reader.reading(examples)
         reader.ask(reading.texts[:2])
-        from runtimes.caching import Store
-
         with Store(memory_entries=1 << 30) as store:
             started = time.perf_counter()
             fill(store, reading, reader.training["padded_size"])
@@ -249,12 +249,13 @@ def bench_fitting(arguments: Any) -> str:
     units = read_log(arguments.scores)
     labels = units.response_labels
     rows = []
-    for name, settings in {
+    ways: dict[str, Config] = {
         "published settings": {"fit": "published"},
         "grid, ranked by AUC": {},
         "grid, ranked by mutual information": {"select": "mi"},
         "grid, ensemble of 5": {"ensemble": 5},
-    }.items():
+    }
+    for name, settings in ways.items():
         scores, called = fitting.held_out(units, {**SETTINGS, **settings})
         found = fitting.measure(labels, scores, called)
         half = at_threshold(labels, scores >= 0.5)["f1"]

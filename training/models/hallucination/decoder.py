@@ -79,9 +79,10 @@ class Decoder(FrozenModule):
         result: Tensor = self.model.model.norm(states)
         return result
 
-    def log_probabilities(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """float32 [..., V]: the logit lens of a residual state."""
-        return torch.log_softmax(self.model.lm_head(self.normed(states)).float(), -1)
+        result: Tensor = self.model.lm_head(self.normed(states)).float()
+        return result
 
 
 def layer_outputs(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,20 +18,30 @@ BLOCK_NUMBERS = 1 << 23  # float32 that one intermediate result of a block of ro
 NEVER = -1.0  # below every probability
 PUBLISHED_SCALE = 1e6
 SMALLEST = 1e-12
+SMALLEST_SUM = 1e-37
 
 
-def divergence(log_p: Tensor, log_q: Tensor, variant: str, by_chunk: bool) -> Tensor:
-    """[...] from log-probabilities [..., V].
+def divergence(one: Tensor, other: Tensor, variant: str, by_chunk: bool) -> Tensor:
+    """[...] from logits [..., V].
 
     `paper` is the Jensen-Shannon divergence, 0 to ln 2. `published` is half of KL(M || P) + KL(M || Q), M their mean:
     the authors' code, which calls torch's kl_div with its arguments exchanged; by token it is a mean over the
     vocabulary times a million.
     """
-    log_m = torch.maximum(log_p, log_q) + torch.log1p(torch.exp(-(log_p - log_q).abs())) - LOG_2
     if variant == "paper":
-        return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+        p, q = torch.softmax(one, -1), torch.softmax(other, -1)
+        # log(p / m) as log(1 + d): two logarithms of tokens that are alike would differ by their rounding alone.
+        d = (p - q) / (p + q).clamp_min(SMALLEST_SUM)
+        return 0.5 * (p * _log_above(1 + d) + q * _log_above(1 - d)).sum(-1)
+    log_p, log_q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
+    log_m = torch.maximum(log_p, log_q) + torch.log1p(torch.exp(-(log_p - log_q).abs())) - LOG_2
     terms = 0.5 * log_m.exp() * ((log_m - log_p) + (log_m - log_q))
     return terms.sum(-1) if by_chunk else terms.mean(-1) * PUBLISHED_SCALE
+
+
+def _log_above(ratio: Tensor) -> Tensor:
+    """The logarithm, kept finite where the ratio is 0: what it is multiplied by there is 0 as well."""
+    return ratio.clamp_min(SMALLEST).log()
 
 
 def knowledge(decoder: Decoder, view: View, rows_BR: Tensor, variant: str, by_chunk: bool) -> Tensor:
@@ -40,7 +50,7 @@ def knowledge(decoder: Decoder, view: View, rows_BR: Tensor, variant: str, by_ch
 
     parts = []
     for (rows_Br,) in in_blocks(vocabulary, rows_BR):
-        middle, after = (decoder.log_probabilities(take(states, rows_Br)) for states in (view.middle, view.after))
+        middle, after = (decoder.logits(take(states, rows_Br)) for states in (view.middle, view.after))
         parts.append(divergence(middle, after, variant, by_chunk))
     return torch.cat(parts, 1)
 
