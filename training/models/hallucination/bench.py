@@ -1,8 +1,9 @@
-"""What the fused graph saves: python -m training.models.hallucination.bench {fused,memory,reading,fitting}
+"""What the fused graph saves: python -m training.models.hallucination.bench {fused,memory,reading,fitting,cached}
 
 fused    one ONNX graph that gives the scores, beside one that gives all attention and states for scoring outside
 memory   peak memory over the length of the prompt, fused and with all attention kept
 reading  answers a minute by precision, batching and compilation
+cached   requests of a published artifact, first and asked again
 fitting  what selection, mutual information, an ensemble and the threshold do for the AUC of a score log
 
 Shapes: as in module.py.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtimes.answer_cache import AnswerCache
 from runtimes.caching import Store
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, require
@@ -269,7 +271,36 @@ def bench_fitting(arguments: Any) -> str:
     return table(["held out by source", "AUC", "PCC", "F1", "F1 at 0.5"], rows) + note
 
 
-BENCHES = {"fused": bench_fused, "memory": bench_memory, "reading": bench_reading, "fitting": bench_fitting}
+# Cached ---------------------------------------------------------------------------------------------------------------
+
+
+def bench_cached(arguments: Any) -> str:
+    """Milliseconds of requests of the published artifact, first and asked again."""
+    rows = []
+    with Store() as store, AnswerCache(arguments.repository, store) as cache:
+        for sentences in (1, 4, 10):
+            cold, warm = [], []
+            for i in range(arguments.repeats):
+                request = {
+                    "prompt": f"Note {i}. " + "The bridge was opened in 1932. " * sentences,
+                    "answer": "It was red.",
+                }
+                for times in (cold, warm):
+                    started = time.perf_counter()
+                    cache.answer([request])
+                    times.append(time.perf_counter() - started)
+            medians = [1e3 * float(np.median(times)) for times in (cold, warm)]
+            rows.append((len(request["prompt"]), *(f"{ms:.3f}" for ms in medians), f"{medians[0] / medians[1]:.0f}"))
+    return table(["characters of prompt", "first, ms", "again, ms", "ratio"], rows)
+
+
+BENCHES = {
+    "fused": bench_fused,
+    "memory": bench_memory,
+    "reading": bench_reading,
+    "fitting": bench_fitting,
+    "cached": bench_cached,
+}
 
 
 @command
@@ -289,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     result.add_argument("--longest-dense", type=int, default=4096, help="tokens at most with all attention kept")
     result.add_argument("--one", choices=("chunk", "token", "dense"), help="memory: measure this once, in this process")
     result.add_argument("--scores", type=Path, help="score log, for fitting")
+    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="artifacts, for cached")
     arguments = result.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.one:
