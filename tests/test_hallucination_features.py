@@ -13,12 +13,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtimes.errors import InputError
+from training.models.hallucination.config import TINY, heads_of, settle
 from training.models.hallucination.copying import copying_scores
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence
 from training.models.hallucination.frozen import decoder_config, load_decoder
 from training.models.hallucination.module import ChunkDetector, TokenDetector
-from training.models.hallucination.spec import TINY, feeds, heads_of, settle
+from training.models.hallucination.spec import feeds
 
 FAMILIES = ("llama", "mistral", "qwen2")
 SIZES = {"batch": 2, "tokens": 90, "rows": 30, "chunks": 3, "prompt_chunks": 4, "chunk_tokens": 12}

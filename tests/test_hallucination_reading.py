@@ -10,12 +10,12 @@ import torch
 
 from runtimes.device import gpu
 from runtimes.errors import InputError
+from training.models.hallucination.config import CONFIG, TINY, TRAINING
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import PROFILES, max_memory, open_decoder, with_profile
 from training.models.hallucination.mitigation import Mitigation, generate, reweighted
 from training.models.hallucination.reading import FeatureReader
-from training.models.hallucination.spec import CONFIG, TINY, TRAINING
 from training.run import main as run
 from training.spec import Config
 

@@ -16,9 +16,9 @@ from runtimes.errors import InputError
 from training import evaluate, run
 from training.checkpoint import Checkpoint, restore
 from training.models.hallucination import fitting
+from training.models.hallucination.config import TINY, TRAINING
 from training.models.hallucination.metrics import auc, best_threshold, intervals, mutual_information
 from training.models.hallucination.recipe import synthetic_units
-from training.models.hallucination.spec import TINY, TRAINING
 from training.models.hallucination.units import Units, read_log
 from training.spec import find_spec
 

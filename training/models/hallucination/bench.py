@@ -27,13 +27,14 @@ from runtimes.caching import Store
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, require
 from training.models.hallucination import fitting
+from training.models.hallucination.config import TINY, TRAINING, settle
 from training.models.hallucination.data import synthetic_examples
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence, pooled, resemblance, top_share, within
 from training.models.hallucination.metrics import at_threshold
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 from training.models.hallucination.reading import FeatureReader
-from training.models.hallucination.spec import TINY, TRAINING, feeds, settle, signature
+from training.models.hallucination.spec import feeds, signature
 from training.models.hallucination.units import read_log
 from training.precompute import fill
 from training.spec import Config
@@ -279,7 +280,8 @@ def bench_cached(arguments: Any) -> str:
     rows = []
     with Store() as store, AnswerCache(arguments.repository, store) as cache:
         for sentences in (1, 4, 10):
-            cold, warm = [], []
+            cold: list[float] = []
+            warm: list[float] = []
             for i in range(arguments.repeats):
                 request = {
                     "prompt": f"Note {i}. " + "The bridge was opened in 1932. " * sentences,

@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtimes.command import command, parser, table
+from training.models.hallucination.config import head_text
 from training.models.hallucination.decoder import Decoder
-from training.models.hallucination.spec import head_text
 from training.models.hallucination.units import Head
 
 BLOCK_ROWS = 1024  # of the vocabulary by the vocabulary

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.hallucination import fitting
+from training.models.hallucination.config import heads_of, layers_of
 from training.models.hallucination.decoder import Decoder, View
 from training.models.hallucination.features import (
     best_chunk,
@@ -24,7 +25,6 @@ from training.models.hallucination.features import (
     within,
 )
 from training.models.hallucination.frozen import SentenceEncoder
-from training.models.hallucination.spec import heads_of, layers_of
 
 Features = tuple[Tensor, Tensor, Tensor]  # ECS [B, C, H], PKS [B, C, L], gap [B, C, H] to the next choice of a head
 

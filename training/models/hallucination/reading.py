@@ -17,10 +17,11 @@ from runtimes.artifact import sha256_json
 from runtimes.grounding import Tokenized, labelled
 from runtimes.pipelines.hallucination import HallucinationPipeline
 from training.models.hallucination import frozen
+from training.models.hallucination.config import heads_of, layers_of
 from training.models.hallucination.data import Example
 from training.models.hallucination.loading import open_decoder
 from training.models.hallucination.module import ChunkDetector, Detector, TokenDetector
-from training.models.hallucination.spec import assets, heads_of, layers_of
+from training.models.hallucination.spec import assets
 from training.models.hallucination.units import Units
 from training.spec import Config, Reading
 

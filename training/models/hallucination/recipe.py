@@ -13,6 +13,7 @@ from runtimes.caching import Store
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
 from training.models.hallucination import fitting
+from training.models.hallucination.config import head_text, heads_of, layer_text, layers_of
 from training.models.hallucination.data import (
     Example,
     held_out_sources,
@@ -23,7 +24,7 @@ from training.models.hallucination.data import (
 from training.models.hallucination.loading import with_profile
 from training.models.hallucination.metrics import auc, best_threshold
 from training.models.hallucination.reading import FeatureReader
-from training.models.hallucination.spec import build, build_scorer, head_text, heads_of, layer_text, layers_of
+from training.models.hallucination.spec import build, build_scorer
 from training.models.hallucination.units import Units, read_log, require_both_labels
 from training.precompute import fill
 from training.spec import Config, Evaluation, Metrics, Reading, Recipe
