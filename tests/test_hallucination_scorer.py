@@ -153,13 +153,15 @@ def test_no_source_is_on_both_sides_of_a_fold(units: Units) -> None:
 
 
 def test_held_out_scores_know_nothing_of_their_own_labels() -> None:
-    units = synthetic_units(TINY, seed=5, count=200)
-    rng = np.random.default_rng(0)
-    noise = replace(units, ecs=rng.random(units.ecs.shape), pks=rng.random(units.pks.shape))
-    published = fitting.fit_published(noise, SETTINGS)
-    assert auc(noise.response_labels, published.judge(noise)) > 0.55, "chosen and judged on the same: optimism"
-    scores, _ = fitting.held_out(noise, SETTINGS)
-    assert abs(auc(noise.response_labels, scores) - 0.5) < 0.08
+    areas = []
+    for seed in range(6):
+        units = synthetic_units(TINY, seed=seed, count=200)
+        rng = np.random.default_rng(seed)
+        noise = replace(units, ecs=rng.random(units.ecs.shape), pks=rng.random(units.pks.shape))
+        areas.append(auc(noise.response_labels, fitting.held_out(noise, SETTINGS)[0]))
+    assert abs(np.mean(areas) - 0.5) < 0.05
+    memory = replace(units, ecs=1.0 - np.repeat(units.labels[:, None], len(units.heads), 1))
+    assert auc(memory.response_labels, fitting.held_out(memory, SETTINGS)[0]) > 0.9, "and much of what can be known"
 
 
 def test_an_interval_holds_the_value_and_narrows_with_more_responses() -> None:
