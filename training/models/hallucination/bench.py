@@ -2,7 +2,7 @@
 
 fused    one ONNX graph that gives the scores, beside one that gives all attention and states for scoring outside
 memory   peak memory over the length of the prompt, fused and with all attention kept
-reading  answers a minute by precision, batching and compilation
+reading  answers a CPU minute by precision, batching and compilation
 cached   requests of a published artifact, first and asked again
 fitting  what selection, mutual information, an ensemble and the threshold do for the AUC of a score log
 
@@ -212,7 +212,7 @@ def measure_memory(way: str, tokens: int, answer: int) -> str:
 
 
 def bench_reading(arguments: Any) -> str:
-    """Answers a minute, the weights of the layers, and how far PKS moves."""
+    """Answers a CPU minute, the weights of the layers, and how far PKS moves."""
     config = settle({**CONFIG, "max_tokens": 1024})
     examples = synthetic_examples(0, arguments.answers)
     exact: Any = None
@@ -230,16 +230,16 @@ def bench_reading(arguments: Any) -> str:
         reading = reader.reading(examples)
         reader.ask(reading.texts[:2])
         with Store(memory_entries=1 << 30) as store:
-            started = time.perf_counter()
+            started = time.process_time()
             fill(store, reading, reader.training["padded_size"])
-            minutes = (time.perf_counter() - started) / 60
+            minutes = (time.process_time() - started) / 60
             pks = np.concatenate(store.shelf(reading.shelf, reading.identity).require(reading.texts, ""))[:, -8:]
         exact = pks if exact is None else exact
         layers = reader.detector.base.model.model.layers
         size = sum(weight.numel() * weight.element_size() for weight in layers.parameters()) / 2**20
         moved = np.median(np.abs(pks - exact) / exact)
         rows.append((name, f"{len(examples) / minutes:.0f}", f"{size:.1f}", f"{moved:.1e}"))
-    return table(["decoder", "answers/min", "layers, MiB", "PKS moves (median)"], rows)
+    return table(["decoder", "answers/CPU min", "layers, MiB", "PKS moves (median)"], rows)
 
 
 # Fitting -------------------------------------------------------------------------------------------------------------
