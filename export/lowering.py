@@ -98,14 +98,14 @@ def quantize_weights(path: Path, exact: Sequence[str] = ()) -> None:
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input) or _lies_in(node, exact)],
+        nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input) or lies_in(node, exact)],
         use_external_data_format=external,
         extra_options={"MatMulConstBOnly": True},
     )
     check_onnx(path)
 
 
-def _lies_in(node: "onnx.NodeProto", parts: Sequence[str]) -> bool:
+def lies_in(node: "onnx.NodeProto", parts: Sequence[str]) -> bool:
     """Whether the exporter noted that the node comes from one of these parts of the module."""
     scopes = "".join(entry.value for entry in node.metadata_props if entry.key == NAME_SCOPES)
     return any(f"'{part}'" in scopes for part in parts)

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,7 @@ class ModelSpec:
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
+    calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
     """
 
     name: str
@@ -92,6 +93,7 @@ class ModelSpec:
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
+    calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", self.checkpoint or self.name)

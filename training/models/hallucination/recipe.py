@@ -29,7 +29,7 @@ from training.models.hallucination.units import Units, read_log, require_both_la
 from training.precompute import fill
 from training.spec import Config, Evaluation, Metrics, Reading, Recipe
 
-PROBE_ROWS = 4
+PROBE_ROWS = 16
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
 
 

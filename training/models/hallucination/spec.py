@@ -4,7 +4,7 @@ hallucination         tokens in: the features of a frozen decoder and the scorer
 hallucination_scorer  the scorer over features that are known already, such as those of a public score log
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -141,6 +141,12 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {name: values.astype(np.int64) for name, values in result.items()}
 
 
+def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
+    """The answers of the probe, one by one."""
+    for i in range(len(probe["token_ids"])):
+        yield {name: values[i : i + 1] for name, values in probe.items()}
+
+
 def _spans(start: int, end: int, count: int) -> np.ndarray:
     """[count, 2]: pieces of like length, or of one place and then empty ones where there are too few."""
     edges = np.linspace(start, end, min(count, end - start) + 1).astype(int)
@@ -238,6 +244,7 @@ TOLERANCE = {
     "fp16": Tolerance(absolute=5e-2, relative=2e-2),
     "bf16": Tolerance(absolute=2e-1, relative=5e-2),
     "int8": Tolerance(absolute=2e-1, relative=5e-2),
+    "int8_dynamic": Tolerance(absolute=2e-1, relative=5e-2),
 }
 SPECS = (
     ModelSpec(
@@ -253,6 +260,7 @@ SPECS = (
         agreement=agreement,
         settled=settled,
         exact=("encoder", "scorer"),
+        calibration=calibration,
         tolerance=TOLERANCE,
         recipe=recipe,
         frozen=frozen,
