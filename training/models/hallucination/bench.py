@@ -1,9 +1,10 @@
-"""What the fused graph saves: python -m training.models.hallucination.bench {fused,memory,reading,fitting,cached}
+"""What the fused graph saves: python -m training.models.hallucination.bench WHAT
 
 fused    one ONNX graph that gives the scores, beside one that gives all attention and states for scoring outside
 memory   peak memory over the length of the prompt, fused and with all attention kept
 reading  answers a CPU minute by precision, batching and compilation
 cached   requests of a published artifact, first and asked again
+served   what each published precision says to made-up answers
 fitting  what selection, mutual information, an ensemble and the threshold do for the AUC of a score log
 
 Shapes: as in module.py.
@@ -23,15 +24,19 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.answer_cache import AnswerCache
+from runtimes.artifact import artifact_name
+from runtimes.base import open_runtime
 from runtimes.caching import Store
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, require
+from runtimes.pipeline import open_pipeline
+from runtimes.repository import find
 from training.models.hallucination import fitting
 from training.models.hallucination.config import TINY, TRAINING, settle
 from training.models.hallucination.data import synthetic_examples
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence, pooled, resemblance, top_share, within
-from training.models.hallucination.metrics import at_threshold
+from training.models.hallucination.metrics import at_threshold, auc
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 from training.models.hallucination.reading import FeatureReader
 from training.models.hallucination.spec import feeds, signature
@@ -296,12 +301,37 @@ def bench_cached(arguments: Any) -> str:
     return table(["characters of prompt", "first, ms", "again, ms", "ratio"], rows)
 
 
+# Served --------------------------------------------------------------------------------------------------------------
+
+
+def bench_served(arguments: Any) -> str:
+    """What each published precision says to made-up answers, beside fp32."""
+    examples = synthetic_examples(77, arguments.answers)
+    labels = np.array([int(bool(example.hallucinated)) for example in examples])
+    rows, exact = [], np.empty(0)
+    for precision in ("fp32", "int8", "int8_dynamic"):
+        root = find(arguments.repository, artifact_name("hallucination", "onnx", precision))
+        with open_runtime(root) as runtime:
+            pipeline = open_pipeline(runtime.artifact, root)
+            said = [pipeline.decode(runtime.fresh(pipeline.encode([example.request])))[0] for example in examples]
+        scores = np.array([answer["response_score"] for answer in said])
+        exact = scores if not len(exact) else exact
+        threshold = said[0]["threshold"]
+        same = np.mean((scores >= threshold) == (exact >= threshold))
+        moved = np.abs(scores - exact)
+        rows.append(
+            (precision, f"{auc(labels, scores):.4f}", f"{same:.3f}", f"{np.median(moved):.4f}", f"{moved.max():.3f}")
+        )
+    return table(["precision", "AUC", "same label", "score moves (median)", "(most)"], rows)
+
+
 BENCHES = {
     "fused": bench_fused,
     "memory": bench_memory,
     "reading": bench_reading,
     "fitting": bench_fitting,
     "cached": bench_cached,
+    "served": bench_served,
 }
 
 
@@ -322,7 +352,9 @@ def main(argv: list[str] | None = None) -> int:
     result.add_argument("--longest-dense", type=int, default=4096, help="tokens at most with all attention kept")
     result.add_argument("--one", choices=("chunk", "token", "dense"), help="memory: measure this once, in this process")
     result.add_argument("--scores", type=Path, help="score log, for fitting")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="artifacts, for cached")
+    result.add_argument(
+        "--repository", type=Path, default=Path("model_repository"), help="artifacts, for cached and served"
+    )
     arguments = result.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.one:
