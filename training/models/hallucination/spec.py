@@ -185,7 +185,7 @@ def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
     """`got` with the original's numbers where a head's choice hung on less than the precision: parity is blind there.
 
     How much that is, `agreement` limits. Scores are then the scorer's over those features and stay as they were said:
-    they are compared in full wherever no choice was so close.
+    they are compared in full wherever no choice was so close. NaN is never put aside.
     """
     close = want["gaps"] <= _near(tolerance)
     clear_BC, clear_B = ~close.any(-1), ~close.any((-1, -2))
@@ -195,7 +195,10 @@ def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
         "scores": clear_BC,
         "response_score": clear_B,
     }
-    return {name: np.where(keep[name], values, want[name]) if name in keep else values for name, values in got.items()}
+    return {
+        name: np.where(keep[name] | ~np.isfinite(values), values, want[name]) if name in keep else values
+        for name, values in got.items()
+    }
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
