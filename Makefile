@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-fast check triton clean
+.PHONY: export test test-fast check triton peers clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -38,5 +38,31 @@ triton: .venv-triton/ready
 	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime openvino tokenizers safetensors
 	touch $@
 
+# What others offer, to be measured against (benchmarks/peers_cpu.py). Their own pins exclude each other, hence three.
+peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
+
+.venv-peers/ready:
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
+	.venv-peers/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0 sentence-transformers==6.2.0 \
+	  onnx onnxscript onnxruntime openvino nncf==3.4.0
+	touch $@
+
+.venv-peers-optimum/ready:
+	$(PYTHON) -m venv .venv-peers-optimum
+	.venv-peers-optimum/bin/python -m pip install --quiet torch==2.13.0
+	.venv-peers-optimum/bin/python -m pip install --quiet torch==2.13.0 optimum==2.1.0 optimum-onnx==0.1.0 \
+	  sentence-transformers==5.7.0 transformers==4.57.6 onnx onnxruntime
+	touch $@
+
+# optimum-intel asks for torchvision, which would bring a CUDA build of torch.
+.venv-peers-openvino/ready:
+	$(PYTHON) -m venv .venv-peers-openvino
+	.venv-peers-openvino/bin/python -m pip install --quiet torch==2.13.0
+	.venv-peers-openvino/bin/python -m pip install --quiet torch==2.13.0 transformers==5.5.4 \
+	  sentence-transformers==6.2.0 optimum==2.3.0 openvino==2026.4.1 nncf==3.4.0 onnx datasets
+	.venv-peers-openvino/bin/python -m pip install --quiet --no-deps optimum-intel==2.2.0 openvino-tokenizers
+	touch $@
+
 clean:
-	rm -rf .venv .venv-triton checkpoints model_repository/* .model_repository
+	rm -rf .venv .venv-triton .venv-peers* checkpoints model_repository/* .model_repository
