@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from export.lowering import EXTERNAL_BYTES, check_onnx, weights_bytes
+from export.lowering import EXTERNAL_BYTES, check_onnx, lies_in, weights_bytes
 from export.source import Source
 from runtimes.errors import ParityError, require
 from runtimes.tensors import BATCH, Tensors
@@ -72,7 +72,7 @@ def calibration_feeds(source: Source) -> Iterator[Tensors]:
         yield {**source.feeds(rng, {**sizes, BATCH: 1}), **signature.zero_state(1)}
 
 
-def quantize_static(path: Path, feeds: Iterable[Tensors]) -> None:
+def quantize_static(path: Path, feeds: Iterable[Tensors], exact: Sequence[str] = ()) -> None:
     """Make the constant matrix products int8 in place, checked; `ParityError` if there are none.
 
     Matrices that multiply one activation become one product: an engine then quantizes it once, and ONNX Runtime 1.31
@@ -80,7 +80,7 @@ def quantize_static(path: Path, feeds: Iterable[Tensors]) -> None:
     """
     onnx = require("onnx", extra="export")
     model = onnx.load(path)
-    products = find_products(model)
+    products = find_products(model, exact)
     if not products:
         raise ParityError(f"{path.name}: expected products with constant matrices to make int8, found none")
     seen = observe(path, [product.activation for product in products], feeds)
@@ -94,11 +94,13 @@ def quantize_static(path: Path, feeds: Iterable[Tensors]) -> None:
     check_onnx(path)
 
 
-def find_products(model: Any) -> list[Product]:
-    """Every activation that constant matrices multiply, by MatMul or Gemm."""
+def find_products(model: Any, exact: Sequence[str] = ()) -> list[Product]:
+    """Every activation that constant matrices multiply, by MatMul or Gemm, outside the parts `exact` of the module."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
     readers: dict[str, list[Any]] = {}
     for node in model.graph.node:
+        if lies_in(node, exact):
+            continue
         if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants and node.input[0] not in constants:
             readers.setdefault(node.input[0], []).append(node)
     products = []

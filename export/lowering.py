@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import onnx_ir
 
 OPSET = 20
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's place in the module
 EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB
 
 
@@ -103,11 +105,12 @@ def _frozen(tensor: TensorSpec, axis: str, found: Any) -> ParityError:
     )
 
 
-def quantize_weights(path: Path) -> None:
+def quantize_weights(path: Path, exact: Sequence[str] = ()) -> None:
     """Make the constant factors of matrix products and the embeddings int8, in place; checked.
 
-    A matrix has one scale per column; stacks of matrices stay as they are, for ONNX Runtime 1.31 quantizes them and
-    then fails to run them. Activations are quantized as they come, by ONNX Runtime; TensorRT reads no such model.
+    What lies in the parts `exact` of the module stays as it is. A matrix has one scale per column; stacks of matrices
+    stay as they are, for ONNX Runtime 1.31 quantizes them and then fails to run them. Activations are quantized as they
+    come, by ONNX Runtime; TensorRT reads no such model.
     """
     onnx = require("onnx", extra="export")
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -123,11 +126,17 @@ def quantize_weights(path: Path) -> None:
         op_types_to_quantize=["MatMul", "Gemm", "Gather"],
         weight_type=QuantType.QInt8,
         per_channel=True,
-        nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input)],
+        nodes_to_exclude=[node.name for node in model.graph.node if stacks & set(node.input) or lies_in(node, exact)],
         use_external_data_format=external,
         extra_options={"MatMulConstBOnly": True},
     )
     check_onnx(path)
+
+
+def lies_in(node: "onnx.NodeProto", parts: Sequence[str]) -> bool:
+    """Whether the exporter noted that the node comes from one of these parts of the module."""
+    scopes = "".join(entry.value for entry in node.metadata_props if entry.key == NAME_SCOPES)
+    return any(f"'{part}'" in scopes for part in parts)
 
 
 def weights_bytes(model: "onnx.ModelProto") -> int:

@@ -171,7 +171,7 @@ def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["policy_rnn"], "expected a model of policy_attention, .*; found 'policy_rnn'"),
+        (["policy_rnn"], "expected a model of .*policy_attention, .*; found 'policy_rnn'"),
         ([MODEL, "--preset", "huge"], "expected a preset of tiny, full; found 'huge'"),
         ([MODEL, "--set", "speed=9"], "expected a setting of .*; found 'speed'"),
         ([MODEL, "--speed", "9"], "expected a setting of .*; found 'speed'"),

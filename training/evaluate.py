@@ -1,19 +1,19 @@
-"""Judge a checkpoint beside baselines that need no model: python -m training.evaluate MODEL --checkpoint DIR"""
+"""Judge a model beside baselines that need none: python -m training.evaluate MODEL --checkpoint DIR"""
 
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from runtimes.command import command, parser, settings
+from runtimes.command import command, flags, parser, settings
 from training.checkpoint import Checkpoint, restore
 from training.run import configure, evaluation_table
-from training.spec import find_spec
+from training.spec import Evaluation, ModelSpec, find_spec
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the metrics of a checkpoint on the validation part of the data."""
+    """Print the metrics of a checkpoint on the validation part of the data, or of what the settings alone describe."""
     result = parser(
         "training.evaluate",
         __doc__.partition(":")[0] + ".",
@@ -21,26 +21,34 @@ def main(argv: list[str] | None = None) -> int:
         "policy_gru --checkpoint checkpoints/policy_gru --data replays/ --json",
     )
     result.add_argument("model", help="model name")
-    result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    result.add_argument("--checkpoint", type=Path, help="folder of the checkpoint")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
     result.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting it was trained with"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; --NAME VALUE does too"
     )
     result.add_argument("--json", action="store_true", help="print JSON only")
-    arguments = result.parse_args(argv)
+    arguments, more = result.parse_known_args(argv)
 
     spec = find_spec(arguments.model)
-    checkpoint = Checkpoint.load(arguments.checkpoint)
-    changes = settings(arguments.set)
-    _, now = configure(spec, checkpoint.preset, changes)
-    training = {**now, **{name: then for name, then in checkpoint.training.items() if name not in changes}}
-    recipe = spec.recipe()(checkpoint.config, training, arguments.data)
-    evaluation = recipe.evaluate(restore(checkpoint, spec))
+    changes = {**settings(arguments.set), **flags(more)}
+    if arguments.checkpoint is None:
+        config, training = configure(spec, "tiny", changes)
+        evaluation = spec.recipe()(config, training, arguments.data).evaluate_settings()
+    else:
+        evaluation = of_checkpoint(spec, Checkpoint.load(arguments.checkpoint), changes, arguments.data)
     if arguments.json:
         print(json.dumps({"model": spec.name, **asdict(evaluation)}))
     else:
         print(evaluation_table(evaluation))
     return 0
+
+
+def of_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, changes: dict[str, str], data: Path | None) -> Evaluation:
+    """How good it is with the settings it was trained with, but for `changes`."""
+    _, now = configure(spec, checkpoint.preset, changes)
+    training = {**now, **{name: then for name, then in checkpoint.training.items() if name not in changes}}
+    recipe = spec.recipe()(checkpoint.config, training, data)
+    return recipe.evaluate(restore(checkpoint, spec))
 
 
 if __name__ == "__main__":

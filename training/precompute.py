@@ -1,5 +1,6 @@
 """Let the frozen parts of a model read its data once, into a store: python -m training.precompute MODEL --store DIR"""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from training.run import configure
 from training.spec import Reading, find_spec
 
 PADDED_SIZE = 4096  # tokens of a batch, padding included
+EVERY_TEXT = slice(None)
 
 
 @command
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     with Store(arguments.store) as store:
         for reading in readings:
             started = time.perf_counter()
-            read = fill(store, reading, arguments.padded_size)
+            read = fill(store, reading, arguments.padded_size, _own_share())
             seconds = time.perf_counter() - started
             rate = f"{read / seconds:.1f}" if read else "-"
             rows.append((reading.shelf, len(set(reading.texts)), read, f"{seconds:.1f}", rate))
@@ -40,15 +42,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def fill(store: Store, reading: Reading, padded_size: int = PADDED_SIZE) -> int:
-    """How many texts were read: those that had no entry. Every batch is kept as soon as it is read."""
+def fill(store: Store, reading: Reading, padded_size: int = PADDED_SIZE, share: slice = EVERY_TEXT) -> int:
+    """How many texts were read: those of this share that had no entry. Every batch is kept as soon as it is read."""
     shelf = store.shelf(reading.shelf, reading.identity)
-    missing = shelf.missing(reading.texts)
+    missing = shelf.missing(list(dict.fromkeys(reading.texts))[share])
     with tqdm(total=len(missing), desc=reading.shelf, disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in buckets(missing, reading.lengths(missing), padded_size):
             shelf.put(batch, reading.ask(batch))
             bar.update(len(batch))
     return len(missing)
+
+
+def _own_share() -> slice:
+    """Of the texts: all, or under torchrun those of this process, which reads them on its own device."""
+    return slice(int(os.environ.get("RANK", "0")), None, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _parser() -> Any:

@@ -67,19 +67,23 @@ def train(
 
     `work` keeps the Trainer's own states, from which `resume` goes on where there are any.
     """
-    states = work / spec.name if work else folder.with_name(f".{folder.name}.states")
-    trainer = fit(spec, recipe, states, keep=work is not None, resume=resume and _has_state(work, spec))
-    if not trainer.is_world_process_zero():
+    module, step = recipe.fit(), 0
+    if module is None:
+        states = work / spec.name if work else folder.with_name(f".{folder.name}.states")
+        trainer = fit(spec, recipe, states, keep=work is not None, resume=resume and _has_state(work, spec))
+        module, state = trainer.trained, trainer.state
+        step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    if not is_first_process():
         return None
-    evaluation = recipe.evaluate(trainer.trained)
+    evaluation = recipe.evaluate(module)
     checkpoint = save_checkpoint(
         folder,
         spec,
-        trainer.trained,
+        module,
         preset=preset,
         config=recipe.config,
         training=recipe.training,
-        step=trainer.state.best_global_step if trainer.args.load_best_model_at_end else trainer.state.global_step,
+        step=step,
         metrics=evaluation.metrics,
         probe=recipe.probe(),
     )

@@ -50,6 +50,10 @@ def whole(module: "nn.Module") -> "nn.Module":
     return module
 
 
+def as_said(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+    return got
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A model as training, export and parity see it. Nothing here imports torch until it is called.
@@ -58,8 +62,11 @@ class ModelSpec:
     build        the module of this config: its arguments and results are the signature's, in order
     feeds        realistic inputs without state for these sizes, drawn from `probe` (real inputs) where given
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
+    settled      the candidate's outputs with the original's where the original itself hung on a near-tie; `agreement`
+                 has to limit how much that is
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
+    exact        parts of the module that stay in float32 when the rest becomes int8
     fixed        what of the config makes the model what its name says, and cannot be set
     settle       completes a config with what follows from it, such as the width of the base it names
     assets       files that the pipeline reads, such as a tokenizer, by name
@@ -80,6 +87,8 @@ class ModelSpec:
     recipe: Callable[[], type["Recipe"]]
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
+    settled: Callable[[Tensors, Tensors, Tolerance], Tensors] = as_said
+    exact: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
@@ -120,8 +129,9 @@ class Reading:
 
 
 class Recipe(ABC):
-    """What Hugging Face's Trainer needs to train a model, and how the result is judged.
+    """What Hugging Face's Trainer needs to train a model, or how it is fitted without, and how the result is judged.
 
+    A recipe has either `trainee` and `datasets`, or `fit`.
     `training` holds the preset's training settings with the user's changes; `data` is None for synthetic data.
     """
 
@@ -130,13 +140,13 @@ class Recipe(ABC):
         self.training = training
         self.data = data
 
-    @abstractmethod
     def trainee(self, module: "nn.Module") -> "nn.Module":
         """`module` with its loss: called with a batch, it gives {"loss": scalar}."""
+        raise NotImplementedError
 
-    @abstractmethod
     def datasets(self, lanes: int) -> tuple[Any, Any]:
         """Training and validation datasets; `lanes` is the number of rows a step takes over all devices."""
+        raise NotImplementedError
 
     @abstractmethod
     def evaluate(self, module: "nn.Module") -> "Evaluation":
@@ -145,6 +155,17 @@ class Recipe(ABC):
     @abstractmethod
     def probe(self) -> Tensors:
         """A few real validation inputs, kept with the checkpoint so that parity is proved on them."""
+
+    def fit(self) -> "nn.Module | None":
+        """The trained module of a model that is not learned by gradients, and `config` as it was found to be best.
+
+        None, and the Trainer trains a module of `config`.
+        """
+        return None
+
+    def evaluate_settings(self) -> "Evaluation":
+        """How good is what the settings alone describe; `InputError` from a model that needs a checkpoint for that."""
+        raise InputError("expected --checkpoint DIR, found none")
 
     def collate(self, rows: Any) -> dict[str, Any]:
         """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""

@@ -17,9 +17,9 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     path = out / MODEL_FILE
     write_onnx(source, OPERATOR, "fp16" if precision == "fp16" else "fp32", path)
     if precision == "int8":
-        quantize_static(path, calibration_feeds(source))
+        quantize_static(path, calibration_feeds(source), source.spec.exact)
     elif precision == "int8_dynamic":
-        quantize_weights(path)
+        quantize_weights(path, source.spec.exact)
     return Built(built_with={"opset": str(OPSET)})
 
 

@@ -16,7 +16,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     onnx_path = out / "model.onnx"
     write_onnx(source, OPERATOR, "fp32", onnx_path)
     if precision == "int8":
-        quantize_static(onnx_path, calibration_feeds(source))
+        quantize_static(onnx_path, calibration_feeds(source), source.spec.exact)
     try:
         model = openvino.convert_model(onnx_path)
     except openvino_errors() as error:

@@ -1,0 +1,66 @@
+"""Frozen parts that are Hugging Face folders: weights, tokenizers and a chat format of their own."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_hallucination_data import ragtruth
+
+from runtimes.errors import InputError
+from training.checkpoint import Checkpoint, restore
+from training.models.hallucination.frozen import (
+    byte_tokenizer,
+    load_decoder,
+    load_encoder,
+    template_json,
+    tokenizer_json,
+)
+from training.run import main as run
+from training.spec import find_spec
+
+CHAT = (
+    "{{ bos_token }}{% for turn in messages %}[{{ turn['role'] }}]{{ turn['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A decoder with its tokenizer and chat format, and a sentence encoder, as they come from the hub."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    decoder, encoder = (tmp_path_factory.mktemp("frozen") / name for name in ("decoder", "encoder"))
+    load_decoder("seeded:tiny:qwen2", "main").save_pretrained(decoder)
+    load_encoder("seeded:tiny", "main").save_pretrained(encoder)
+    for folder in (decoder, encoder):
+        own = Tokenizer.from_str(byte_tokenizer().decode())
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+    return decoder, encoder
+
+
+def test_the_chat_format_is_read_off_its_template(folders: tuple[Path, Path]) -> None:
+    found = json.loads(template_json(str(folders[0]), "main"))
+    assert found == {"before": "<s>[system]You are a helpful assistant.[user]", "after": "[assistant]"}
+    assert json.loads(tokenizer_json(str(folders[0]), "main"))["model"]["type"] == "BPE"
+
+
+@pytest.mark.slow
+def test_a_detector_is_fitted_over_folders_and_comes_back(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder, encoder = map(str, folders)
+    arguments = ["--base", decoder, "--encoder", encoder, "--heads", "all", "--layers", "all", "--folds", "2"]
+    data = str(ragtruth(tmp_path / "data"))
+    assert run(["hallucination", "--data", data, "--out", str(tmp_path), *arguments]) == 0, capsys.readouterr().err
+    checkpoint = Checkpoint.load(tmp_path / "hallucination")
+    assert checkpoint.frozen["base"]["source"] == decoder
+    assert (checkpoint.folder / "weights.safetensors").stat().st_size < 4096, "nothing frozen is in it"
+    restore(checkpoint, find_spec("hallucination"))
+
+
+def test_an_encoder_of_another_family_is_refused(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(InputError, match="expected an encoder of the BERT family, found 'qwen2'"):
+        load_encoder(str(folders[0]), "main")

@@ -1,0 +1,166 @@
+"""How the frozen decoder is held while features are read: its precision, its devices, settings for known machines.
+
+Reading needs the weights, one layer's activations and two distributions over the vocabulary for a block of rows.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runtimes.errors import InputError, require
+from training.models.hallucination.decoder import Decoder, layer_outputs
+from training.models.hallucination.frozen import SEEDED, decoder_config, load_decoder, pretrained
+from training.spec import Config
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# `stored` takes the weights as their checkpoint has them: in its dtype, or packed by GPTQ or AWQ.
+LOADINGS = (*DTYPES, "int8", "nf4", "stored")
+BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}
+SHARE_FOR_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
+# A batch has padded_size // longest of the longest texts.
+PROFILES: dict[str, Config] = {
+    "kaggle-2xt4": {
+        "loading": "nf4",
+        "device_map": "balanced",
+        "max_memory": "0:12GiB 1:12GiB",
+        "longest": 6000,
+        "padded_size": 6000,
+    },
+    "colab-t4": {
+        "loading": "nf4",
+        "device_map": "auto",
+        "max_memory": "0:14GiB",
+        "longest": 4000,
+        "padded_size": 4000,
+    },
+    "colab-a100": {
+        "loading": "int8",
+        "device_map": "auto",
+        "max_memory": "0:35GiB",
+        "longest": 12_000,
+        "padded_size": 48_000,
+    },
+    "rtx-4090": {
+        "loading": "fp16",
+        "device_map": "auto",
+        "max_memory": "",
+        "longest": 16_000,
+        "padded_size": 128_000,
+    },
+}
+
+
+def with_profile(training: Config, config: Config, memory_bytes: int | None = None) -> Config:
+    """The settings with those of `profile`, `auto` being made from the memory that is found; "" changes nothing.
+
+    A profile sets how features are read, never what they are: it cannot raise the model's own max_tokens.
+    """
+    name = training["profile"]
+    if name == "":
+        return training
+    if name == "auto":
+        return {**training, **_automatic(config, memory_bytes if memory_bytes is not None else _memory_bytes())}
+    if name not in PROFILES:
+        raise InputError(f"--profile: expected one of {', '.join(PROFILES)}, auto; found '{name}'")
+    return {**training, **PROFILES[name]}
+
+
+def _automatic(config: Config, memory_bytes: int) -> Config:
+    """The best precision whose weights fit, and a token budget for what remains."""
+    base = decoder_config(config["base"], config["base_revision"])
+    weights = _weights(base)
+    order = ("fp16", "int8", "nf4") if torch.cuda.is_available() else ("fp32", "bf16", "int8", "nf4")
+    fitting = [name for name in order if weights * BYTES_PER_WEIGHT[name] <= SHARE_FOR_WEIGHTS * memory_bytes]
+    loading = fitting[0] if fitting else "nf4"
+    rest = max(0.0, memory_bytes - weights * BYTES_PER_WEIGHT[loading]) / 2
+    per_token = 4 * (8 * base.hidden_size + 2 * base.intermediate_size)  # one layer, float32
+    found = {"loading": loading, "padded_size": max(512, int(min(rest / per_token, 1 << 17)))}
+    on_gpu = torch.cuda.is_available()
+    return {**found, "device_map": "auto" if on_gpu or not fitting else "", "max_memory": ""}
+
+
+def _weights(base: Any) -> int:
+    width, inner, vocabulary = base.hidden_size, base.intermediate_size, base.vocab_size
+    keys = base.num_key_value_heads / base.num_attention_heads
+    return int(base.num_hidden_layers * (width * width * (2 + 2 * keys) + 3 * width * inner) + 2 * vocabulary * width)
+
+
+def _memory_bytes() -> int:
+    """Of all GPUs together, or of this machine."""
+    if torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return int(require("psutil", extra="train").virtual_memory().available)
+
+
+def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Decoder:
+    """The decoder as the settings want it; `InputError` for a precision or device map that cannot be."""
+    if training["loading"] not in LOADINGS:
+        raise InputError(f"--set loading: expected one of {', '.join(LOADINGS)}; found '{training['loading']}'")
+    source, revision = config["base"], config["base_revision"]
+    if training["loading"] == "fp32" and not training["device_map"]:
+        decoder = Decoder(source, revision)
+    else:
+        decoder = Decoder(source, revision, _load(source, revision, training))
+    if torch.cuda.is_available() and not training["device_map"] and training["device"] != "cpu":
+        decoder = decoder.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if training["compile"]:
+        decoder.run_layer = torch.compile(layer_outputs, dynamic=True)
+    return decoder
+
+
+def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    decoder_config(source, revision)  # refuses what cannot be read
+    options = _options(training)
+    folder = None
+    if source.startswith(SEEDED):  # from_pretrained is what quantises and spreads
+        folder = tempfile.TemporaryDirectory(prefix="slipway-")
+        load_decoder(source, revision).save_pretrained(folder.name)
+        source = folder.name
+    model = pretrained(AutoModelForCausalLM, source, revision, **options)
+    model.stored_in = folder  # what lies on the disk is read again at every use
+    return model.eval().requires_grad_(False)
+
+
+def _options(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What from_pretrained is asked for."""
+    loading = training["loading"]
+    options: dict[str, Any] = {"dtype": DTYPES.get(loading, "auto")}
+    if loading in ("int8", "nf4"):
+        require("bitsandbytes", extra="hallucination")
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.float16 if torch.cuda.is_available() else torch.float32
+        options["dtype"] = compute
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if loading == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=compute,
+            )
+        )
+    if training["device_map"]:
+        options["device_map"] = training["device_map"]
+        options["offload_folder"] = str(Path(tempfile.gettempdir()) / "slipway-offload")
+        if training["max_memory"]:
+            options["max_memory"] = max_memory(training["max_memory"])
+    return options
+
+
+def max_memory(text: str) -> dict[int | str, str]:
+    """`0:12GiB cpu:20GiB` as accelerate takes it."""
+    result: dict[int | str, str] = {}
+    for pair in text.split():
+        device, colon, limit = pair.partition(":")
+        if not colon or not limit or not (device == "cpu" or device.isdecimal()):
+            raise InputError(f"--set max_memory: expected pairs such as '0:12GiB cpu:20GiB', found '{text}'")
+        result[int(device) if device.isdecimal() else device] = limit
+    return result

@@ -1,0 +1,202 @@
+"""How the scorer is fitted, and judged: on answers whose sources it has not seen, beside the length of their chunks."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from runtimes.caching import Store
+from runtimes.errors import InputError
+from runtimes.tensors import Tensors
+from training.models.hallucination import fitting
+from training.models.hallucination.config import head_text, heads_of, layer_text, layers_of
+from training.models.hallucination.data import (
+    Example,
+    held_out_sources,
+    read_ragtruth,
+    synthetic_examples,
+    train_and_valid,
+)
+from training.models.hallucination.loading import with_profile
+from training.models.hallucination.metrics import auc, best_threshold
+from training.models.hallucination.reading import FeatureReader
+from training.models.hallucination.spec import build, build_scorer
+from training.models.hallucination.units import Units, read_log, require_both_labels
+from training.precompute import fill
+from training.spec import Config, Evaluation, Metrics, Reading, Recipe
+
+PROBE_ROWS = 16
+EVERYTHING = 1 << 40  # entries that a store in memory may hold
+
+
+class ScorerRecipe(Recipe):
+    """From a score log, or from made-up features: no model is read."""
+
+    @cached_property
+    def units(self) -> tuple[Units, Units]:
+        """Units to fit to and units to judge by, apart by source."""
+        every = self.logged()
+        held = held_out_sources(every.sources, self.training["valid_share"], self.training["seed"])
+        valid = np.array([source in held for source in every.sources])
+        return every.take(~valid), every.take(valid)
+
+    def logged(self) -> Units:
+        if self.training["scores"]:
+            return read_log(Path(self.training["scores"]))
+        return synthetic_units(self.config, self.training["seed"], self.training["responses"])
+
+    def build(self, config: Config) -> Any:
+        return build_scorer(config)
+
+    def fit(self) -> nn.Module:
+        """The module with the scorer that does best; the config then names its heads, layers and threshold."""
+        if self.training["ensemble"] < 1 or self.training["folds"] < 2:
+            raise InputError(
+                f"--set: expected an ensemble of 1 or more and 2 or more folds, found {self.training['ensemble']} and "
+                f"{self.training['folds']}"
+            )
+        fitted = fitting.fit(self.units[0], self.training)
+        self.config = {
+            **self.config,
+            "heads": head_text(fitted.heads),
+            "layers": layer_text(fitted.layers),
+            "members": len(fitted.members),
+            "threshold": fitted.threshold,
+        }
+        module = self.build(self.config).eval()
+        module.scorer.take(fitted)
+        return module
+
+    def evaluate(self, module: nn.Module) -> Evaluation:
+        train, valid = self.units
+        scorer = module.scorer.fitted(self.config["threshold"])  # type: ignore[operator,union-attr]
+        baselines = {
+            "published_settings": judged(fitting.fit_published(train, self.training), valid),
+            **length_baselines(train, valid, self.training),
+        }
+        return Evaluation(metrics=judged(scorer, valid), baselines=baselines)
+
+    def evaluate_settings(self) -> Evaluation:
+        """The published protocol, which chooses and judges on the same answers; beside it the same answers held out."""
+        every = self.logged() if self.training["scores"] else self.every_unit()
+        published = judged(fitting.fit_published(every, self.training), every)
+        scores, called = fitting.held_out(every, self.training)
+        known = np.isfinite(scores)
+        held_out = fitting.measure(every.response_labels[known], scores[known], called[known])
+        return Evaluation(
+            metrics=published,
+            baselines={"held_out": held_out, **length_baselines(every, every, self.training)},
+        )
+
+    def every_unit(self) -> Units:
+        raise InputError("expected --scores FILE or --checkpoint DIR, found neither")
+
+    def probe(self) -> Tensors:
+        valid = self.units[1].columns(heads_of(self.config), layers_of(self.config))
+        return {"ecs": valid.ecs.astype(np.float32), "pks": valid.pks.astype(np.float32), "lengths": valid.lengths}
+
+    def summary(self) -> list[str]:
+        train, valid = self.units
+        return [
+            f"{len(part.labels)} chunks of {len(part.sources)} answers {what}, "
+            f"{int(part.response_labels.sum())} of the answers hallucinated"
+            for part, what in ((train, "to fit to"), (valid, "held out"))
+        ]
+
+
+class HallucinationRecipe(ScorerRecipe):
+    """From RAGTruth or made-up answers, whose features the frozen models read once; or from a score log of the base."""
+
+    def __init__(self, config: Config, training: Config, data: Path | None) -> None:
+        super().__init__(config, with_profile(training, config), data)
+        self.reader = FeatureReader(self.config, self.training)
+
+    @cached_property
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """Answers to fit to and answers to judge by."""
+        seed, share = self.training["seed"], self.training["valid_share"]
+        if self.data is None:
+            return train_and_valid(synthetic_examples(seed, self.training["responses"]), share, seed)
+        return train_and_valid(read_ragtruth(self.data, self.training["generator"]), share, seed)
+
+    def readings(self) -> Sequence[Reading]:
+        train, valid = self.examples
+        return [self.reader.reading([*train, *valid])]
+
+    @cached_property
+    def units(self) -> tuple[Units, Units]:
+        if self.training["scores"]:
+            train, valid = ScorerRecipe.units.func(self)  # type: ignore[attr-defined]
+            heads, layers = heads_of(self.config), layers_of(self.config)
+            return train.columns(heads, layers), valid.columns(heads, layers)
+        train, valid = self.examples
+        folder = Path(self.training["store"]) if self.training["store"] else None
+        with Store(folder, memory_entries=EVERYTHING) as store:
+            (reading,) = self.readings()
+            fill(store, reading, self.training["padded_size"])
+            entries = store.shelf(reading.shelf, reading.identity).require(reading.texts, "read them again")
+        cut = len(train)
+        return self.reader.units(train, entries[:cut]), self.reader.units(valid, entries[cut:])
+
+    def every_unit(self) -> Units:
+        train, valid = self.units
+        return joined(train, valid)
+
+    def build(self, config: Config) -> Any:
+        return build(config)
+
+    def probe(self) -> Tensors:
+        examples = self.examples[1] if not self.training["scores"] else synthetic_examples(0, PROBE_ROWS)
+        texts = [self.reader.read(example.text) for example in examples[:PROBE_ROWS]]
+        return self.reader.pipeline.tensors(texts)
+
+
+def judged(scorer: fitting.Scorer, units: Units) -> Metrics:
+    """How well the scorer tells hallucinated answers, and chunks, from faithful ones."""
+    scores = scorer.judge(units)
+    found = fitting.measure(units.response_labels, scores, scores >= scorer.threshold)
+    return {**found, "chunk_auc": auc(units.labels, scorer.score(units)), "threshold": scorer.threshold}
+
+
+def length_baselines(train: Units, valid: Units, settings: Config) -> dict[str, Metrics]:
+    """Chunk length alone, and in place of PKS in the published score: what knows nothing of what was said."""
+    require_both_labels(valid.response_labels, "responses")
+    threshold = best_threshold(train.response_labels, train.average(train.lengths))
+    scores = valid.average(valid.lengths)
+    alone = fitting.measure(valid.response_labels, scores, scores >= threshold)
+    measured = [replace(units, layers=(0,), pks=units.lengths[:, None].astype(np.float64)) for units in (train, valid)]
+    return {
+        "chunk_length": {**alone, "chunk_auc": auc(valid.labels, valid.lengths), "threshold": threshold},
+        "length_for_pks": judged(fitting.fit_published(measured[0], settings), measured[1]),
+    }
+
+
+def joined(one: Units, other: Units) -> Units:
+    names = ("ecs", "pks", "labels", "lengths", "weights")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
+    responses = np.concatenate([one.responses, other.responses + len(one.sources)])
+    return replace(one, **arrays, responses=responses, sources=one.sources + other.sources)
+
+
+def synthetic_units(config: Config, seed: int, count: int) -> Units:
+    """Made-up features: heads and layers that tell more and less, and chunks that are longer where hallucinated."""
+    rng = np.random.default_rng(seed)
+    heads, layers = heads_of(config), layers_of(config)
+    sizes = rng.integers(1, 5, count)
+    responses = np.repeat(np.arange(count), sizes)
+    labels = (rng.random(len(responses)) < 0.3).astype(np.int64)
+    return Units(
+        heads=heads,
+        layers=layers,
+        ecs=0.7 - 0.1 * labels[:, None] * rng.random(len(heads)) + 0.1 * rng.normal(size=(len(labels), len(heads))),
+        pks=0.2 + 0.1 * labels[:, None] * rng.random(len(layers)) + 0.1 * rng.random((len(labels), len(layers))),
+        labels=labels,
+        lengths=rng.integers(10, 60, len(labels)) + 10 * labels,
+        weights=np.ones(len(labels)),
+        responses=responses,
+        sources=tuple(map(str, range(count))),
+    )
