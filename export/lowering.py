@@ -48,8 +48,23 @@ def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
     exported.save(path, external_data=weights_bytes > EXTERNAL_BYTES)
     model = onnx.load(path, load_external_data=False)
     name_axes(model, signature)
+    forget_traces(model.graph)
     onnx.save(model, path)
     check_onnx(path)
+
+
+def forget_traces(graph: "onnx.GraphProto") -> None:
+    """Leave of the exporter's notes on each node only its place in the module, in place.
+
+    The others hold source lines and paths of the machine that exported: another one would write other bytes.
+    """
+    for node in graph.node:
+        kept = [entry for entry in node.metadata_props if entry.key == NAME_SCOPES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                forget_traces(inner)
 
 
 def fold_constants(model: "onnx_ir.Model") -> None:

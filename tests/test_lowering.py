@@ -94,6 +94,15 @@ def test_a_tiny_addend_is_deleted_by_the_exporter_and_a_clamp_is_not(tmp_path: P
         assert np.isfinite(run_onnx(path, x=zeros)).all() == finite, f"{guard}: rewrite the models that clamp for this"
 
 
+def test_no_path_of_the_machine_that_exported_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_onnx(OfModule(Softmax("clamp")), Form(kind="loop"), "fp32", path)
+    written = path.read_bytes()
+    assert b"name_scopes" in written, "what tells parts of a module apart stays"
+    assert b".py" not in written
+    assert str(Path.cwd()).encode() not in written
+
+
 class Frozen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.ones(x.shape[1], 1).cumsum(0) if x.shape[1] == 6 else x
