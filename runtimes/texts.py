@@ -1,8 +1,8 @@
-"""Texts as padded rows of token ids, newest tokens kept; and the pipeline of a model that reads such rows."""
+"""Texts as padded rows of token ids; and the pipeline of a model that reads such rows."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,34 +14,44 @@ PADS = ("<pad>", "[PAD]")
 
 
 class Tokens:
-    """A tokenizer.json that cuts on the left at `max_tokens`, special tokens included."""
+    """A tokenizer.json that keeps the last or the first `max_tokens` of a text, special tokens included."""
 
-    def __init__(self, tokenizer_json: bytes, max_tokens: int) -> None:
+    def __init__(self, tokenizer_json: bytes, max_tokens: int, keep: Literal["last", "first"] = "last") -> None:
         tokenizers = require("tokenizers", extra="strategy")
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
-        self._tokenizer.enable_truncation(max_tokens, direction="left")
+        self._tokenizer.enable_truncation(max_tokens, direction="left" if keep == "last" else "right")
         self._tokenizer.no_padding()
         pads = (self._tokenizer.token_to_id(pad) for pad in PADS)
         self.pad = next((pad for pad in pads if pad is not None), 0)
 
     @classmethod
-    def load(cls, path: Path, max_tokens: int) -> "Tokens":
+    def load(cls, path: Path, max_tokens: int, keep: Literal["last", "first"] = "last") -> "Tokens":
         """The tokenizer in a file; `InputError` if there is none."""
         if not path.is_file():
             raise InputError(f"expected a tokenizer at {path}, found none; export the model again")
-        return cls(path.read_bytes(), max_tokens)
+        return cls(path.read_bytes(), max_tokens, keep)
+
+    def rows(self, texts: Sequence[str | tuple[str, str]]) -> list[np.ndarray]:
+        """The token ids of each text, int64; a text may be a pair."""
+        return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text, once it is cut."""
-        return [len(encoding.ids) for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [len(row) for row in self.rows(texts)]
 
     def ids(self, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
-        """int64 [texts, tokens], padded on the right to the longest; a text may be a pair."""
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
-        result = np.full((len(rows), max(map(len, rows))), self.pad, np.int64)
-        for row, ids in zip(result, rows, strict=True):
-            row[: len(ids)] = ids
-        return result
+        """int64 [texts, tokens], padded on the right to the longest."""
+        return padded(self.rows(texts), self.pad)[0]
+
+
+def padded(rows: Sequence[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of token ids padded on the right to the longest, and the mask of what is real; int64 [rows, tokens]."""
+    ids = np.full((len(rows), max(map(len, rows))), pad, np.int64)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row
+        mask[i, : len(row)] = 1
+    return ids, mask
 
 
 class TextPipeline(Pipeline):
