@@ -88,7 +88,7 @@ class Info:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Statement:
+class Entry:
     """What one line of the metadata says. `paper` counts from 0; the rows of a paper stand together."""
 
     paper: int
@@ -106,7 +106,7 @@ class Statement:
 
 
 class Collection:
-    """A finished collection: `embeddings` [rows, width] stays on the disk until a row is read, as do the statements."""
+    """A finished collection: `embeddings` [rows, width] stays on the disk until a row is read, as do the entries."""
 
     def __init__(self, folder: Path, info: Info, embeddings: np.ndarray, lines: "Lines") -> None:
         self.folder = folder
@@ -133,12 +133,12 @@ class Collection:
             )
         return cls(folder, info, embeddings, lines)
 
-    def statement(self, row: int) -> Statement:
-        """Whose row this is; `InputError` if there is no such row, `ArtifactError` if its line is no statement."""
+    def entry(self, row: int) -> Entry:
+        """What is said of a row; `InputError` if there is no such row, `ArtifactError` if its line is no entry."""
         if not 0 <= row < len(self):
             raise InputError(f"expected a row from 0 to {len(self) - 1}, found {row}")
         try:
-            return Statement(**json.loads(self._lines[row]))
+            return Entry(**json.loads(self._lines[row]))
         except (TypeError, ValueError, InputError) as error:  # fields are missing, not JSON, not UTF-8, of another kind
             raise ArtifactError(f"{self.folder / METADATA}, line {row + 1}: {one_line(error)}; {REMEDY}") from error
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.artifact import read_json
-from runtimes.collection import EMBEDDINGS, INFO, METADATA, UNFINISHED, Info, Statement
+from runtimes.collection import EMBEDDINGS, INFO, METADATA, UNFINISHED, Info, Entry
 from runtimes.errors import ArtifactError, InputError
 
 SHARDS = "shards"
@@ -33,7 +33,7 @@ class Writer:
         self._header = _header(info)
 
     @classmethod
-    def reserve(cls, folder: Path, info: Info, statements: Iterable[Statement]) -> "Writer":
+    def reserve(cls, folder: Path, info: Info, entries: Iterable[Entry]) -> "Writer":
         """A writer whose metadata is on the disk and whose rows have their place there.
 
         Every worker may call this, at once or later: nothing that was written is lost. `ArtifactError` if the folder
@@ -46,7 +46,7 @@ class Writer:
             return writer
         writer._announce()
         if not (folder / METADATA).exists():
-            _write_durably(folder / METADATA, _metadata_lines(statements, info.rows))
+            _write_durably(folder / METADATA, _metadata_lines(entries, info.rows))
         (folder / SHARDS).mkdir(exist_ok=True)
         descriptor = os.open(folder / EMBEDDINGS, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -140,16 +140,16 @@ def _header(info: Info) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _metadata_lines(statements: Iterable[Statement], rows: int) -> Iterator[bytes]:
+def _metadata_lines(entries: Iterable[Entry], rows: int) -> Iterator[bytes]:
     count = 0
-    for statement in statements:
+    for entry in entries:
         count += 1
         try:
-            yield json.dumps(asdict(statement), ensure_ascii=False).encode() + b"\n"
+            yield json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n"
         except UnicodeEncodeError as error:
-            raise InputError(f"statement {count}: expected Unicode text, found half a surrogate pair") from error
+            raise InputError(f"entry {count}: expected Unicode text, found half a surrogate pair") from error
     if count != rows:
-        raise InputError(f"expected {rows} statements, found {count}")
+        raise InputError(f"expected {rows} entries, found {count}")
 
 
 def _allocate(descriptor: int, size: int) -> None:

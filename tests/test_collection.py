@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from runtimes.collection import Collection, Info, Lines, Statement
+from runtimes.collection import Collection, Info, Lines, Entry
 from runtimes.collection_writer import SHARDS, Writer
 from runtimes.errors import ArtifactError, InputError, SlipwayError
 
@@ -23,8 +23,8 @@ INFO = Info(
     rows=ROWS, width=WIDTH, dtype="float32", model="m" * 64, base={"source": "tiny", "sha256": "b" * 64},
     pooling="last", max_tokens=256, size="toy", data="d" * 64,
 )  # fmt: skip
-STATEMENTS = [
-    Statement(paper=i // 3, arxiv_id=f"math/{i // 3}", title="Räume\u2028", type="lemma", text=f"$x < {i}$\nand")
+ENTRIES = [
+    Entry(paper=i // 3, arxiv_id=f"math/{i // 3}", title="Räume\u2028", type="lemma", text=f"$x < {i}$\nand")
     for i in range(ROWS)
 ]
 
@@ -36,19 +36,19 @@ def unit_rows(rows: int = ROWS, width: int = WIDTH, seed: int = 0) -> np.ndarray
 
 def write_collection(folder: Path, info: Info = INFO) -> np.ndarray:
     vectors = unit_rows()
-    writer = Writer.reserve(folder, info, STATEMENTS)
+    writer = Writer.reserve(folder, info, ENTRIES)
     writer.write(0, vectors)
     writer.finish()
     return vectors
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float32", 0), ("float16", 1e-3)])
-def test_rows_and_statements_come_back_as_they_were(dtype: str, error: float, tmp_path: Path) -> None:
+def test_rows_and_entries_come_back_as_they_were(dtype: str, error: float, tmp_path: Path) -> None:
     info = replace(INFO, dtype=dtype)
     vectors = write_collection(tmp_path / "toy", info)
     collection = Collection.open(tmp_path / "toy")
     assert collection.info == info
-    assert [collection.statement(row) for row in range(ROWS)] == STATEMENTS
+    assert [collection.entry(row) for row in range(ROWS)] == ENTRIES
     np.testing.assert_allclose(collection.embeddings, vectors, rtol=0, atol=error)
     np.testing.assert_array_equal(
         load_file(tmp_path / "toy/embeddings.safetensors")["embeddings"], collection.embeddings
@@ -65,7 +65,7 @@ def test_a_file_that_safetensors_wrote_is_read(tmp_path: Path) -> None:
 
 def test_shards_may_come_in_any_order_and_only_missing_ones_are_asked_for(tmp_path: Path) -> None:
     vectors = unit_rows()
-    writer = Writer.reserve(tmp_path, INFO, STATEMENTS)
+    writer = Writer.reserve(tmp_path, INFO, ENTRIES)
     assert writer.missing(4) == [(0, 4), (4, 8), (8, 10)]
     writer.write(8, vectors[8:])
     writer.write(4, vectors[4:8])
@@ -84,7 +84,7 @@ def test_shards_may_come_in_any_order_and_only_missing_ones_are_asked_for(tmp_pa
 
 
 def write_share(folder: Path, rank: int, world: int) -> None:
-    writer = Writer.reserve(folder, INFO, STATEMENTS)
+    writer = Writer.reserve(folder, INFO, ENTRIES)
     vectors = unit_rows()
     for start, stop in writer.missing(2):
         if start // 2 % world == rank:
@@ -106,7 +106,7 @@ def test_a_killed_run_goes_on_with_what_it_had_recorded(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, 'tests'); import os, signal; from pathlib import Path\n"
         "from test_collection import *\n"
-        f"writer = Writer.reserve(Path({str(tmp_path)!r}), INFO, STATEMENTS)\n"
+        f"writer = Writer.reserve(Path({str(tmp_path)!r}), INFO, ENTRIES)\n"
         "writer.write(0, unit_rows()[:4]); os.kill(os.getpid(), signal.SIGKILL)"
     )
     killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=False)
@@ -126,13 +126,13 @@ def test_another_runs_folder_is_refused(change: dict[str, object], finished: boo
     if finished:
         write_collection(tmp_path)
     else:
-        Writer.reserve(tmp_path, INFO, STATEMENTS).write(0, unit_rows()[:4])
+        Writer.reserve(tmp_path, INFO, ENTRIES).write(0, unit_rows()[:4])
     with pytest.raises(ArtifactError, match=f"another run: expected {next(iter(change))}"):
-        Writer.reserve(tmp_path, replace(INFO, **change), STATEMENTS)
+        Writer.reserve(tmp_path, replace(INFO, **change), ENTRIES)
 
 
 def test_a_shard_of_another_run_is_refused(tmp_path: Path) -> None:
-    writer = Writer.reserve(tmp_path, INFO, STATEMENTS)
+    writer = Writer.reserve(tmp_path, INFO, ENTRIES)
     writer.write(0, unit_rows())
     record = tmp_path / SHARDS / "0-10.json"
     record.write_text(record.read_text().replace(INFO.digest, replace(INFO, size="other").digest))
@@ -143,7 +143,7 @@ def test_a_shard_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("mine\n")
     with pytest.raises(ArtifactError, match="expected an empty folder"):
-        Writer.reserve(tmp_path, INFO, STATEMENTS)
+        Writer.reserve(tmp_path, INFO, ENTRIES)
     assert (tmp_path / "metadata.jsonl").read_text() == "mine\n"
 
 
@@ -152,18 +152,16 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (0, unit_rows(0), "at 0"), (0, unit_rows(2) * 2, "found 2 in row 0"), (1, unit_rows(1) * np.nan, "nan in row 1"),
 ])  # fmt: skip
 def test_wrong_rows_are_not_written(start: int, rows: np.ndarray, says: str, tmp_path: Path) -> None:
-    writer = Writer.reserve(tmp_path, INFO, STATEMENTS)
+    writer = Writer.reserve(tmp_path, INFO, ENTRIES)
     with pytest.raises(SlipwayError, match=says):
         writer.write(start, rows)
     assert writer.missing(ROWS) == [(0, ROWS)]
 
 
-@pytest.mark.parametrize(
-    "statements", [STATEMENTS[:9], [*STATEMENTS, STATEMENTS[0]], [replace(STATEMENTS[0], text="\ud800")]]
-)
-def test_statements_that_are_not_one_for_each_row_are_refused(statements: list[Statement], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected 10 statements|surrogate"):
-        Writer.reserve(tmp_path, INFO, statements)
+@pytest.mark.parametrize("entries", [ENTRIES[:9], [*ENTRIES, ENTRIES[0]], [replace(ENTRIES[0], text="\ud800")]])
+def test_entries_that_are_not_one_for_each_row_are_refused(entries: list[Entry], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected 10 entries|surrogate"):
+        Writer.reserve(tmp_path, INFO, entries)
     assert not (tmp_path / "metadata.jsonl").exists()
 
 
@@ -221,22 +219,22 @@ def test_a_damaged_collection_is_refused_in_one_line(spoil: Callable[[Path], Non
     b"not JSON", b"\xff", b"[1]", b"{}", b'{"paper": "0", "arxiv_id": "", "title": "", "type": "", "text": ""}',
     b'{"paper": 0, "arxiv_id": "", "title": "", "type": "", "text": null}',
 ])  # fmt: skip
-def test_a_line_that_is_no_statement_is_named_when_it_is_read(line: bytes, tmp_path: Path) -> None:
+def test_a_line_that_is_no_entry_is_named_when_it_is_read(line: bytes, tmp_path: Path) -> None:
     write_collection(tmp_path)
     path = tmp_path / "metadata.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([*lines[:4], line, *lines[5:]]))
     collection = Collection.open(tmp_path)
-    assert collection.statement(3) == STATEMENTS[3]
+    assert collection.entry(3) == ENTRIES[3]
     with pytest.raises(ArtifactError, match="line 5: "):
-        collection.statement(4)
+        collection.entry(4)
 
 
 @pytest.mark.parametrize("row", [-1, ROWS])
 def test_a_row_that_is_not_there_is_refused(row: int, tmp_path: Path) -> None:
     write_collection(tmp_path)
     with pytest.raises(InputError, match="from 0 to 9"):
-        Collection.open(tmp_path).statement(row)
+        Collection.open(tmp_path).entry(row)
 
 
 @pytest.mark.parametrize("scan_bytes", [1, 3, 1000])
