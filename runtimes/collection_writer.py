@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.artifact import read_json
-from runtimes.collection import EMBEDDINGS, INFO, METADATA, UNFINISHED, Info, Entry
+from runtimes.collection import EMBEDDINGS, INFO, METADATA, UNFINISHED, Entry, Info
 from runtimes.errors import ArtifactError, InputError
 
 SHARDS = "shards"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from runtimes.collection import Collection, Info, Lines, Entry
+from runtimes.collection import Collection, Entry, Info, Lines
 from runtimes.collection_writer import SHARDS, Writer
 from runtimes.errors import ArtifactError, InputError, SlipwayError
 
