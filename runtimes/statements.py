@@ -62,7 +62,10 @@ def _paper(line: str, where: str) -> Paper:
     if not isinstance(row, dict) or not ("statements" in row or row.keys() & OLD_FORM.keys()):
         raise InputError(f"{where}: expected an object with 'statements', or 'lemmas' and 'theorems'; found {_cut(row)}")
     found = _new_form(row, where) if "statements" in row else _old_form(row, where)
-    kept = tuple(statement for statement in found if statement.text)
+    try:
+        kept = tuple(statement for statement in found if statement.text.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: expected Unicode text, found half a surrogate pair") from error
     names = {name: row.get(name, "") for name in ("arxiv_id", "title")}
     for name, value in names.items():
         if not isinstance(value, str):

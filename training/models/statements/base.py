@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, D width of the base.
 """
 
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from training.models.statements.data import flatten, synthetic_papers
 SEEDED = "seeded:"
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "tiny": {
-        "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 128, "vocab_size": 1024, "max_position_embeddings": 512,
     },
     "1.5b": {
@@ -145,6 +146,10 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> bytes:
 
 
 def _pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
         return kind.from_pretrained(source, revision=revision, **options)
     except (OSError, ValueError) as error:

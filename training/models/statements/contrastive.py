@@ -117,20 +117,23 @@ class CachedContrast(torch.autograd.Function):
     """The loss of a batch of pairs whose activations are never in memory for more than one piece of it.
 
     Forward embeds without gradients and finds the gradients of the vectors; backward embeds each piece again, meeting
-    the same dropout, and gives the gradients of the parameters (GradCache: Gao et al., 2021). They come out of one
-    function once, so that DDP, which counts them, is content.
+    the same dropout, and gives the gradients of the parameters (GradCache: Gao et al., 2021). Only the first piece, the
+    longest, is embedded once, last and with gradients: a batch of a single piece costs what it always does. The
+    gradients of all pieces come out of one function once, so that DDP, which counts them, is content.
     """
 
     @staticmethod
     def forward(
         ctx: Any, embed: Embed, pieces: Sequence[Piece], papers_n: Tensor, temperature: float, *parameters: nn.Parameter
     ) -> Tensor:
-        embedded = [_embed(embed, piece) for piece in pieces]
-        vectors_BD = torch.empty(2 * len(papers_n), embedded[0].shape[1], device=papers_n.device)
-        for piece, piece_BD in zip(pieces, embedded, strict=True):
+        later = [_embed(embed, piece) for piece in pieces[1:]]
+        with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+            first_BD = _embed(embed, pieces[0])
+        vectors_BD = torch.empty(2 * len(papers_n), first_BD.shape[1], device=papers_n.device)
+        for piece, piece_BD in zip(pieces, [first_BD.detach(), *later], strict=True):
             vectors_BD[piece.rows] = piece_BD
         loss, *gradients = info_nce(*vectors_BD.chunk(2), papers_n, temperature)
-        ctx.embed, ctx.pieces, ctx.parameters = embed, pieces, parameters
+        ctx.embed, ctx.pieces, ctx.parameters, ctx.first_BD = embed, pieces, parameters, first_BD
         ctx.gradient_BD = torch.cat(gradients)
         kind = papers_n.device.type
         ctx.cast = {"device_type": kind, "enabled": torch.is_autocast_enabled(kind)}
@@ -140,14 +143,12 @@ class CachedContrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gradient_BD = ctx.gradient_BD * upstream * world()  # DDP takes the mean over devices; the loss is already one
-        totals = [torch.zeros_like(parameter) for parameter in ctx.parameters]
-        for piece in ctx.pieces:
+        totals = list(torch.autograd.grad(ctx.first_BD, ctx.parameters, gradient_BD[ctx.pieces[0].rows]))
+        for piece in ctx.pieces[1:]:
             with torch.enable_grad(), torch.autocast(**ctx.cast):
-                vectors = _embed(ctx.embed, piece)
-            for total, found in zip(
-                totals, torch.autograd.grad(vectors, ctx.parameters, gradient_BD[piece.rows]), strict=True
-            ):
-                total += found
+                vectors_BD = _embed(ctx.embed, piece)
+            found = torch.autograd.grad(vectors_BD, ctx.parameters, gradient_BD[piece.rows])
+            totals = [total + one for total, one in zip(totals, found, strict=True)]
         return None, None, None, None, *totals
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from runtimes.errors import InputError
 from runtimes.statements import Paper, Statement, read_papers
 
-TOPICS = 40  # words of the synthetic language belong to one of so many topics
-WORDS = 25  # in each topic
+TOPICS = 16  # words of the synthetic language belong to one of so many topics
+WORDS = 12  # in each topic
 COMMON = ("let", "be", "a", "of", "the", "then", "is", "for", "every", "such", "that", "and", "if", "with", "in", "$x$")
 
 
@@ -20,7 +20,7 @@ def train_and_valid(data: Path, share: float, seed: int) -> tuple[list[Paper], l
     """
     if not data.is_dir():
         return split_by_paper(list(read_papers(data)), share, seed)
-    found = {part: sorted(data.glob(f"*train.jsonl" if part == "train" else "*valid.jsonl")) for part in ("train", "valid")}
+    found = {part: sorted(data.glob(f"*{part}.jsonl")) for part in ("train", "valid")}
     for part, paths in found.items():
         if len(paths) != 1:
             raise InputError(f"{data}: expected one file *{part}.jsonl, found {len(paths)}; or give one file to split")
@@ -78,8 +78,8 @@ def synthetic_papers(seed: int, count: int) -> list[Paper]:
         own = topics[rng.choice(TOPICS, 2, replace=False)].ravel()
         statements = []
         for _ in range(int(rng.integers(2, 7))):
-            length = int(rng.integers(6, 24))
-            drawn = np.where(rng.random(length) < 0.5, rng.choice(own, length), rng.choice(COMMON, length))
+            length = int(rng.integers(6, 18))
+            drawn = np.where(rng.random(length) < 0.8, rng.choice(own, length), rng.choice(COMMON, length))
             statements.append(Statement(type="lemma", text=" ".join(drawn) + "."))
         papers.append(Paper(arxiv_id=f"synthetic/{number}", title=" ".join(own[:3]), statements=tuple(statements)))
     return papers

@@ -150,7 +150,7 @@ TRAINING: Config = {
     "valid_share": 0.2,
     "seed": 42,
     "quantize": "none",  # or nf4: QLoRA
-    "papers": 300,  # of synthetic data
+    "papers": 200,  # of synthetic data
 }
 SPECS = (
     ModelSpec(
@@ -158,8 +158,8 @@ SPECS = (
         pipeline="statements",
         presets={
             "tiny": Preset(
-                config={**CONFIG, "base": "seeded:tiny"},
-                training={**TRAINING, "batch": 64, "micro": 64, "epochs": 8.0, "warmup": 0.1, "lr": 5e-3},
+                config={**CONFIG, "base": "seeded:tiny", "pooling": "mean"},
+                training={**TRAINING, "batch": 32, "micro": 64, "epochs": 12.0, "warmup": 0.1, "lr": 3e-3},
             ),
             "full": Preset(config=CONFIG, training=TRAINING),
         },
