@@ -11,7 +11,8 @@ from runtimes.errors import InputError
 from runtimes.statements import SIZES, Statement, read_papers
 from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
 
-NEW = {"arxiv_id": "1", "title": "T", "statements": [{"type": "lemma", "text": " a "}, {"type": "theorem", "text": "b"}]}
+STATEMENTS = [{"type": "lemma", "text": " a "}, {"type": "theorem", "text": "b"}]
+NEW = {"arxiv_id": "1", "title": "T", "statements": STATEMENTS}
 OLD = {"lemmas": ["c"], "theorems": ["d", "e"]}
 
 

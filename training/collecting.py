@@ -1,13 +1,13 @@
 """Embeds whole collections of statements: shards of rows, by one process, by many of torchrun, or as a Ray Data job.
 
-The rows of a shard, their batches and so their bytes are the same whoever embeds them; what is on the disk is not embedded
-again.
+The rows of a shard, their batches and so their bytes are the same whoever embeds them; what is on the disk is not
+embedded again.
 """
 
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property

@@ -116,7 +116,7 @@ def _parser() -> Any:
     own.add_argument("--size", default="full", choices=[*SIZES, "all"], help="how many statements (default: full)")
     own.add_argument("--dtype", default="float16", choices=DTYPES, help="of the rows on disk (default: float16)")
     own.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the matrix products")
-    own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: a GPU if there is one)")
+    own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: a GPU if any)")
     own.add_argument("--shard-rows", type=int, default=1024, help="rows that are written together (default: 1024)")
     own.add_argument("--engine", default="local", choices=("local", "ray"), help="ray: as a Ray Data job")
     own.add_argument("--workers", type=int, default=2, help="actors of Ray (default: 2)")

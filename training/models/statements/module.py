@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, D width of the base, W width of the vectors. LoRA: Hu 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -18,7 +18,7 @@ def four_bit_twin(module: nn.Module) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     twin = copy.deepcopy(module, shared)
     adapted = {id(layer) for _, _, layer in adapted_layers(twin)}
-    for parent in list(twin.base.modules()):  # type: ignore[union-attr, operator]
+    for parent in list(twin.base.modules()):  # type: ignore[union-attr]
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and not child.weight.requires_grad:
                 setattr(parent, name, _four_bits(bitsandbytes, child))
@@ -37,9 +37,7 @@ def _four_bits(bitsandbytes: object, linear: nn.Linear) -> nn.Module:
         compress_statistics=True,
         quant_type="nf4",
     )
-    layer.weight = nn4.Params4bit(
-        linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
-    )
+    layer.weight = nn4.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
     layer.bias = linear.bias
     layer.to(linear.weight.device)
     return layer

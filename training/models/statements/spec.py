@@ -75,7 +75,7 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
 
 
 def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Real statements or made-up ones; the first row is full, the last is padded on the left, the others on the right."""
+    """Real statements or made-up ones; the first row is full, the last padded on the left, the others on the right."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     if "input_ids" in probe:
         rows = rng.integers(0, len(probe["input_ids"]), batch)
