@@ -26,6 +26,7 @@ UNFINISHED = "unfinished.json"  # what info.json will be
 OLD_EMBEDDINGS = "embeddings.pt"
 DTYPES = {"float16": "F16", "float32": "F32"}
 REMEDY = "precompute it: python -m training.precompute statements --data FILE --out DIR"
+LENGTH_TOLERANCE = 1e-2  # of a row's length from 1; float16 costs 1e-3
 SCAN_BYTES = 1 << 24
 
 
