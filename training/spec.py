@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class ModelSpec:
     build        the module of this config: its arguments and results are the signature's, in order
     feeds        realistic inputs without state for these sizes, drawn from `probe` (real inputs) where given
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
+    trial        real inputs without state, from the probe, batch by batch; their outputs are compared as one batch
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
     fixed        what of the config makes the model what its name says, and cannot be set
@@ -81,6 +82,7 @@ class ModelSpec:
     fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
 
