@@ -128,6 +128,10 @@ class Collection:
     def __len__(self) -> int:
         return self.info.rows
 
+    @property
+    def model(self) -> str:
+        return self.info.model
+
     @classmethod
     def open(cls, folder: Path) -> "Collection":
         """The collection in a folder; a one-line error says what is wrong with one that is unfinished or damaged.
