@@ -60,9 +60,7 @@ def _paper(line: str, where: str) -> Paper:
     except ValueError as error:
         raise InputError(f"{where}: expected a paper as JSON, found {one_line(error)}") from error
     if not isinstance(row, dict) or not ("statements" in row or row.keys() & OLD_FORM.keys()):
-        raise InputError(
-            f"{where}: expected an object with 'statements', or 'lemmas' and 'theorems'; found {_cut(row)}"
-        )
+        raise InputError(f"{where}: expected an object with 'statements' or 'lemmas' and 'theorems', found {_cut(row)}")
     found = _new_form(row, where) if "statements" in row else _old_form(row, where)
     try:
         kept = tuple(statement for statement in found if statement.text.encode())

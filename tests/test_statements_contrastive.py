@@ -168,7 +168,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-        settings = {"papers": 30, "epochs": 2, "lora_dropout": 0, "batch": batch, "micro": 5, "clip": 1000, "device": "cpu"}
+        settings = {"papers": 30, "epochs": 2, "lora_dropout": 0, "batch": batch, "micro": 5, "device": "cpu"}
         changes = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         command = [sys.executable, *torchrun, "-m", "training.run", "statements", "--out", str(out), *changes]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])

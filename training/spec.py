@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -66,6 +66,7 @@ class ModelSpec:
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
+    embedder     opens a checkpoint for embedding whole collections, if the model does that
     """
 
     name: str
@@ -85,6 +86,7 @@ class ModelSpec:
     trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
+    embedder: Callable[..., "TextEmbedder"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", self.checkpoint or self.name)
@@ -115,6 +117,15 @@ class Reading:
     texts: Sequence[str]
     lengths: Callable[[Sequence[str]], Sequence[int]]
     ask: Callable[[Sequence[str]], Sequence[np.ndarray]]
+
+
+class TextEmbedder(Protocol):
+    """A model that embeds texts; made from (checkpoint, *, device, precision, padded_size)."""
+
+    padded_size: int  # tokens of a batch with its padding
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts, width]"""
 
 
 class Recipe(ABC):

@@ -11,7 +11,10 @@ TOKENS_MIN = 2  # of the model's axis
 
 
 class StatementsPipeline(TextPipeline):
-    """A request is `{"text": ...}`, plain or LaTeX, of which the first `max_tokens` are read; an answer `{"vector": [...]}`."""
+    """A request is `{"text": ...}`, plain or LaTeX; an answer is `{"vector": [...]}`.
+
+    Of a longer text, the first `max_tokens` are read.
+    """
 
     tokenizer = "tokenizer.json"
     max_tokens = "max_tokens"

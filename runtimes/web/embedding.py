@@ -51,13 +51,16 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        return self._computed is not None or self.failed
+        return self.succeeded or self._error is not None
 
     @property
-    def failed(self) -> bool:
-        return self._error is not None
+    def succeeded(self) -> bool:
+        return self._computed is not None
 
     def progress(self) -> dict[str, Any]:
+        """How far a job is that has not succeeded."""
+        if self._error:
+            return {"state": "uncomputed", "reason": str(self._error)}
         return {"state": "computing", "done": self._done, "total": self._total}
 
     def result(self) -> Computed:

@@ -74,17 +74,16 @@ class Library:
         self._exits.close()
 
     def describe_all(self) -> list[dict[str, Any]]:
-        """What there is: `{"name", "state"}`, and with it `rows` and `papers`, or a `reason`, or `done` of `total`."""
+        """What there is: `{"name", "state"}`, and with a state ready `rows` and `papers`, broken `reason`, computing `done`
+        and `total`, uncomputed a `reason` where it was tried."""
         return [self.describe(name) for name in sorted(self._places())]
 
     def describe(self, name: str) -> dict[str, Any]:
         """The entry of one collection in the list, whatever state it is in."""
         with self._lock:
             job = self._jobs.get(name)
-            if job and not job.finished:
-                return {"name": name, **job.progress()}
-            if self._place(name).suffix == STATEMENTS_SUFFIX and not job:
-                return {"name": name, "state": "uncomputed"}
+            if self._place(name).suffix == STATEMENTS_SUFFIX and (job is None or not job.succeeded):
+                return {"name": name, **(job.progress() if job else {"state": "uncomputed"})}
             try:
                 opened = self.open(name)
             except SlipwayError as error:
@@ -94,12 +93,9 @@ class Library:
     def open(self, name: str) -> Opened:
         """The collection of this name; a one-line error if there is none, or it is broken or not computed."""
         with self._lock:
-            job = self._jobs.get(name)
-            if job:
-                return self._of_job(name, job)
             place = self._place(name)
             if place.suffix == STATEMENTS_SUFFIX:
-                raise InputError(f"{name}: expected a collection, found statements without vectors; compute them first")
+                return self._computed(name)
             version = _version(place)
             opened = self._opened.get(name)
             if opened is None or opened.version != version:
@@ -115,7 +111,7 @@ class Library:
             if place.suffix != STATEMENTS_SUFFIX:
                 raise InputError(f"{name}: expected statements without vectors, found a collection")
             job = self._jobs.get(name)
-            if job is None or job.failed:
+            if job is None or (job.finished and not job.succeeded):
                 self._jobs[name] = Job(place, self.embedder)
 
     def neighbours(self, name: str, row: int, k: int, others: bool) -> list[dict[str, Any]]:
@@ -150,13 +146,14 @@ class Library:
             for row, score in zip(rows[0], scores[0], strict=True)
         ]
 
-    def _of_job(self, name: str, job: Job) -> Opened:
-        if not job.finished:
-            raise InputError(f"{name}: expected a collection, found one that is being computed; wait for it")
-        computed = job.result()
+    def _computed(self, name: str) -> Opened:
+        job = self._jobs.get(name)
+        if job is None or not job.finished:
+            raise InputError(f"{name}: expected a collection, found statements without vectors; compute them first")
+        source = job.result()
         opened = self._opened.get(name)
-        if opened is None or opened.source is not computed:
-            opened = self._opened[name] = Opened(source=computed, papers=computed.papers())
+        if opened is None or opened.source is not source:
+            opened = self._opened[name] = Opened(source=source, papers=source.papers())
         return opened
 
     def _place(self, name: str) -> Path:

@@ -7,8 +7,8 @@ import { count, heading, links, notice, paperItem, progress, statementCard, stat
 const POLL_MS = 400;
 const TYPING_MS = 150;
 const STATES = { uncomputed: "no vectors yet", computing: "embedding", broken: "broken" };
-const [content, main, status, picker, query, filter, paperList, morePapers, showPapers] = [
-  "content", "main", "status", "collection", "query", "filter", "paper-list", "more-papers", "show-papers",
+const [content, main, status, picker, query, filter, papersBox, paperList, morePapers, showPapers] = [
+  "content", "main", "status", "collection", "query", "filter", "papers", "paper-list", "more-papers", "show-papers",
 ].map((id) => document.getElementById(id));
 
 let question = 0; // the number of the view that was asked for last; an answer to an older one is dropped
@@ -49,7 +49,7 @@ async function showPaper(name, number) {
   const paper = await api.paper(name, number);
   say(count(paper.statements.length, "statement"));
   const identifier = paper.title ? [element("span", "identifier", paper.arxiv_id)] : [];
-  return [heading(titleOf(paper), ...identifier), statementList(name, paper.statements, false)];
+  return [heading(setLatex(titleOf(paper)), ...identifier), statementList(name, paper.statements, false)];
 }
 
 async function showNeighbours(name, argument) {
@@ -91,7 +91,6 @@ async function nodesOf({ name, view, argument }, current) {
   if (!picker.options.length) await fillPicker();
   picker.value = name;
   let found = await api.describe(name);
-  if (found.state === "broken") throw new api.Refused(found.reason);
   if (found.state === "uncomputed") found = await api.compute(name);
   while (found.state === "computing" && current()) {
     clearPapers();
@@ -101,7 +100,7 @@ async function nodesOf({ name, view, argument }, current) {
     if (found.state !== "computing") await fillPicker();
   }
   if (!current()) return null;
-  if (found.state === "broken") throw new api.Refused(found.reason);
+  if (found.reason) throw new api.Refused(found.reason);
   await listPapers(name);
   document.title = `${name} · Statements`;
   return (VIEWS[view] ?? overview)(name, argument);
@@ -155,6 +154,7 @@ async function fillPapers(name, start) {
   if (wanted !== filter.value) return;
   if (!start) paperList.replaceChildren();
   paperList.append(...papers.map((paper) => paperItem(name, paper)));
+  papersBox.hidden = false;
   document.getElementById("paper-count").textContent = count(total, "paper");
   morePapers.hidden = start + papers.length >= total;
 }
@@ -162,8 +162,7 @@ async function fillPapers(name, start) {
 function clearPapers() {
   listed = "";
   paperList.replaceChildren();
-  morePapers.hidden = true;
-  document.getElementById("paper-count").textContent = "";
+  papersBox.hidden = true;
 }
 
 async function fillPicker() {

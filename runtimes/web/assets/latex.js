@@ -113,7 +113,8 @@ class Reader {
     while (this.take(/\\item(?![a-zA-Z])\s*/y)) {
       const item = element("li");
       const label = this.take(/\[([^\]]*)\]/y);
-      if (label) item.append(element("span", "item-label", setLatex(label[1])), " ");
+      if (label) item.prepend(element("span", "item-label", setLatex(label[1])));
+      item.classList.toggle("labelled", Boolean(label));
       this.prose(item, end, depth + 1);
       list.append(item);
     }
@@ -159,7 +160,7 @@ function formula(source, display) {
     } catch (error) {
       const missing = /Undefined control sequence: (\\[a-zA-Z]+)/.exec(error.message)?.[1];
       if (!missing || missing === "\\xymatrix" || missing in macros) break;
-      macros[missing] = `\\operatorname{${missing.slice(1)}}`;
+      macros[missing] = `{\\operatorname{${missing.slice(1)}}}`; // in braces, for D_\\QCoh
     }
   }
   const diagram = source.includes("\\xymatrix");
@@ -170,7 +171,14 @@ function formula(source, display) {
 
 function appendWords(parent, text) {
   const words = text.replace(/---/g, "—").replace(/--/g, "–").replace(/``/g, "“").replace(/''/g, "”").replace(/`/g, "‘");
-  words.split(/\n\s*\n/).forEach((paragraph, i) => {
+  const point = /^[.,;:)]*/.exec(words)[0];
+  const before = parent.lastChild;
+  if (point && before?.className === "inline" && before.querySelectorAll(".base").length === 1) {
+    before.append(point); // or a line could begin with the point after a formula
+  } else {
+    parent.append(point);
+  }
+  words.slice(point.length).split(/\n\s*\n/).forEach((paragraph, i) => {
     if (i) parent.append(element("span", "paragraph"));
     parent.append(paragraph);
   });

@@ -26,7 +26,7 @@ export function statementCard(name, statement, titles) {
   card.tabIndex = 0;
   Object.assign(card.dataset, { row: statement.row, paper: statement.paper });
   const head = element("header", "", element("span", "kind", statement.type));
-  if (titles) head.append(link(links.paper(name, statement.paper), "from", titleOf(statement)));
+  if (titles) head.append(link(links.paper(name, statement.paper), "from", setLatex(titleOf(statement))));
   if (titles && statement.title) head.append(element("span", "identifier", statement.arxiv_id));
   if (statement.score !== undefined) head.append(scoreMark(statement.score));
   const near = link(links.near(name, statement.row), "near", "Neighbours");
@@ -59,7 +59,7 @@ export function paperItem(name, paper) {
   const item = link(links.paper(name, paper.paper), "paper", "");
   item.dataset.paper = paper.paper;
   item.replaceChildren(
-    element("span", "title", titleOf(paper)),
+    element("span", "title", setLatex(titleOf(paper))),
     element("span", "identifier", paper.title ? paper.arxiv_id : ""),
     element("span", "size", String(paper.count)),
   );
@@ -86,8 +86,8 @@ export function progress(name, done, total) {
 
 export const titleOf = ({ title, arxiv_id, paper }) => title || arxiv_id || `Paper ${paper + 1}`;
 
-function link(href, className, text) {
-  const result = element("a", className, text);
+function link(href, className, inside) {
+  const result = element("a", className, inside);
   result.href = href;
   return result;
 }

@@ -1,4 +1,4 @@
-"""Statement embeddings: theorem-like statements of one paper lie close (contrastive LoRA over a frozen language model)."""
+"""Statement embeddings: theorem-like statements of a paper lie close (contrastive LoRA, frozen language model)."""
 
 from training.models.statements.spec import SPECS
 

@@ -94,7 +94,7 @@ def rank() -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A micro-batch: rows of the batch, their tokens, and the seed of the dropout they meet, each time they are read."""
+    """A micro-batch: rows of the batch, their tokens, and the seed of the dropout they meet whenever they are read."""
 
     rows: Tensor
     ids: Tensor
@@ -132,7 +132,8 @@ class CachedContrast(torch.autograd.Function):
         vectors_BD = torch.empty(2 * len(papers_n), first_BD.shape[1], device=papers_n.device)
         for piece, piece_BD in zip(pieces, [first_BD.detach(), *later], strict=True):
             vectors_BD[piece.rows] = piece_BD
-        loss, *gradients = info_nce(*vectors_BD.chunk(2), papers_n, temperature)
+        x_nD, y_nD = vectors_BD.chunk(2)
+        loss, *gradients = info_nce(x_nD, y_nD, papers_n, temperature)
         ctx.embed, ctx.pieces, ctx.parameters, ctx.first_BD = embed, pieces, parameters, first_BD
         ctx.gradient_BD = torch.cat(gradients)
         kind = papers_n.device.type
@@ -141,7 +142,7 @@ class CachedContrast(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient_BD = ctx.gradient_BD * upstream * world()  # DDP takes the mean over devices; the loss is already one
         totals = list(torch.autograd.grad(ctx.first_BD, ctx.parameters, gradient_BD[ctx.pieces[0].rows]))
         for piece in ctx.pieces[1:]:

@@ -1,7 +1,7 @@
 """Make a small seeded base whose tokenizer is trained on the data: python -m training.models.statements.make_base
 
-A Qwen2 with random weights: its states are random projections of the words in a text. It is the least that a base can be,
-where none can be downloaded; what is learned, is learned by the adapters and the projection.
+A Qwen2 with random weights: its states are random projections of the words in a text. It is the least that a base can
+be, where none can be downloaded; what is learned, is learned by the adapters and the projection.
 """
 
 import sys
@@ -42,7 +42,7 @@ def write_base(folder: Path, tokenizer_json: bytes, *, width: int, layers: int, 
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=HEAD_WIDTH,
+        head_dim=HEAD_WIDTH,  # type: ignore[call-arg]  # read by the model, not declared by its config
         intermediate_size=width // 4,
         max_position_embeddings=MAX_POSITIONS,
         pad_token_id=tokenizer.token_to_id(PAD),

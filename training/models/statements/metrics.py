@@ -1,7 +1,7 @@
 """How well the statements of a paper find each other among all, in blocks, and BM25 to compare with."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,7 +29,7 @@ def measure(papers: np.ndarray, scores: Scores) -> Metrics:
     queries = counts_N.nonzero().flatten()
     if not len(queries):
         raise InputError("expected papers with two or more statements to judge by, found none")
-    sums: Counter[str] = Counter()
+    sums: dict[str, float] = defaultdict(float)
     for rows in queries.split(max(1, BLOCK_SCORES // len(papers))):
         scores_BN = scores(rows).clone()
         scores_BN[torch.arange(len(rows)), rows] = -torch.inf

@@ -3,11 +3,9 @@
 Shapes: B rows, T tokens, D width of the base, W width of the vectors. LoRA: Hu et al. (2021).
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,7 +40,6 @@ class StatementEmbedder(nn.Module):
 
 def with_adapters(base: Any, config: Mapping[str, Any]) -> Any:
     """`base` with a trained LoRA in every linear layer named in `lora_targets`; changed in place."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every import which kernels are not there
     peft = require("peft", extra="statements")
     settings = peft.LoraConfig(
         r=config["lora_rank"],

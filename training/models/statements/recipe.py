@@ -5,7 +5,6 @@ Shapes: B statements of a batch, n pairs, T tokens, D width of the vectors.
 
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,7 +120,8 @@ class Trainee(nn.Module):
         super().__init__()
         self.embedder = embedder
         self.micro, self.temperature = training["micro"], training["temperature"]
-        self.register_state_dict_post_hook(_drop_frozen)
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_miss_no_base)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
         trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
@@ -150,7 +150,13 @@ class BaseAlone(nn.Module):
         return (F.normalize(pool(states_BTD, attention_mask, self.pooling).float(), dim=-1),)
 
 
-def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """The Trainer's own states hold what is trained; the base is read from where it lies."""
     for name in [name for name in state if name.startswith(f"{prefix}embedder.base.")]:
         del state[name]
+
+
+def _miss_no_base(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [
+        name for name in incompatible.missing_keys if not name.startswith("embedder.base.") or ".lora_" in name
+    ]

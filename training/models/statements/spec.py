@@ -1,17 +1,19 @@
 """`statements` as the rest of Slipway sees it. Nothing here imports torch until it is called."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtimes.artifact import Check
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
+from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, TextEmbedder, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from training.checkpoint import Checkpoint
 
 BATCH_MAX = 32
 NEIGHBOURS = 10
@@ -73,7 +75,7 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
 
 
 def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Real statements or made-up ones; the first row is full, the last is padded on the left, the others on the right."""
+    """Real statements or made-up ones; the first row is full, the last padded on the left, the others on the right."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     if "input_ids" in probe:
         rows = rng.integers(0, len(probe["input_ids"]), batch)
@@ -128,6 +130,12 @@ def recipe() -> type[Recipe]:
     return StatementsRecipe
 
 
+def embedder(checkpoint: "Checkpoint", **options: Any) -> TextEmbedder:
+    from training.models.statements.embedding import open_embedder
+
+    return open_embedder(checkpoint, SPECS[0], **options)
+
+
 CONFIG: Config = {
     "base": "Qwen/Qwen2-1.5B",
     "base_revision": "main",
@@ -178,5 +186,6 @@ SPECS = (
         recipe=recipe,
         frozen=frozen,
         assets=assets,
+        embedder=embedder,
     ),
 )
