@@ -74,8 +74,10 @@ class Library:
         self._exits.close()
 
     def describe_all(self) -> list[dict[str, Any]]:
-        """What there is: `{"name", "state"}`, and with a state ready `rows` and `papers`, broken `reason`, computing `done`
-        and `total`, uncomputed a `reason` where it was tried."""
+        """What there is: `{"name", "state"}`, and more by state.
+
+        ready: `rows`, `papers`; broken: `reason`; computing: `done`, `total`; uncomputed: `reason`, if it was tried.
+        """
         return [self.describe(name) for name in sorted(self._places())]
 
     def describe(self, name: str) -> dict[str, Any]:

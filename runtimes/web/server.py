@@ -36,6 +36,7 @@ HEADERS = {
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_BYTES = 1 << 20
+UNREAD_BYTES = 1 << 24  # up to here, a body that is too large is taken in, for most clients read no answer before
 PATIENCE_S = 30  # with a client that says nothing
 K_MAX = 200
 PAGE_PAPERS = 200
@@ -197,7 +198,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self._send_json(HTTPStatus.OK, self._ask(method, path, query))
         except SlipwayError as error:
-            self.close_connection = True  # a body may be left unread
+            self.close_connection = method == "POST"  # whose body may be left unread
             status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
             self._send_json(status, {"error": one_line(error, 500)})
 
@@ -217,6 +218,8 @@ class Handler(BaseHTTPRequestHandler):
             raise InputError(f"expected application/json, found {self.headers.get_content_type()[:80]}")
         size = _number(self.headers.get("Content-Length", ""), "Content-Length", 1 << 62)
         if size > BODY_BYTES:
+            for _ in range(size // BODY_BYTES if size <= UNREAD_BYTES else 0):
+                self.rfile.read(BODY_BYTES)
             raise TooLarge(f"expected a body of at most {BODY_BYTES} bytes, found {size}")
         try:
             return json.loads(self.rfile.read(size).decode("utf-8"))
@@ -236,6 +239,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **HEADERS}.items():
             self.send_header(name, value)
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
