@@ -23,9 +23,7 @@ WAIT_MS = 20_000
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("playwright") is None, reason="no playwright; it is in the extra 'dev'"
-    ),
+    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright: extra dev"),
 ]
 
 
@@ -89,10 +87,10 @@ def focused_row(page: Any) -> Any:
 def test_a_collection_is_picked_and_a_paper_browsed(page: Any) -> None:
     assert page.locator("#paper-count").inner_text() == "3 papers"
     page.select_option("#collection", "other")
-    page.wait_for_function("location.hash == '#/other'")
+    page.wait_for_function("() => location.hash == '#/other'")
     page.wait_for_selector("#paper-list a[href='#/other/paper/1']")
     page.fill("#filter", "etale")
-    page.wait_for_function("document.getElementById('paper-count').textContent == '1 paper'")
+    page.wait_for_function("() => document.getElementById('paper-count').textContent == '1 paper'")
     page.click("#paper-list a")
     page.wait_for_selector(".statements .statement")
     assert page.locator("h2").inner_text().startswith("Étale maps")
@@ -102,7 +100,7 @@ def test_a_collection_is_picked_and_a_paper_browsed(page: Any) -> None:
 
 def test_mathematics_is_set_and_nothing_in_a_statement_is_html(page: Any) -> None:
     cards = open_statements(page, "#/algebra/paper/0")
-    assert cards.nth(0).locator(".katex").count() == 1
+    assert cards.nth(0).locator(".katex").count() == 2
     fonts = page.evaluate(
         "document.fonts.ready.then(() => [...document.fonts].map(font => `${font.family} ${font.status}`))"
     )
@@ -141,7 +139,7 @@ def test_neighbours_by_click_and_back(page: Any) -> None:
     scores = [float(text) for text in page.locator(".score").all_inner_texts()]
     assert scores == sorted(scores, reverse=True)
     page.check("#others")
-    page.wait_for_function("document.querySelectorAll('.statements .statement').length == 4")
+    page.wait_for_function("() => document.querySelectorAll('.statements .statement').length == 4")
     page.go_back()
     page.go_back()
     page.wait_for_selector("main:not([aria-busy]) h2:has-text('Rings')")
@@ -153,7 +151,7 @@ def test_all_of_it_by_keyboard(page: Any) -> None:
     page.keyboard.type(PAPERS["Rings & ideals"][0])
     page.keyboard.press("Enter")
     page.wait_for_selector(".score")
-    page.wait_for_function("document.activeElement.matches('.statements .statement')")
+    page.wait_for_function("() => document.activeElement.matches('.statements .statement')")
     assert focused_row(page) == "0"
     assert float(page.locator(".score").first.inner_text()) == pytest.approx(1, abs=2e-3)
     page.keyboard.press("j")
@@ -166,9 +164,9 @@ def test_all_of_it_by_keyboard(page: Any) -> None:
     assert page.url.endswith(f"/near/{second}")
     page.keyboard.press("Escape")
     page.wait_for_selector(".asked-words")
-    page.wait_for_function(f"document.activeElement.dataset.row == '{second}'")
+    page.wait_for_function(f"() => document.activeElement.dataset.row == '{second}'")
     page.keyboard.press("p")
-    page.wait_for_function("location.hash.includes('/paper/')")
+    page.wait_for_function("() => location.hash.includes('/paper/')")
     page.keyboard.press("Escape")
     page.wait_for_selector(".asked-words")
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -193,7 +191,7 @@ def test_what_cannot_be_shown_says_why_and_the_rest_still_works(page: Any) -> No
 def test_an_empty_search_asks_for_words_and_a_huge_one_is_answered(page: Any) -> None:
     page.fill("#query", "   ")
     page.press("#query", "Enter")
-    page.wait_for_function("document.getElementById('status').textContent.startsWith('Type')")
+    page.wait_for_function("() => document.getElementById('status').textContent.startsWith('Type')")
     page.fill("#query", "$x$ " * 25_000)
     page.press("#query", "Enter")
     page.wait_for_selector(".score")
@@ -201,15 +199,16 @@ def test_an_empty_search_asks_for_words_and_a_huge_one_is_answered(page: Any) ->
 
 
 def test_statements_without_vectors_are_computed_while_the_page_shows_how_far_it_is(page: Any) -> None:
-    bars: list[str] = []
-    page.expose_function("saw", bars.append)
     page.evaluate(
-        "new MutationObserver(() => document.querySelector('progress') && saw(document.querySelector('.notice p').innerText))"
-        ".observe(document.getElementById('content'), {childList: true})"
+        """() => {
+          window.seen = [];
+          const words = () => document.querySelector("progress + p")?.innerText ?? "";
+          new MutationObserver(() => seen.push(words())).observe(document.getElementById("content"), {childList: true});
+        }"""
     )
     page.select_option("#collection", "fresh")
     page.wait_for_selector("#paper-list a[href='#/fresh/paper/1']")
-    assert any(re.search(r"of 7 statements|Opening the model", text) for text in bars)
+    assert any(re.search("of 7 statements|Opening the model", text) for text in page.evaluate("seen"))
     assert open_statements(page, "#/fresh/near/0").count() == 6
 
 
@@ -227,6 +226,7 @@ def test_words_are_legible_and_fit_the_window(scheme: str, width: int, height: i
 
 
 def test_the_button_changes_the_colours_and_is_remembered(page: Any) -> None:
+    page.wait_for_selector("h2")
     before = contrast_colours(page, "h2")[1]
     page.click("#theme")
     after = contrast_colours(page, "h2")[1]

@@ -91,7 +91,10 @@ async function nodesOf({ name, view, argument }, current) {
   if (!picker.options.length) await fillPicker();
   picker.value = name;
   let found = await api.describe(name);
-  if (found.state === "uncomputed") found = await api.compute(name);
+  if (found.state === "uncomputed") {
+    found = await api.compute(name);
+    await fillPicker();
+  }
   while (found.state === "computing" && current()) {
     clearPapers();
     content.replaceChildren(progress(name, found.done, found.total));
