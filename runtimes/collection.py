@@ -26,6 +26,7 @@ UNFINISHED = "unfinished.json"  # what info.json will be
 OLD_EMBEDDINGS = "embeddings.pt"
 DTYPES = {"float16": "F16", "float32": "F32"}
 REMEDY = "precompute it: python -m training.precompute statements --data FILE --out DIR"
+LENGTH_TOLERANCE = 1e-2  # of a row's length from 1; float16 costs 1e-3
 SCAN_BYTES = 1 << 24
 
 
@@ -105,6 +106,16 @@ class Entry:
                 raise InputError(f"expected text in '{name}', found {ascii(getattr(self, name))[:80]}")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Paper:
+    """The rows [start, stop) of one paper."""
+
+    arxiv_id: str
+    title: str
+    start: int
+    stop: int
+
+
 class Collection:
     """A finished collection: `embeddings` [rows, width] stays on the disk until a row is read, as do the entries."""
 
@@ -116,6 +127,10 @@ class Collection:
 
     def __len__(self) -> int:
         return self.info.rows
+
+    @property
+    def model(self) -> str:
+        return self.info.model
 
     @classmethod
     def open(cls, folder: Path) -> "Collection":
@@ -141,6 +156,26 @@ class Collection:
             return Entry(**json.loads(self._lines[row]))
         except (TypeError, ValueError, InputError) as error:  # fields are missing, not JSON, not UTF-8, of another kind
             raise ArtifactError(f"{self.folder / METADATA}, line {row + 1}: {one_line(error)}; {REMEDY}") from error
+
+    def papers(self) -> list[Paper]:
+        """Every paper, in order. Of each only the first line is parsed: the others begin with the same bytes."""
+        firsts: list[tuple[int, Entry]] = []
+        head = b""
+        for row in range(len(self)):
+            line = self._lines[row]
+            if head and line.startswith(head):
+                continue
+            entry = self.entry(row)
+            if not firsts or firsts[-1][1].paper != entry.paper:
+                firsts.append((row, entry))
+            head = line[: max(0, line.find(b'"type"'))]
+            if b'"paper"' not in head:  # written by another hand, in another order: every line is parsed
+                head = b""
+        stops = [*(row for row, _ in firsts[1:]), len(self)]
+        return [
+            Paper(arxiv_id=entry.arxiv_id, title=entry.title, start=start, stop=stop)
+            for (start, entry), stop in zip(firsts, stops, strict=True)
+        ]
 
 
 class Lines:

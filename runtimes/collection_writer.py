@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.artifact import read_json
-from runtimes.collection import EMBEDDINGS, INFO, METADATA, UNFINISHED, Entry, Info
+from runtimes.collection import EMBEDDINGS, INFO, LENGTH_TOLERANCE, METADATA, UNFINISHED, Entry, Info
 from runtimes.errors import ArtifactError, InputError
 
 SHARDS = "shards"
 PAGE_BYTES = 4096  # rows begin on a page: a row of 2048 float16 is then one page
-LENGTH_TOLERANCE = 1e-2  # of a row's length from 1; float16 costs 1e-3
 
 
 class Writer:

@@ -253,3 +253,18 @@ def test_lines_are_those_that_python_finds(
 def test_the_rows_begin_on_a_page(tmp_path: Path) -> None:
     write_collection(tmp_path)
     assert Collection.open(tmp_path).embeddings.offset % 4096 == 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_papers_are_the_runs_of_equal_numbers(reverse: bool, tmp_path: Path) -> None:
+    write_collection(tmp_path)
+    if reverse:  # the same lines with their fields in another order
+        spoil_metadata(
+            lambda text: b"".join(
+                json.dumps(dict(reversed(json.loads(line).items()))).encode() + b"\n" for line in text.split(b"\n")[:-1]
+            )
+        )(tmp_path)
+    papers = Collection.open(tmp_path).papers()
+    assert [(paper.arxiv_id, paper.start, paper.stop) for paper in papers] == [
+        ("math/0", 0, 3), ("math/1", 3, 6), ("math/2", 6, 9), ("math/3", 9, 10),
+    ]  # fmt: skip
