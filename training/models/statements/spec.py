@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BATCH_MAX = 32
 TRIAL_ROWS = 2 * BATCH_MAX
+HALVINGS = 6
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
 VECTOR = "statement_vector"  # a name that no node of a traced graph has
@@ -93,9 +94,12 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
 
 
 def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The statements of the probe, one by one and without padding."""
-    for ids, mask in zip(probe["input_ids"], probe["attention_mask"], strict=True):
-        length = max(2, mask.sum())  # the least that the axis allows
+    """The statements of the probe, one by one and without padding; and beginnings of them, short as a query may be.
+
+    A mean over few tokens is larger than one over many: without the short ones it would be cut off.
+    """
+    for i, (ids, mask) in enumerate(zip(probe["input_ids"], probe["attention_mask"], strict=True)):
+        length = max(2, int(mask.sum()) >> (i % HALVINGS))  # the least that the axis allows is 2
         yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
 
 
