@@ -3,7 +3,8 @@
 Shapes: B statements of a batch, n pairs, T tokens, D width of the vectors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +22,7 @@ from training.models.statements.contrastive import CachedContrast, cut
 from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
 from training.models.statements.embedding import Embedder
 from training.models.statements.metrics import bm25, cosine, measure
+from training.models.statements.module import adapted_layers
 from training.spec import Config, Evaluation, Recipe
 
 PROBE_ROWS = 256  # what int8 is calibrated on; the first of them are also what parity is proved on
@@ -74,12 +76,11 @@ class StatementsRecipe(Recipe):
     def evaluate(self, module: nn.Module) -> Evaluation:
         """Every held-out statement asks for the others of its paper; beside BM25 and the base as it came."""
         texts, papers = flatten(self.papers[1])
-        untrained = BaseAlone(self.config)
-        vectors = [torch.from_numpy(Embedder(each, self.tokens).embed(texts)) for each in (module, untrained)]
-        return Evaluation(
-            metrics=measure(papers, cosine(vectors[0])),
-            baselines={"bm25": measure(papers, bm25(texts)), "untrained_base": measure(papers, cosine(vectors[1]))},
-        )
+        vectors = torch.from_numpy(Embedder(module, self.tokens).embed(texts))
+        with BaseAlone.of(module, self.config) as base:
+            untrained = torch.from_numpy(Embedder(base, self.tokens).embed(texts))
+        baselines = {"bm25": measure(papers, bm25(texts)), "untrained_base": measure(papers, cosine(untrained))}
+        return Evaluation(metrics=measure(papers, cosine(vectors)), baselines=baselines)
 
     def probe(self) -> Tensors:
         """The first held-out statements, tokens padded on the right."""
@@ -138,16 +139,27 @@ class Trainee(nn.Module):
 
 
 class BaseAlone(nn.Module):
-    """The base without adapters and projection: its pooled states, normalised."""
+    """A base without adapters and projection: its pooled states, normalised."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, base: Any, pooling: str) -> None:
         super().__init__()
-        self.base = load_base(config["base"], config["base_revision"])
-        self.pooling = config["pooling"]
+        self.base, self.pooling = base, pooling
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
         states_BTD = hidden_states(self.base, input_ids, attention_mask)
         return (F.normalize(pool(states_BTD, attention_mask, self.pooling).float(), dim=-1),)
+
+    @classmethod
+    @contextmanager
+    def of(cls, module: Any, config: Config) -> Iterator["BaseAlone"]:
+        """The base of `module` while its adapters are off; a new copy where they were merged into it."""
+        layers = [layer for _, _, layer in adapted_layers(module)]
+        base = module.base if layers else load_base(config["base"], config["base_revision"])
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield cls(base, config["pooling"])
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
