@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from runtimes.errors import InputError
 from training.models.statements import contrastive
 from training.models.statements.contrastive import CachedContrast, cut, info_nce
 from training.run import configure
@@ -137,7 +138,8 @@ def test_pieces_are_of_like_length_and_hold_no_padding_beyond_their_longest() ->
         torch.testing.assert_close(piece.ids * piece.mask, (ids * mask)[piece.rows, : piece.ids.shape[1]])
 
 
-def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd(checkpointing: bool) -> None:
     config, training = configure(SPEC, "tiny", {"papers": "12", "lora_dropout": "0", "micro": "4"})
     recipe = SPEC.recipe()(config, training, None)
     torch.manual_seed(0)
@@ -146,7 +148,10 @@ def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd() -> None:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     batch = recipe.datasets(8)[0].__getitems__(range(8))
-    recipe.trainee(module).train()(**batch)["loss"].backward()
+    trainee = recipe.trainee(module).train()
+    if checkpointing:
+        trainee.gradient_checkpointing_enable()
+    trainee(**batch)["loss"].backward()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     got = {name: parameter.grad for name, parameter in trained.items()}
     module.zero_grad()
@@ -154,6 +159,13 @@ def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd() -> None:
     dense_loss(*vectors.chunk(2), batch["labels"]).backward()
     for name, parameter in trained.items():
         torch.testing.assert_close(got[name], parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(("name", "value"), [("micro", "0"), ("temperature", "0"), ("quantize", "int2")])
+def test_a_setting_that_cannot_be_trained_with_is_refused(name: str, value: str) -> None:
+    recipe = SPEC.recipe()(*configure(SPEC, "tiny", {name: value}), None)
+    with pytest.raises(InputError, match=name):
+        recipe.trainee(nn.Identity())
 
 
 @pytest.mark.slow

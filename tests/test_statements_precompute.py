@@ -106,6 +106,7 @@ def test_what_is_done_is_not_done_again(
     assert precompute(arguments(file, trained, whole)) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_repeats_no_shard(whole: Path, file: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     slow = (

@@ -67,6 +67,9 @@ class StatementsRecipe(Recipe):
     def trainee(self, module: nn.Module) -> nn.Module:
         if self.training["quantize"] not in ("none", "nf4"):
             raise InputError(f"expected quantize of none, nf4; found '{self.training['quantize']}'")
+        for name in ("micro", "temperature"):
+            if self.training[name] <= 0:
+                raise InputError(f"expected {name} above 0, found {self.training[name]}")
         if self.training["quantize"] == "nf4":
             from training.models.statements.quantized import four_bit_twin
 
@@ -133,9 +136,11 @@ class Trainee(nn.Module):
         vectors_BD: Tensor = self.embedder(ids_BT, mask_BT)[0]
         return vectors_BD
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Called by the Trainer."""
-        self.embedder.base.gradient_checkpointing_enable(**options)  # type: ignore[union-attr, operator]
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Called by the Trainer: from now on a piece's activations are made again layer by layer."""
+        # The reentrant form finds no gradient below a frozen embedding.
+        options = {"use_reentrant": False}
+        self.embedder.base.gradient_checkpointing_enable(options)  # type: ignore[union-attr, operator]
 
 
 class BaseAlone(nn.Module):
@@ -155,11 +160,13 @@ class BaseAlone(nn.Module):
         """The base of `module` while its adapters are off; a new copy where they were merged into it."""
         layers = [layer for _, _, layer in adapted_layers(module)]
         base = module.base if layers else load_base(config["base"], config["base_revision"])
-        for layer in layers:
-            layer.enable_adapters(False)
-        yield cls(base, config["pooling"])
-        for layer in layers:
-            layer.enable_adapters(True)
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield cls(base, config["pooling"])
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
