@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 BATCH_MAX = 32
 TRIAL_ROWS = 2 * BATCH_MAX
-HALVINGS = 6
+HALVINGS = 8
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
 VECTOR = "statement_vector"  # a name that no node of a traced graph has
