@@ -17,13 +17,17 @@ Checks = dict[str, Check]
 
 
 def prove(candidate: Runtime, source: Source, precision: str) -> Checks:
-    """Every check of a candidate against its original; the worst of each over all sizes and over a rollout."""
+    """Every check of a candidate against its original; the worst of each over all sizes, real inputs and a rollout."""
     tolerance = source.spec.tolerance[precision]
     rng = np.random.default_rng(0)
     checks: Checks = {}
     for sizes in sizes_to_prove(source.signature):
         feeds = source.feeds(rng, sizes)
         _keep_worst(checks, compare(source, candidate.fresh(feeds), source.answer(feeds), tolerance))
+    if real := list(source.spec.trial(source.config, source.probe)):
+        got = _joined([candidate.fresh(feeds) for feeds in real])
+        want = _joined([source.answer(feeds) for feeds in real])
+        _keep_worst(checks, compare(source, got, want, tolerance))
     if source.signature.state:
         got, want = rollout(candidate, source, rng)
         rolled = compare(source, got, want, tolerance)
@@ -83,6 +87,10 @@ def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tup
     for name in visible:
         want[name][row, half:] = fresh[name][row]
     return got, {name: want[name] for name in visible}
+
+
+def _joined(batches: list[Tensors]) -> Tensors:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def _in_tolerances(got: np.ndarray, want: np.ndarray, tolerance: Tolerance) -> float:

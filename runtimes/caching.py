@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ MANIFEST = "store.json"
 FORMAT = "slipway.store/1"
 
 Identity = Mapping[str, Any]
+T = TypeVar("T")
 
 
 class Store:
@@ -151,8 +152,11 @@ class Shelf:
         return found
 
 
-def buckets(texts: Sequence[str], lengths: Sequence[int], padded_size: int) -> Iterator[list[str]]:
-    """Texts in batches of like length, longest first, each of at most `padded_size` tokens once it is padded."""
+def buckets(texts: Sequence[T], lengths: Sequence[int], padded_size: int) -> Iterator[list[T]]:
+    """Texts, or their numbers, in batches of like length, longest first.
+
+    A batch has at most `padded_size` tokens once it is padded, unless a single text has more.
+    """
     order = sorted(range(len(texts)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):

@@ -20,12 +20,12 @@ NO_HEAD = "this is the placeholder for start of dialogue"  # what public weights
 
 def pair_tokens(tokenizer_json: bytes) -> Tokens:
     """How pairs become token ids: cut at their ends, as public weights were trained."""
-    return Tokens(tokenizer_json, PAIR_TOKENS, cut="right")
+    return Tokens(tokenizer_json, PAIR_TOKENS, keep="first")
 
 
 def load_pair_tokens(assets: Path) -> Tokens:
     """The same for the tokenizer among an artifact's assets."""
-    return Tokens.load(assets / "discourse_tokenizer.json", PAIR_TOKENS, cut="right")
+    return Tokens.load(assets / "discourse_tokenizer.json", PAIR_TOKENS, keep="first")
 
 
 def parser_text(dialogue: Dialogue) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import export.all
 import training.models
 from training.checkpoint import save_checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
@@ -94,6 +95,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if spec.trained:
             write_untrained(spec, folder / spec.name, {})
     return folder
+
+
+@pytest.fixture(scope="session")
+def statements_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the untrained statements model, exported to ONNX."""
+    repository = tmp_path_factory.mktemp("statements") / "model_repository"
+    arguments = ["--target", "onnx", "--precision", "fp32", "--model", "statements"]
+    assert export.all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(repository)]) == 0
+    return repository
 
 
 @pytest.fixture

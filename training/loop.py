@@ -15,6 +15,7 @@ COMMON: Config = {
     "clip": 1.0,  # largest norm of the gradient
     "device": "auto",  # or cpu
     "gradient_checkpointing": False,
+    "optimizer": "adamw_torch",  # or another of the Trainer's, such as adamw_bnb_8bit
     "patience": 0,  # epochs without a better validation loss before the end; 0 is never
     "precision": "fp32",  # or bf16 or fp16: mixed precision
     "scheduler": "cosine",
@@ -111,6 +112,7 @@ def _arguments(training: Config, states: Path, keep: bool) -> Any:
             per_device_eval_batch_size=training["batch"],
             gradient_accumulation_steps=training["accumulate"],
             learning_rate=training["lr"],
+            optim=training["optimizer"],
             weight_decay=training["weight_decay"],
             lr_scheduler_type=training["scheduler"],
             warmup_steps=training["warmup"],

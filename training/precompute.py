@@ -1,16 +1,25 @@
-"""Let the frozen parts of a model read its data once, into a store: python -m training.precompute MODEL --store DIR"""
+"""Let models read their data once: python -m training.precompute MODEL
+
+With --store, the frozen parts of a model read its training data into a store. With --out, a trained model embeds a
+collection into a folder that `runtimes.collection` opens.
+"""
 
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from runtimes.caching import Store, buckets
+from runtimes.collection import DTYPES
 from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError
+from runtimes.statements import SIZES
+from training.collecting import Job, Work, collect, collect_with_ray
+from training.loop import is_first_process
 from training.run import configure
 from training.spec import Reading, find_spec
 
@@ -20,10 +29,23 @@ EVERY_TEXT = slice(None)
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Read what is not in the store yet, batch by batch; a run that was interrupted goes on where it stopped."""
+    """Do what is not done yet; a run that was interrupted goes on where it stopped."""
     arguments, more = _parser().parse_known_args(argv)
+    if (arguments.store is None) == (arguments.out is None):
+        raise InputError("expected --store FOLDER for frozen parts or --out FOLDER for a collection, and one of them")
+    if arguments.store:
+        fill_store(arguments, {**settings(arguments.set), **flags(more)})
+    elif more or arguments.set:
+        raise InputError(f"--out: expected no settings, for the checkpoint has them; found {more or arguments.set}")
+    else:
+        make_collection(arguments)
+    return 0
+
+
+def fill_store(arguments: Any, changes: dict[str, str]) -> None:
+    """The frozen parts have read the data; batch by batch it is in the store."""
     spec = find_spec(arguments.model)
-    config, training = configure(spec, arguments.preset, {**settings(arguments.set), **flags(more)})
+    config, training = configure(spec, arguments.preset, changes)
     recipe = spec.recipe()(config, training, arguments.data)
     for line in recipe.summary():
         print(f"{spec.name}: {line}", file=sys.stderr)
@@ -34,12 +56,33 @@ def main(argv: list[str] | None = None) -> int:
     with Store(arguments.store) as store:
         for reading in readings:
             started = time.perf_counter()
-            read = fill(store, reading, arguments.padded_size, _own_share())
+            read = fill(store, reading, arguments.padded_size or PADDED_SIZE, _own_share())
             seconds = time.perf_counter() - started
             rate = f"{read / seconds:.1f}" if read else "-"
             rows.append((reading.shelf, len(set(reading.texts)), read, f"{seconds:.1f}", rate))
     print(table(["shelf", "texts", "read now", "seconds", "texts/s"], rows))
-    return 0
+
+
+def make_collection(arguments: Any) -> None:
+    """The collections asked for are finished; with `--size all`, each size in a folder of its name."""
+    if arguments.data is None or not arguments.data.is_file():
+        raise InputError(f"--data: expected the file with the statements, found {arguments.data or 'none'}")
+    names = ("model", "data", "dtype", "precision", "device", "padded_size", "shard_rows")
+    job = Job(
+        **{name: getattr(arguments, name) for name in names},
+        checkpoint=arguments.checkpoint or Path("checkpoints") / arguments.model,
+        out=arguments.out,
+    )
+    sizes = list(SIZES) if arguments.size == "all" else [arguments.size]
+    rows = []
+    for size in sizes:
+        out = arguments.out / size if len(sizes) > 1 else arguments.out
+        started = time.perf_counter()
+        work = Work(replace(job, size=size, out=out))
+        shards = collect_with_ray(work, arguments.workers) if arguments.engine == "ray" else collect(work)
+        rows.append((out, work.writer.info.rows, shards, f"{time.perf_counter() - started:.1f}"))
+    if is_first_process():
+        print(table(["collection", "rows", "shards now", "seconds"], rows))
 
 
 def fill(store: Store, reading: Reading, padded_size: int = PADDED_SIZE, share: slice = EVERY_TEXT) -> int:
@@ -63,16 +106,27 @@ def _parser() -> Any:
         "training.precompute",
         __doc__.partition(":")[0] + ".",
         "strategy --data dialogues.jsonl --store stores/tiny",
-        "strategy --data dialogues.jsonl --store stores/large --preset full --parser sddp",
+        "statements --data statements.jsonl --out collections/toy --size toy",
     )
     result.add_argument("model", help="model name")
-    result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
     result.add_argument("--data", type=Path, help="the model's data (default: synthetic)")
-    result.add_argument("--store", type=Path, required=True, help="folder of the store")
-    result.add_argument("--padded-size", type=int, default=PADDED_SIZE, help="tokens of a batch, padding included")
-    result.add_argument(
+    result.add_argument("--padded-size", type=int, default=0, help="tokens of a batch, padding included")
+    store = result.add_argument_group("frozen parts")
+    store.add_argument("--store", type=Path, help="folder of the store")
+    store.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
+    store.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting; --NAME VALUE does too"
     )
+    own = result.add_argument_group("collections")
+    own.add_argument("--out", type=Path, help="folder of the collection")
+    own.add_argument("--checkpoint", type=Path, help="folder of the checkpoint (default: checkpoints/MODEL)")
+    own.add_argument("--size", default="full", choices=[*SIZES, "all"], help="how many statements (default: full)")
+    own.add_argument("--dtype", default="float16", choices=DTYPES, help="of the rows on disk (default: float16)")
+    own.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="of the matrix products")
+    own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(default: a GPU if any)")
+    own.add_argument("--shard-rows", type=int, default=1024, help="rows that are written together (default: 1024)")
+    own.add_argument("--engine", default="local", choices=("local", "ray"), help="ray: as a Ray Data job")
+    own.add_argument("--workers", type=int, default=2, help="actors of Ray (default: 2)")
     return result
 
 

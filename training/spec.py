@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -64,6 +64,7 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     settled      the candidate's outputs with the original's where the original itself hung on a near-tie; `agreement`
                  has to limit how much that is
+    trial        real inputs without state, from the probe, batch by batch; their outputs are compared as one batch
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
     exact        parts of the module that stay in float32 when the rest becomes int8
@@ -73,6 +74,7 @@ class ModelSpec:
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
     absent       the reason why a checkpoint of this config has no such part, or None
+    embedder     opens a checkpoint for embedding whole collections, if the model does that
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
     """
 
@@ -92,9 +94,11 @@ class ModelSpec:
     fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
     absent: Callable[[Config], str | None] = lambda config: None
+    embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +130,15 @@ class Reading:
     texts: Sequence[str]
     lengths: Callable[[Sequence[str]], Sequence[int]]
     ask: Callable[[Sequence[str]], Sequence[np.ndarray]]
+
+
+class TextEmbedder(Protocol):
+    """A model that embeds texts; made from (checkpoint, *, device, precision, padded_size)."""
+
+    padded_size: int  # tokens of a batch with its padding
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts, width]"""
 
 
 class Recipe(ABC):

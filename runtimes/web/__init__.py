@@ -1,0 +1,1 @@
+"""A web page over collections of statements: browse, neighbours, semantic search. Works without internet."""

@@ -1,0 +1,181 @@
+"""How statements are learned: those of one paper shall lie close, in large batches of pairs.
+
+Shapes: B statements of a batch, n pairs, T tokens, D width of the vectors.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from runtimes.errors import InputError
+from runtimes.tensors import Tensors
+from runtimes.texts import Tokens, padded
+from training.models.statements.base import hidden_states, load_base, pool, tokenizer_json
+from training.models.statements.contrastive import CachedContrast, cut
+from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
+from training.models.statements.embedding import Embedder
+from training.models.statements.metrics import bm25, cosine, measure
+from training.models.statements.module import adapted_layers
+from training.spec import Config, Evaluation, Recipe
+
+PROBE_ROWS = 256  # what int8 is calibrated on; the first of them are also what parity is proved on
+Batch = dict[str, Tensor]
+
+
+class StatementsRecipe(Recipe):
+    """Papers are held out whole; a batch is of pairs, and every statement in it is seen by all others."""
+
+    @cached_property
+    def papers(self) -> tuple[list[Any], list[Any]]:
+        """Training and validation papers."""
+        share, seed = self.training["valid_share"], self.training["seed"]
+        if self.data is None:
+            return split_by_paper(synthetic_papers(seed, self.training["papers"]), share, seed)
+        return train_and_valid(self.data, share, seed)
+
+    def summary(self) -> list[str]:
+        lines = []
+        for papers, purpose in zip(self.papers, ("to train on", "held out"), strict=True):
+            statements, single = sum(len(p.statements) for p in papers), sum(len(p.statements) == 1 for p in papers)
+            empty = sum(paper.empty for paper in papers)
+            left_out = f"; {empty} without text left out" if empty else ""
+            lines.append(
+                f"{statements} statements of {len(papers)} papers {purpose}, {single} alone in theirs{left_out}"
+            )
+        return lines
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        config = self.config
+        return Tokens(tokenizer_json(config["base"], config["base_revision"]), config["max_tokens"], keep="first")
+
+    def datasets(self, lanes: int) -> tuple["Pairs", "Pairs"]:
+        train, valid = (self._pairs(papers, lanes) for papers in self.papers)
+        return train, valid
+
+    def _pairs(self, papers: Sequence[Any], lanes: int) -> "Pairs":
+        texts, numbers = flatten(papers)
+        return Pairs(self.tokens.rows(texts), numbers, self.tokens.pad, lanes, self.training["seed"])
+
+    def trainee(self, module: nn.Module) -> nn.Module:
+        if self.training["quantize"] not in ("none", "nf4"):
+            raise InputError(f"expected quantize of none, nf4; found '{self.training['quantize']}'")
+        for name in ("micro", "temperature"):
+            if self.training[name] <= 0:
+                raise InputError(f"expected {name} above 0, found {self.training[name]}")
+        if self.training["quantize"] == "nf4":
+            from training.models.statements.quantized import four_bit_twin
+
+            module = four_bit_twin(module)
+        return Trainee(module, self.training)
+
+    def evaluate(self, module: nn.Module) -> Evaluation:
+        """Every held-out statement asks for the others of its paper; beside BM25 and the base as it came."""
+        texts, papers = flatten(self.papers[1])
+        vectors = torch.from_numpy(Embedder(module, self.tokens).embed(texts))
+        with BaseAlone.of(module, self.config) as base:
+            untrained = torch.from_numpy(Embedder(base, self.tokens).embed(texts))
+        baselines = {"bm25": measure(papers, bm25(texts)), "untrained_base": measure(papers, cosine(untrained))}
+        return Evaluation(metrics=measure(papers, cosine(vectors)), baselines=baselines)
+
+    def probe(self) -> Tensors:
+        """The first held-out statements, tokens padded on the right."""
+        texts, _ = flatten(self.papers[1])
+        ids, mask = padded(self.tokens.rows(texts[:PROBE_ROWS]), self.tokens.pad)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+class Pairs(Dataset[Batch]):
+    """Pairs of statements of the same paper, other ones in another order every epoch; whole batches are made at once.
+
+    Only full batches of `lanes` pairs are shown; what is left over has its turn in another epoch.
+    """
+
+    def __init__(self, rows: Sequence[np.ndarray], papers: np.ndarray, pad: int, lanes: int, seed: int) -> None:
+        self.rows, self.papers, self.pad, self.seed = rows, papers, pad, seed
+        self.set_epoch(0)
+        self.length = len(self.pairs) // lanes * lanes or len(self.pairs)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.pairs = draw_pairs(self.papers, np.random.default_rng((self.seed, epoch)))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, places: Sequence[int]) -> Batch:
+        """Tokens of the first statements of the pairs, then of the second; `labels` is each pair's paper."""
+        pairs = self.pairs[list(places)]
+        ids, mask = padded([self.rows[i] for i in pairs.T.ravel()], self.pad)
+        arrays = {"input_ids": ids, "attention_mask": mask, "labels": self.papers[pairs[:, 0]]}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Trainee(nn.Module):
+    """An embedder with the contrastive loss over the batches of all devices."""
+
+    def __init__(self, embedder: nn.Module, training: Config) -> None:
+        super().__init__()
+        self.embedder = embedder
+        self.micro, self.temperature = training["micro"], training["temperature"]
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_miss_no_base)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        trained = [parameter for parameter in self.embedder.parameters() if parameter.requires_grad]
+        pieces = cut(input_ids, attention_mask, self.micro)
+        return {"loss": CachedContrast.apply(self._embed, pieces, labels, self.temperature, *trained)}
+
+    def _embed(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        vectors_BD: Tensor = self.embedder(ids_BT, mask_BT)[0]
+        return vectors_BD
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Called by the Trainer: from now on a piece's activations are made again layer by layer."""
+        # The reentrant form finds no gradient below a frozen embedding.
+        options = {"use_reentrant": False}
+        self.embedder.base.gradient_checkpointing_enable(options)  # type: ignore[union-attr, operator]
+
+
+class BaseAlone(nn.Module):
+    """A base without adapters and projection: its pooled states, normalised."""
+
+    def __init__(self, base: Any, pooling: str) -> None:
+        super().__init__()
+        self.base, self.pooling = base, pooling
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
+        states_BTD = hidden_states(self.base, input_ids, attention_mask)
+        return (F.normalize(pool(states_BTD, attention_mask, self.pooling).float(), dim=-1),)
+
+    @classmethod
+    @contextmanager
+    def of(cls, module: Any, config: Config) -> Iterator["BaseAlone"]:
+        """The base of `module` while its adapters are off; a new copy where they were merged into it."""
+        layers = [layer for _, _, layer in adapted_layers(module)]
+        base = module.base if layers else load_base(config["base"], config["base_revision"])
+        try:
+            for layer in layers:
+                layer.enable_adapters(False)
+            yield cls(base, config["pooling"])
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """The Trainer's own states hold what is trained; the base is read from where it lies."""
+    for name in [name for name in state if name.startswith(f"{prefix}embedder.base.")]:
+        del state[name]
+
+
+def _miss_no_base(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [
+        name for name in incompatible.missing_keys if not name.startswith("embedder.base.") or ".lora_" in name
+    ]

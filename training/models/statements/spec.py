@@ -1,0 +1,204 @@
+"""`statements` as the rest of Slipway sees it. Nothing here imports torch until it is called."""
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes.artifact import Check
+from runtimes.errors import InputError
+from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
+from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, TextEmbedder, Tolerance
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from training.checkpoint import Checkpoint
+
+BATCH_MAX = 32
+TRIAL_ROWS = 2 * BATCH_MAX
+HALVINGS = 8
+NEIGHBOURS = 10
+TIE = 1e-6  # similarities no further apart than this name equally good neighbours
+VECTOR = "statement_vector"  # a name that no node of a traced graph has
+POOLINGS = ("last", "mean", "cls")
+SMALLEST_VOCABULARY = 258  # bytes and two special tokens
+LEAST = {"width": 1, "max_tokens": 4, "lora_rank": 1, "lora_alpha": 1}
+
+
+def signature(config: Config) -> Signature:
+    """Token ids and mask in, padded on either side; unit vectors out."""
+    check(config)
+    longest = config["max_tokens"]
+    return Signature(
+        inputs=tuple(
+            TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in ("input_ids", "attention_mask")
+        ),
+        outputs=(TensorSpec(name=VECTOR, dtype="float32", shape=("batch", config["width"])),),
+        axes=(
+            Axis(name="batch", min=1, opt=8, max=BATCH_MAX),
+            Axis(name="tokens", min=2, opt=max(2, longest // 2), max=longest),
+        ),
+    )
+
+
+def check(config: Config) -> None:
+    """`InputError` unless a model of this config can be built."""
+    if config["pooling"] not in POOLINGS:
+        raise InputError(f"expected pooling of {', '.join(POOLINGS)}; found '{config['pooling']}'")
+    for name, least in LEAST.items():
+        if config[name] < least:
+            raise InputError(f"expected {name} of {least} or more, found {config[name]}")
+    if not 0 <= config["lora_dropout"] < 1:
+        raise InputError(f"expected a lora_dropout of 0 to below 1, found {config['lora_dropout']}")
+
+
+def build(config: Config) -> "nn.Module":
+    from training.models.statements.module import StatementEmbedder
+
+    check(config)
+    return StatementEmbedder(config)
+
+
+def merged(module: "nn.Module") -> "nn.Module":
+    from training.models.statements.module import merged
+
+    return merged(module)
+
+
+def assets(config: Config) -> Mapping[str, bytes]:
+    from training.models.statements.base import tokenizer_json
+
+    return {"tokenizer.json": tokenizer_json(config["base"], config["base_revision"])}
+
+
+def frozen(config: Config) -> tuple[Frozen, ...]:
+    return (Frozen(prefix="base", source=config["base"], revision=config["base_revision"]),)
+
+
+def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+    """Real statements or made-up ones; the first row is full, the last padded on the left, the others on the right."""
+    batch, tokens = sizes["batch"], sizes["tokens"]
+    if "input_ids" in probe:
+        rows = rng.integers(0, len(probe["input_ids"]), batch)
+        real = probe["attention_mask"].sum(1)[rows]
+        ids = np.take_along_axis(probe["input_ids"][rows], np.arange(tokens) % real[:, None], 1)
+    else:
+        real = rng.integers(1, tokens + 1, batch)
+        ids = rng.integers(2, SMALLEST_VOCABULARY, (batch, tokens))
+    lengths = np.minimum(real, tokens)
+    lengths[0] = tokens
+    mask = np.arange(tokens) < lengths[:, None]
+    mask[-1] = mask[-1, ::-1]
+    return {"input_ids": np.where(mask, ids, 0).astype(np.int64), "attention_mask": mask.astype(np.int64)}
+
+
+def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
+    """The statements of the probe, one by one and without padding; and beginnings of them, short as a query may be.
+
+    A mean over few tokens is larger than one over many: without the short ones it would be cut off.
+    """
+    for i, (ids, mask) in enumerate(zip(probe["input_ids"], probe["attention_mask"], strict=True)):
+        length = max(2, int(mask.sum()) >> (i % HALVINGS))  # the least that the axis allows is 2
+        yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
+
+
+def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
+    """The first statements of the probe as they are."""
+    for start in range(0, min(TRIAL_ROWS, len(probe["input_ids"])), BATCH_MAX):
+        yield {name: probe[name][start : start + BATCH_MAX] for name in ("input_ids", "attention_mask")}
+
+
+def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
+    """The smallest cosine with the original; among more rows than a batch has, also how alike the neighbours are.
+
+    top10: the share of the ten nearest that are among the original's ten; order: the share named at the same rank.
+    """
+    one, other = got[VECTOR].astype(np.float64), want[VECTOR].astype(np.float64)
+    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    cosine = float(((one * other).sum(-1) / norms).min())
+    checks = {"cosine": Check(value=cosine, limit=1 - 50 * tolerance.absolute**2 - 1e-6, at_least=True)}
+    if len(one) > BATCH_MAX:
+        top10, order = same_neighbours(one, other)
+        checks["top10"] = Check(value=top10, limit=1 - 10 * tolerance.absolute, at_least=True)
+        checks["order"] = Check(value=order, limit=1 - 25 * tolerance.absolute, at_least=True)
+    return checks
+
+
+def same_neighbours(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
+    """(overlap of the ten nearest, share of the ten ranks at which the same one is named); ties count as the same."""
+    found, own = got @ got.T, want @ want.T
+    for scores in (found, own):
+        np.fill_diagonal(scores, -np.inf)
+    nearest = np.argsort(-found, 1, kind="stable")[:, :NEIGHBOURS]
+    picked = np.take_along_axis(own, nearest, 1)  # what the original thinks of the candidate's neighbours
+    best = -np.sort(-own, 1)[:, :NEIGHBOURS]
+    return float((picked >= best[:, -1:] - TIE).mean()), float((np.abs(picked - best) <= TIE).mean())
+
+
+def recipe() -> type[Recipe]:
+    from training.models.statements.recipe import StatementsRecipe
+
+    return StatementsRecipe
+
+
+def embedder(checkpoint: "Checkpoint", **options: Any) -> TextEmbedder:
+    from training.models.statements.embedding import open_embedder
+
+    return open_embedder(checkpoint, SPECS[0], **options)
+
+
+CONFIG: Config = {
+    "base": "Qwen/Qwen2-1.5B",
+    "base_revision": "main",
+    "pooling": "last",
+    "width": 2048,
+    "max_tokens": 256,
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "lora_targets": "q_proj,k_proj,v_proj,o_proj",
+}
+TRAINING: Config = {
+    "lr": 1e-3,
+    "weight_decay": 1e-2,
+    "batch": 1024,  # pairs on each device; all of them are negatives of each other
+    "micro": 8,  # statements whose activations are in memory at once
+    "epochs": 10.0,
+    "warmup": 100.0,
+    "temperature": 0.07,
+    "valid_share": 0.2,
+    "seed": 42,
+    "quantize": "none",  # or nf4: QLoRA
+    "papers": 200,  # of synthetic data
+}
+SPECS = (
+    ModelSpec(
+        name="statements",
+        pipeline="statements",
+        presets={
+            "tiny": Preset(
+                config={**CONFIG, "base": "seeded:tiny", "pooling": "mean"},
+                training={**TRAINING, "batch": 32, "micro": 64, "epochs": 12.0, "warmup": 0.1, "lr": 3e-3},
+            ),
+            "full": Preset(config=CONFIG, training=TRAINING),
+        },
+        signature=signature,
+        build=build,
+        part=merged,
+        feeds=feeds,
+        trial=trial,
+        calibration=calibration,
+        agreement=agreement,
+        tolerance={
+            "fp32": Tolerance(absolute=2e-6, relative=1e-5),
+            "fp16": Tolerance(absolute=1e-3, relative=1e-2),
+            "bf16": Tolerance(absolute=4e-3, relative=5e-2),
+            "int8": Tolerance(absolute=2e-2, relative=1e-1),
+        },
+        recipe=recipe,
+        frozen=frozen,
+        assets=assets,
+        embedder=embedder,
+    ),
+)
