@@ -66,15 +66,16 @@ def write_synthetic(folder: Path, rows: int, width: int, dtype: str) -> None:
 
 def _clustered(topics: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Cosines of about .8 within a paper and .4 within a topic; a row does not depend on the shard it is in."""
-    rows = np.empty((stop - start, topics.shape[1]), np.float32)
-    for row in range(start, stop):
-        paper = row // PAPER_ROWS
-        if row == start or row % PAPER_ROWS == 0:
-            rng = np.random.default_rng([1, paper])
-            centre = topics[rng.integers(len(topics))] + rng.standard_normal(topics.shape[1], np.float32)
-        noise = np.random.default_rng([2, row]).standard_normal(topics.shape[1], np.float32)
-        rows[row - start] = centre + 0.7 * noise
+    first = start // PAPER_ROWS
+    papers = [_paper(topics, paper) for paper in range(first, -(-stop // PAPER_ROWS))]
+    rows = np.concatenate(papers)[start - first * PAPER_ROWS :][: stop - start]
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _paper(topics: np.ndarray, paper: int) -> np.ndarray:
+    rng = np.random.default_rng(paper)
+    centre = topics[rng.integers(len(topics))] + rng.standard_normal(topics.shape[1], np.float32)
+    return centre + 0.7 * rng.standard_normal((PAPER_ROWS, topics.shape[1]), np.float32)
 
 
 def _entries(rows: int) -> Iterator[Entry]:

@@ -44,7 +44,8 @@ def test_a_text_finds_its_statement(
     ({"--text": "  "}, "blanks"), ({"--repository": "nowhere"}, "no 'statements_onnx'"), ({"--k": "0"}, "k of at"),
 ])  # fmt: skip
 def test_a_wrong_request_is_refused_in_one_line(
-    changes: dict[str, str], says: str, collection: Path, statements_repository: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, str], says: str, collection: Path, statements_repository: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     flags = {"--text": "a ring", "--repository": str(statements_repository), **changes}
     assert main([str(collection), *(part for pair in flags.items() for part in pair)]) == 2
