@@ -35,7 +35,7 @@ triton: .venv-triton/ready
 # The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.
 .venv-triton/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-triton
-	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime tokenizers safetensors
+	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime openvino tokenizers safetensors
 	touch $@
 
 clean:

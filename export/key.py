@@ -46,7 +46,9 @@ def code_files(spec: ModelSpec, target: Target) -> Iterator[tuple[Path, Path]]:
     top = Path(export.__file__).parent.parent
     model = Path(inspect.getfile(spec.build)).parent
     target_file = Path(inspect.getfile(target.convert))
-    exporter = [Path(export.__file__).parent / name for name in ("source.py", "lowering.py", "parity.py")]
+    exporter = [
+        Path(export.__file__).parent / name for name in ("source.py", "lowering.py", "calibration.py", "parity.py")
+    ]
     trainer = [Path(training.__file__).parent / name for name in ("scan.py", "cells.py")]
     runtime = Path(runtimes.__file__).parent
     runner = [runtime / "tensors.py", runtime / "base.py", runtime / "pipelines" / f"{spec.pipeline}.py"]

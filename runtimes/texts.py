@@ -33,8 +33,12 @@ class Tokens:
         return cls(path.read_bytes(), max_tokens, keep)
 
     def rows(self, texts: Sequence[str | tuple[str, str]]) -> list[np.ndarray]:
-        """The token ids of each text, int64; a text may be a pair."""
-        return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch(list(texts))]
+        """The token ids of each text, int64; a text may be a pair. `InputError` for what is no Unicode text."""
+        try:
+            return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch(list(texts))]
+        except TypeError as error:  # JSON can say "\ud800", and Python holds it as a string
+            wrong = next(i for i, text in enumerate(texts) if not is_unicode(text))
+            raise InputError(f"text {wrong}: expected Unicode, found half a surrogate pair") from error
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         """The number of tokens of each text, once it is cut."""
@@ -43,6 +47,11 @@ class Tokens:
     def ids(self, texts: Sequence[str | tuple[str, str]]) -> np.ndarray:
         """int64 [texts, tokens], padded on the right to the longest."""
         return padded(self.rows(texts), self.pad)[0]
+
+
+def is_unicode(text: str | tuple[str, str]) -> bool:
+    """False where half a surrogate pair stands alone, which has no bytes in UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for part in text for character in part)
 
 
 def padded(rows: Sequence[np.ndarray], pad: int, least: int = 1) -> tuple[np.ndarray, np.ndarray]:

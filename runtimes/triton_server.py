@@ -2,7 +2,7 @@
 
 The server is NVIDIA's own when `tritonserver` is on PATH, as in NVIDIA's container, with that server's backends. Else
 it is the unmodified core inside the PyPI package nvidia-pytriton, which has the `python` backend only: the folders of
-`triton_backends/` then stand in for the others under their names, so that one repository is served by both.
+`triton_backends/` then stand in for the others under those names, so that one repository is served by both.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from runtimes.errors import EngineError, InputError, MissingPackage, one_line
 from runtimes.triton_guard import STOP_TIMEOUT_S
 
 PACKAGE = Path(runtimes.__file__).parent
-STAND_INS = PACKAGE / "triton_backends"
+STAND_INS = {"onnxruntime": "engine", "openvino": "engine"}  # a backend's name, and the folder that stands in for it
 # Signs of the line that says why a server did not start, the most telling first.
 TELLING = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load", "error: ")
 GUARD = PACKAGE / "triton_guard.py"
@@ -65,9 +65,9 @@ class Bundle:
         for source in (*(self.core / "backends" / "python").glob("*.*"), stub):
             if source.is_file():
                 shutil.copy(source, python)
-        for backend in STAND_INS.iterdir():
-            if (backend / "model.py").is_file():
-                shutil.copytree(backend, folder / backend.name, ignore=shutil.ignore_patterns("__pycache__"))
+        for backend, stand_in in STAND_INS.items():
+            source = PACKAGE / "triton_backends" / stand_in
+            shutil.copytree(source, folder / backend, ignore=shutil.ignore_patterns("__pycache__"))
 
     def environment(self) -> dict[str, str]:
         """Variables that make the stub's interpreter find this environment and the server its libraries."""

@@ -67,6 +67,7 @@ class ModelSpec:
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
     embedder     opens a checkpoint for embedding whole collections, if the model does that
+    calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
     """
 
     name: str
@@ -87,6 +88,7 @@ class ModelSpec:
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
     embedder: Callable[..., "TextEmbedder"] | None = None
+    calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", self.checkpoint or self.name)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from export.calibration import calibration_feeds, quantize_static
 from export.lowering import OPSET, quantize_weights, write_onnx
 from export.source import OPERATOR, Source
 from export.target import Built, Target
@@ -11,18 +12,21 @@ from runtimes.engines.onnxruntime import MODEL_FILE
 def convert(source: Source, precision: str, out: Path) -> Built:
     """Write the model; in fp16 its parameters are half, and what its module keeps in float32 stays so.
 
-    int8 is for CPUs: weights by channel, activations as they come.
+    int8 has its scales in the file. int8_dynamic, for CPUs only, finds those of its activations in each batch.
     """
-    write_onnx(source, OPERATOR, "fp32" if precision == "int8" else precision, out / MODEL_FILE)
+    path = out / MODEL_FILE
+    write_onnx(source, OPERATOR, "fp16" if precision == "fp16" else "fp32", path)
     if precision == "int8":
-        quantize_weights(out / MODEL_FILE)
+        quantize_static(path, calibration_feeds(source))
+    elif precision == "int8_dynamic":
+        quantize_weights(path)
     return Built(built_with={"opset": str(OPSET)})
 
 
 TARGET = Target(
     name="onnx",
     runtime="onnxruntime",
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "fp16", "int8", "int8_dynamic"),
     packages=("torch", "onnx", "onnxscript", "onnxruntime"),
     convert=convert,
 )

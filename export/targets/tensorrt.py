@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from export.calibration import calibration_feeds, quantize_static
 from export.lowering import OPSET, write_onnx
 from export.source import Source
 from export.target import Built, Target
@@ -29,7 +30,10 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     longest = max((axis.max for axis in source.signature.axes if axis.name == "time"), default=1)
     onnx_path = out / MODEL_FILE  # kept beside the engine: another machine can build its own from it
     # TensorRT runs ONNX Scan step by step; doubling is a few large operations.
-    write_onnx(source, Form(kind="doubling", length=longest), precision, onnx_path)
+    form = Form(kind="doubling", length=longest)
+    write_onnx(source, form, "fp32" if precision == "int8" else precision, onnx_path)
+    if precision == "int8":
+        quantize_static(onnx_path, calibration_feeds(source))
     (out / PLAN_FILE).write_bytes(build(builder, onnx_path, source.signature))
     return Built(
         built_with={"opset": str(OPSET), "builder": builder, "gpu": _architectures(builder)},
@@ -109,7 +113,7 @@ def _why_idle(builder: str) -> str | None:
 TARGET = Target(
     name="tensorrt",
     runtime="tensorrt",
-    precisions=("fp32", "fp16"),
+    precisions=("fp32", "fp16", "int8"),
     packages=("torch", "onnx", "onnxscript", "tensorrt", "tensorrt-rtx-cu13-libs"),
     convert=convert,
 )

@@ -146,11 +146,16 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> bytes:
 
 
 def _pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    no_bars_in_a_log()
     try:
         return kind.from_pretrained(source, revision=revision, **options)
     except (OSError, ValueError) as error:
         raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
+
+
+def no_bars_in_a_log() -> None:
+    """Transformers draws its progress bars only where somebody sees them move."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()

@@ -17,7 +17,7 @@ from training.checkpoint import Checkpoint, restore
 from training.spec import ModelSpec
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-ON_A_CPU = 4096  # tokens of a batch with its padding: on a CPU, more is no faster
+ON_A_CPU = 1024  # tokens of a batch with its padding: on a CPU, larger ones are slower
 SHARE = 0.5  # of the memory there is that a batch may take
 
 

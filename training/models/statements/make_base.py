@@ -10,7 +10,7 @@ from typing import Any
 
 from runtimes.command import command, parser
 from runtimes.statements import read_papers
-from training.models.statements.base import PAD, train_tokenizer
+from training.models.statements.base import PAD, no_bars_in_a_log, train_tokenizer
 from training.models.statements.data import flatten
 
 MAX_POSITIONS = 1024
@@ -47,7 +47,11 @@ def write_base(folder: Path, tokenizer_json: bytes, *, width: int, layers: int, 
         max_position_embeddings=MAX_POSITIONS,
         pad_token_id=tokenizer.token_to_id(PAD),
     )
-    Qwen2Model(config).save_pretrained(folder)
+    model = Qwen2Model(config)
+    # At Qwen2's own 0.02 a layer of random weights drowns the word; at 1 it is the word that a state speaks of.
+    torch.nn.init.normal_(model.embed_tokens.weight)
+    no_bars_in_a_log()
+    model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from training.checkpoint import Checkpoint
 
 BATCH_MAX = 32
+TRIAL_ROWS = 2 * BATCH_MAX
+HALVINGS = 6
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
 VECTOR = "statement_vector"  # a name that no node of a traced graph has
@@ -91,9 +93,19 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {"input_ids": np.where(mask, ids, 0).astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
+def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
+    """The statements of the probe, one by one and without padding; and beginnings of them, short as a query may be.
+
+    A mean over few tokens is larger than one over many: without the short ones it would be cut off.
+    """
+    for i, (ids, mask) in enumerate(zip(probe["input_ids"], probe["attention_mask"], strict=True)):
+        length = max(2, int(mask.sum()) >> (i % HALVINGS))  # the least that the axis allows is 2
+        yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
+
+
 def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """Every statement of the probe as it is."""
-    for start in range(0, len(probe["input_ids"]), BATCH_MAX):
+    """The first statements of the probe as they are."""
+    for start in range(0, min(TRIAL_ROWS, len(probe["input_ids"])), BATCH_MAX):
         yield {name: probe[name][start : start + BATCH_MAX] for name in ("input_ids", "attention_mask")}
 
 
@@ -176,6 +188,7 @@ SPECS = (
         part=merged,
         feeds=feeds,
         trial=trial,
+        calibration=calibration,
         agreement=agreement,
         tolerance={
             "fp32": Tolerance(absolute=2e-6, relative=1e-5),

@@ -303,6 +303,7 @@ FUSED: dict[str, Any] = {
         "fp16": Tolerance(absolute=3e-2, relative=2e-2),
         "bf16": Tolerance(absolute=1e-1, relative=5e-2),
         "int8": Tolerance(absolute=2e-1, relative=5e-2),
+        "int8_dynamic": Tolerance(absolute=2e-1, relative=5e-2),
     },
 }
 

@@ -1,6 +1,6 @@
-"""A Triton backend in Python named `onnxruntime`, for a core that lacks the real one.
+"""A Triton backend in Python, copied under the name of each real one that a core lacks: onnxruntime, openvino.
 
-It serves an unmodified folder of `backend: "onnxruntime"` with our own runtime. A wrong request is refused alone, and
+It serves an unmodified folder of such a backend with our own engine of that name. A wrong request is refused alone, and
 the others of its batch are answered. The Python backend of Triton 2.51 does not accumulate implicit state (it hands out
 the initial one at every step), so the state of the sequences is kept here.
 """
@@ -41,7 +41,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"], args["model_version"])
         try:
             self.runtime = open_runtime(
-                folder, engine="onnxruntime", device=DEVICES[args["model_instance_kind"]], threads=int(threads)
+                folder, engine=config["backend"], device=DEVICES[args["model_instance_kind"]], threads=int(threads)
             )
             self.runtime.open()
         except SlipwayError as error:

@@ -1,0 +1,271 @@
+"""Static int8: explicit Q/DQ around the constant matrix products of an ONNX file, calibrated on real inputs.
+
+The scales lie in the file, so an answer does not depend on the batch it is in, and one file serves every engine that
+reads QuantizeLinear: ONNX Runtime, OpenVINO, and TensorRT, which wants them symmetric. What sticks out in single
+channels of an activation is moved into the weights first (SmoothQuant, Xiao et al. 2023, equation 4); how much, and
+where to clip, is what leaves the smallest error in the product. The mean of what remains is taken off the bias.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.lowering import EXTERNAL_BYTES, check_onnx, weights_bytes
+from export.source import Source
+from runtimes.errors import ParityError, require
+from runtimes.tensors import BATCH, Tensors
+
+FEEDS = 512
+ROWS = 2048  # of an activation, on which the error of a product is measured
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a channel's range that the weights take over
+CLIPS = (1.0, 0.9, 0.8, 0.7)  # of the largest value seen
+LARGEST = 127  # symmetric: TensorRT has no zero point, and -128 has no counterpart
+TINY = 1e-8
+
+Matrix = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """One activation and the constant matrices that multiply it, side by side: float32 [width in, all widths out]."""
+
+    activation: str
+    nodes: Sequence[Any]
+    weights: Matrix
+    widths: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What calibration saw of an activation: the largest magnitude of each channel, and some rows."""
+
+    largest: np.ndarray
+    rows: Matrix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scales:
+    """How a product becomes int8: activation / `smooth` / `step`, weights * `smooth` / `steps`.
+
+    `weights` are rounded already; `drift` is the mean error of the product.
+    """
+
+    smooth: np.ndarray
+    step: np.float32
+    weights: Matrix
+    steps: np.ndarray
+    drift: np.ndarray
+
+
+def calibration_feeds(source: Source) -> Iterator[Tensors]:
+    """Complete feeds of one row each: what the model wants to be calibrated on, or else feeds of all sizes."""
+    rng, signature = np.random.default_rng(0), source.signature
+    if source.spec.calibration:
+        chosen = source.spec.calibration(source.config, source.probe)
+        yield from ({**feeds, **signature.zero_state(1)} for feeds, _ in zip(chosen, range(FEEDS), strict=False))
+        return
+    for _ in range(FEEDS):
+        sizes = {axis.name: int(rng.integers(axis.min, axis.max, endpoint=True)) for axis in signature.axes}
+        yield {**source.feeds(rng, {**sizes, BATCH: 1}), **signature.zero_state(1)}
+
+
+def quantize_static(path: Path, feeds: Iterable[Tensors]) -> None:
+    """Make the constant matrix products int8 in place, checked; `ParityError` if there are none.
+
+    Matrices that multiply one activation become one product: an engine then quantizes it once, and ONNX Runtime 1.31
+    computes in int8 only where a QuantizeLinear has a single reader. Stacks of matrices stay as they are.
+    """
+    onnx = require("onnx", extra="export")
+    model = onnx.load(path)
+    products = find_products(model)
+    if not products:
+        raise ParityError(f"{path.name}: expected products with constant matrices to make int8, found none")
+    seen = observe(path, [product.activation for product in products], feeds)
+    for product in products:
+        rewrite(model, product, choose_scales(seen[product.activation], product.weights))
+    drop_unused(model)
+    external = weights_bytes(model) > EXTERNAL_BYTES
+    for old in path.parent.glob(f"{path.name}*"):
+        old.unlink()
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
+    check_onnx(path)
+
+
+def find_products(model: Any) -> list[Product]:
+    """Every activation that constant matrices multiply, by MatMul or Gemm."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants and node.input[0] not in constants:
+            readers.setdefault(node.input[0], []).append(node)
+    products = []
+    for activation, nodes in readers.items():
+        matrices = [matrix(node, constants[node.input[1]]) for node in nodes]
+        products.append(
+            Product(
+                activation=activation,
+                nodes=nodes,
+                weights=np.concatenate(matrices, 1),
+                widths=[each.shape[1] for each in matrices],
+            )
+        )
+    return products
+
+
+def matrix(node: Any, tensor: Any) -> Matrix:
+    """The constant factor of a node as [width in, width out]; `ParityError` for a Gemm that is more than a Linear."""
+    from onnx import numpy_helper
+
+    settings = {each.name: each.f if each.name in ("alpha", "beta") else each.i for each in node.attribute}
+    if settings.get("transA") or settings.get("alpha", 1) != 1 or settings.get("beta", 1) != 1:
+        raise ParityError(f"{node.name}: expected a Gemm as of a Linear, found {settings}; leave it out of int8")
+    weights = numpy_helper.to_array(tensor).astype(np.float32)
+    return weights.T if settings.get("transB") else weights
+
+
+def observe(path: Path, activations: Sequence[str], feeds: Iterable[Tensors]) -> dict[str, Seen]:
+    """What the activations of the float model are on these feeds."""
+    onnx, ort = require("onnx", extra="export"), require("onnxruntime", extra="onnx")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in activations)
+    opened = path.with_name(f"observed-{path.name}")  # beside the file, for weights that lie in a file of their own
+    onnx.save(model, opened)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(opened, options, providers=["CPUExecutionProvider"])
+    finally:
+        opened.unlink()
+    rng = np.random.default_rng(0)
+    largest: dict[str, np.ndarray] = {}
+    rows: dict[str, list[Matrix]] = {name: [] for name in activations}
+    for each in feeds:
+        for name, value in zip(activations, session.run(list(activations), each), strict=True):
+            flat = value.reshape(-1, value.shape[-1])
+            largest[name] = np.maximum(largest.get(name, 0), np.abs(flat).max(0))
+            rows[name].append(flat[rng.permutation(len(flat))[: max(1, ROWS // FEEDS)]])
+    return {name: Seen(largest=largest[name], rows=np.concatenate(rows[name])) for name in activations}
+
+
+def choose_scales(seen: Seen, weights: Matrix) -> Scales:
+    """The scales whose int8 product differs least, in the mean square, from rows @ weights."""
+    wanted = seen.rows @ weights
+    best, least = None, np.inf
+    for share in SHARES:
+        smooth = smoothing(seen.largest, np.abs(weights).max(1), share)
+        rows = seen.rows / smooth
+        steps = np.maximum(np.abs(weights * smooth[:, None]).max(0), TINY) / LARGEST
+        rounded = np.clip(np.round(weights * smooth[:, None] / steps), -LARGEST, LARGEST)
+        for clip in CLIPS:
+            step = np.float32(clip * max((seen.largest / smooth).max(), TINY) / LARGEST)
+            error = np.clip(np.round(rows / step), -LARGEST, LARGEST) * step @ (rounded * steps) - wanted
+            if (found := float(np.square(error).mean())) < least:
+                least = found
+                best = Scales(
+                    smooth=smooth,
+                    step=step,
+                    weights=rounded.astype(np.int8),
+                    steps=steps.astype(np.float32),
+                    drift=error.mean(0).astype(np.float32),
+                )
+    if best is None:
+        raise ParityError("expected finite activations to calibrate on, found NaN or infinity")
+    return best
+
+
+def smoothing(largest: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """What each channel of an activation is divided by, and its weights multiplied with; geometric mean 1."""
+    factors = np.maximum(largest, TINY) ** share / np.maximum(weights, TINY) ** (1 - share)
+    return np.clip(factors / np.exp(np.log(factors).mean()), 1e-3, 1e3).astype(np.float32)
+
+
+def rewrite(model: Any, product: Product, scales: Scales) -> None:
+    """Put the int8 product where the first of its nodes was, and take them all out."""
+    from onnx import helper, numpy_helper
+
+    graph, stem = model.graph, f"{product.activation}_int8"
+
+    def constant(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, f"{stem}_{name}"))
+        return f"{stem}_{name}"
+
+    nodes = []
+
+    def add(kind: str, inputs: Sequence[str], outputs: Sequence[str], **settings: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], **settings))
+        return outputs[0]
+
+    smooth = add("Mul", [product.activation, constant("reciprocal", 1 / scales.smooth)], [f"{stem}_smooth"])
+    coding = [constant("step", np.asarray(scales.step)), constant("zero", np.zeros((), np.int8))]
+    quantized = add("QuantizeLinear", [smooth, *coding], [f"{stem}_q"])
+    activation = add("DequantizeLinear", [quantized, *coding], [f"{stem}_dq"])
+    stored = [constant("weights", scales.weights), constant("steps", scales.steps)]
+    stored.append(constant("zeros", np.zeros(len(scales.steps), np.int8)))
+    weights = add("DequantizeLinear", stored, [f"{stem}_w"], axis=1)
+    whole = add("MatMul", [activation, weights], [f"{stem}_product"])
+    outputs = [node.output[0] for node in product.nodes]
+    if (bias := settle_bias(model, product, scales.drift)).any():
+        whole = add("Add", [whole, constant("bias", bias)], [f"{stem}_sum"])
+    if len(outputs) > 1:
+        add("Split", [whole, constant("widths", np.asarray(product.widths))], outputs, axis=-1)
+    else:
+        nodes[-1].output[0] = outputs[0]
+    _replace(graph, product.nodes, nodes)
+
+
+def settle_bias(model: Any, product: Product, drift: np.ndarray) -> np.ndarray:
+    """What is to be added to the whole product: biases of Gemms less the drift; 0 where an Add that follows took it."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    parts = []
+    for node, part in zip(product.nodes, np.split(drift, np.cumsum(product.widths)[:-1]), strict=True):
+        own = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.float32(0)
+        bias = own - part
+        if found := bias_behind(model, node, constants, len(part)):
+            addition, index = found
+            moved = numpy_helper.to_array(constants[addition.input[index]]) + bias
+            addition.input[index] = f"{node.output[0]}_bias"
+            model.graph.initializer.append(numpy_helper.from_array(moved, addition.input[index]))
+            bias = np.zeros_like(part)
+        parts.append(bias)
+    return np.concatenate(parts)
+
+
+def bias_behind(model: Any, node: Any, constants: Mapping[str, Any], width: int) -> tuple[Any, int] | None:
+    """The only reader of a product if it is an Add of a constant vector, and which of its inputs the vector is."""
+    readers = [other for other in model.graph.node if node.output[0] in other.input]
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    vectors = (i for i, name in enumerate(readers[0].input) if name in constants)
+    index = next((i for i in vectors if list(constants[readers[0].input[i]].dims) == [width]), None)
+    return None if index is None else (readers[0], index)
+
+
+def _replace(graph: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
+    names = {node.name for node in old}
+    place = min(index for index, node in enumerate(graph.node) if node.name in names)
+    kept = [node for node in graph.node if node.name not in names]
+    del graph.node[:]
+    graph.node.extend([*kept[:place], *new, *kept[place:]])
+
+
+def drop_unused(model: Any) -> None:
+    """Take out the constants that no node reads any more."""
+    read = set(names_read(model.graph))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def names_read(graph: Any) -> Iterator[str]:
+    """The values that nodes read, also those in the branches of an If or the body of a Scan."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from names_read(inner)
+    yield from (value.name for value in graph.output)

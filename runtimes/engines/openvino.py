@@ -1,0 +1,60 @@
+"""OpenVINO on CPU: the fastest engine for batches there (benchmarks/)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from runtimes.base import Runtime, refuse_device
+from runtimes.errors import EngineError, one_line, require
+from runtimes.tensors import Tensors
+
+MODEL_FILE = "model.xml"
+
+
+class OpenVinoRuntime(Runtime):
+    """Runs `model.xml` for the shortest time of one call."""
+
+    engine = "openvino"
+    compiled: Any = None
+    request: Any = None
+
+    def open(self) -> None:
+        openvino = require("openvino", extra="openvino")
+        refuse_device(self.engine, self.device, ("cpu",))
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",  # else a CPU that has bfloat16 computes in it unasked
+        }
+        try:
+            model = openvino.Core().read_model(self.root / MODEL_FILE)
+            self.compiled = openvino.Core().compile_model(model, "CPU", settings)
+            self.request = self.compiled.create_infer_request()
+        except openvino_errors() as error:
+            raise EngineError(f"openvino cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
+
+    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        try:
+            answered = self.request.infer(dict(feeds), share_inputs=True)
+        except RuntimeError as error:
+            raise EngineError(f"openvino failed on {self.artifact.name}: {one_line(error)}") from error
+        # The request's own memory: the next call would overwrite it.
+        return {tensor.name: answered[tensor.name].copy() for tensor in self.signature.outputs}
+
+    def close(self) -> None:
+        self.request = self.compiled = None
+
+    @property
+    def provider(self) -> str:
+        return " ".join(self.compiled.get_property("EXECUTION_DEVICES")) if self.compiled else "not open"
+
+
+def openvino_errors() -> tuple[type[Exception], ...]:
+    """What OpenVINO raises; its frontends' failures are no RuntimeError."""
+    frontend = require("openvino.frontend", extra="openvino")
+    return (RuntimeError, *(getattr(frontend, name) for name in dir(frontend) if name.endswith("Failure")))
+
+
+RUNTIME = OpenVinoRuntime
