@@ -39,8 +39,7 @@ function go(hash) {
 
 const VIEWS = { "": overview, paper: showPaper, near: showNeighbours, search: showSearch };
 
-async function overview(name) {
-  const { rows, papers } = await api.describe(name);
+async function overview(name, _, { rows, papers }) {
   say(`${count(rows, "statement")} in ${count(papers, "paper")}`);
   return [notice("quiet", "Pick a paper, or search by meaning", "Words and LaTeX both do: what counts is what a statement says.")];
 }
@@ -106,7 +105,7 @@ async function nodesOf({ name, view, argument }, current) {
   if (found.reason) throw new api.Refused(found.reason);
   await listPapers(name);
   document.title = `${name} · Statements`;
-  return (VIEWS[view] ?? overview)(name, argument);
+  return (VIEWS[view] ?? overview)(name, argument, found);
 }
 
 /** The first collection that is ready; nothing is computed unasked. */
