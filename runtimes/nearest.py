@@ -69,8 +69,8 @@ def _all_scores(embeddings: np.ndarray, queries: np.ndarray, threads: int) -> np
     return scores
 
 
-# np.vecdot takes one product after the other, on this thread, so that a row's score does not depend on its neighbours. A
-# matrix product would also wake the threads of the BLAS for every block, and on a busy machine wait long for them.
+# np.vecdot takes one product after the other, on this thread, so that a row's score does not depend on its neighbours.
+# A matrix product would also wake the threads of the BLAS for every block, and on a busy machine wait long for them.
 def _score_single(embeddings: np.ndarray, queries: np.ndarray, blocks: list[slice], out: np.ndarray) -> None:
     for block in blocks:
         for query, scores in zip(queries, out, strict=True):
