@@ -10,7 +10,7 @@
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from runtimes.artifact import read_json, sha256_json
 from runtimes.errors import ArtifactError, InputError, one_line
+from runtimes.statements import read_papers
 
 SCHEMA = 1
 EMBEDDINGS, METADATA, INFO = "embeddings.safetensors", "metadata.jsonl", "info.json"
@@ -104,6 +105,15 @@ class Entry:
         for name in ("arxiv_id", "title", "type", "text"):
             if type(getattr(self, name)) is not str:
                 raise InputError(f"expected text in '{name}', found {ascii(getattr(self, name))[:80]}")
+
+
+def read_entries(data: Path, statements: int | None = None) -> Iterator[Entry]:
+    """The first statements of a file, or all, with their papers: what the rows of a collection stand for."""
+    for number, paper in enumerate(read_papers(data, statements)):
+        for statement in paper.statements:
+            yield Entry(
+                paper=number, arxiv_id=paper.arxiv_id, title=paper.title, type=statement.type, text=statement.text
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

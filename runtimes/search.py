@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes.approximate import Index
 from runtimes.artifact import artifact_name
 from runtimes.base import open_runtime
 from runtimes.collection import Collection
@@ -64,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     with open_embedder(arguments) as embedder:
         embedder.refuse_another(arguments.collection, collection.info.model)
         queries = embedder.vectors([arguments.text])
-    rows, scores = top_k(collection.embeddings, queries, arguments.k, threads=arguments.threads)
+    if arguments.approximate:
+        rows, scores = Index(collection).top_k(queries, arguments.k, threads=arguments.threads)
+    else:
+        rows, scores = top_k(collection.embeddings, queries, arguments.k, threads=arguments.threads)
     hits = [
         {"row": int(row), "score": round(float(score), 6), **asdict(collection.entry(int(row)))}
         for row, score in zip(rows[0], scores[0], strict=True)
@@ -102,6 +106,7 @@ def _parser() -> Any:
     result.add_argument("collection", type=Path, metavar="COLLECTION", help="folder of the collection")
     result.add_argument("--text", required=True, help="what to look for, with or without LaTeX")
     result.add_argument("--k", type=int, default=10, help="how many statements (default: 10)")
+    result.add_argument("--approximate", action="store_true", help="by the index of runtimes.approximate")
     result.add_argument("--json", action="store_true", help="print JSON instead of a table")
     embedder_flags(result)
     return result

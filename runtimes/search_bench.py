@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from runtimes.approximate import INDEX, Index, build_index
 from runtimes.collection import EMBEDDINGS, Collection, Entry, Info
 from runtimes.collection_writer import Writer
 from runtimes.command import command, parser
@@ -32,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print what opening, exact search and each approximate index cost. The collections stay in DIR for another run."""
     arguments = _parser().parse_args(argv)
     folders = [arguments.folder / f"{arguments.rows}x{arguments.width}_{dtype}" for dtype in arguments.dtype]
-    for folder, dtype in zip(folders, arguments.dtype, strict=True):
+    for folder, dtype in zip(folders, [] if arguments.collection else arguments.dtype, strict=False):
         write_synthetic(folder, arguments.rows, arguments.width, dtype)
     if arguments.approximate:
-        _print_rows(["index", "build s", "MB", "p50 ms", "recall@10"], _approximate_rows(Collection.open(folders[0])))
+        collection = Collection.open(arguments.collection or folders[0])
+        rows = _approximate_rows(collection, arguments.approximate == "all")
+        _print_rows(["index", "build s", "MB", "p50 ms", "recall@10"], rows)
     else:
         rows = chain.from_iterable(_exact_rows(folder, arguments.rounds) for folder in folders)
         _print_rows(["dtype", "GB", "open s", "page cache", "queries", "p50 s"], rows)
@@ -63,15 +66,16 @@ def write_synthetic(folder: Path, rows: int, width: int, dtype: str) -> None:
 
 def _clustered(topics: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Cosines of about .8 within a paper and .4 within a topic; a row does not depend on the shard it is in."""
-    rows = np.empty((stop - start, topics.shape[1]), np.float32)
-    for row in range(start, stop):
-        paper = row // PAPER_ROWS
-        if row == start or row % PAPER_ROWS == 0:
-            rng = np.random.default_rng([1, paper])
-            centre = topics[rng.integers(len(topics))] + rng.standard_normal(topics.shape[1], np.float32)
-        noise = np.random.default_rng([2, row]).standard_normal(topics.shape[1], np.float32)
-        rows[row - start] = centre + 0.7 * noise
+    first = start // PAPER_ROWS
+    papers = [_paper(topics, paper) for paper in range(first, -(-stop // PAPER_ROWS))]
+    rows = np.concatenate(papers)[start - first * PAPER_ROWS :][: stop - start]
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _paper(topics: np.ndarray, paper: int) -> np.ndarray:
+    rng = np.random.default_rng(paper)
+    centre = topics[rng.integers(len(topics))] + rng.standard_normal(topics.shape[1], np.float32)
+    return centre + 0.7 * rng.standard_normal((PAPER_ROWS, topics.shape[1]), np.float32)
 
 
 def _entries(rows: int) -> Iterator[Entry]:
@@ -110,7 +114,7 @@ def _forget(collection: Collection) -> Collection:
     return Collection.open(collection.folder)
 
 
-def _approximate_rows(collection: Collection) -> Iterator[tuple[object, ...]]:
+def _approximate_rows(collection: Collection, others: bool) -> Iterator[tuple[object, ...]]:
     embeddings = collection.embeddings
     chosen = np.random.default_rng(4).choice(len(collection), QUERIES, replace=False)
     noise = np.random.default_rng(5).standard_normal((QUERIES, embeddings.shape[1]), np.float32)
@@ -123,13 +127,13 @@ def _approximate_rows(collection: Collection) -> Iterator[tuple[object, ...]]:
         f"{embeddings.nbytes / 1e6:.0f}",
         *_asked(lambda q, k: top_k(embeddings, q, k).rows, queries, exact),
     )
-    for name, build in {**FAISS, **USEARCH}.items():
+    for name, build in {"runtimes.approximate": lambda _: _ours(collection), **(OTHERS if others else {})}.items():
         started = time.perf_counter()
         ask, index_bytes = build(embeddings)
         build_s = time.perf_counter() - started
         yield (name, f"{build_s:.1f}", f"{index_bytes / 1e6:.0f}", *_asked(ask, queries, exact))
-        again = _rescored(ask, embeddings)
-        yield (f"{name}, 40 rescored", "", "", *_asked(again, queries, exact))
+        if name in OTHERS:
+            yield (f"{name}, 40 rescored", "", "", *_asked(_rescored(ask, embeddings), queries, exact))
 
 
 def _asked(ask: Ask, queries: np.ndarray, exact: Hits) -> tuple[str, str]:
@@ -169,7 +173,7 @@ def _faiss(description: str, setting: str, value: int) -> Callable[[np.ndarray],
 
 def _usearch(dtype: str, connectivity: int, search: int) -> Callable[[np.ndarray], tuple[Ask, int]]:
     def build(embeddings: np.ndarray) -> tuple[Ask, int]:
-        usearch: Any = require("usearch.index", extra="search")
+        usearch: Any = require("usearch.index", extra="search-bench")
         index = usearch.Index(
             ndim=embeddings.shape[1], metric="cos", dtype=dtype, connectivity=connectivity, expansion_search=search
         )
@@ -181,14 +185,18 @@ def _usearch(dtype: str, connectivity: int, search: int) -> Callable[[np.ndarray
     return build
 
 
-FAISS = {
+def _ours(collection: Collection) -> tuple[Ask, int]:
+    build_index(collection, threads=THREADS)
+    index = Index(collection)
+    return lambda queries, k: index.top_k(queries, k, threads=THREADS).rows, (collection.folder / INDEX).stat().st_size
+
+
+OTHERS = {
     "faiss IVF1024,SQ8 nprobe 16": _faiss("IVF1024,SQ8", "nprobe", 16),
-    "faiss IVF1024,SQfp16 nprobe 16": _faiss("IVF1024,SQfp16", "nprobe", 16),
     "faiss HNSW16,SQ8 ef 64": _faiss("HNSW16_SQ8", "efSearch", 64),
-    "faiss HNSW16,SQfp16 ef 64": _faiss("HNSW16_SQfp16", "efSearch", 64),
-}
-USEARCH = {
+    "faiss HNSW32,SQfp16 ef 256": _faiss("HNSW32_SQfp16", "efSearch", 256),
     "usearch f16 M 16 ef 64": _usearch("f16", 16, 64),
+    "usearch f16 M 32 ef 256": _usearch("f16", 32, 256),
     "usearch i8 M 16 ef 64": _usearch("i8", 16, 64),
 }
 
@@ -198,14 +206,15 @@ def _parser() -> Any:
         "runtimes.search_bench",
         __doc__.partition(":")[0] + ".",
         "bench --rows 500000",
-        "bench --rows 100000 --dtype float16 --approximate",
+        "bench --rows 100000 --dtype float16 --approximate all",
     )
     result.add_argument("folder", type=Path, metavar="DIR", help="where the synthetic collections are made, and kept")
     result.add_argument("--rows", type=int, default=500_000, help="rows of a collection (default: 500000)")
     result.add_argument("--width", type=int, default=2048, help="numbers of a row (default: 2048)")
     result.add_argument("--dtype", nargs="+", default=["float16", "float32"], choices=["float16", "float32"])
     result.add_argument("--rounds", type=int, default=7, help="searches of each kind (default: 7)")
-    result.add_argument("--approximate", action="store_true", help="build and ask approximate indexes instead")
+    result.add_argument("--approximate", choices=["ours", "all"], help="build and ask these indexes instead")
+    result.add_argument("--collection", type=Path, help="index this collection instead of a synthetic one")
     return result
 
 

@@ -261,3 +261,18 @@ def contrast(page: Any, selector: str) -> float:
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     light = np.sort(linear @ [0.2126, 0.7152, 0.0722])
     return float((light[1] + 0.05) / (light[0] + 0.05))
+
+
+def test_an_empty_folder_and_a_server_that_is_silent_are_said(browser: Any, tmp_path: Path) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    with serving(tmp_path, tmp_path) as server:
+        page.goto(server.url)
+        page.wait_for_selector("h2:has-text('No collections here')")
+        write_collection(tmp_path / "late")
+        page.reload()
+        page.wait_for_selector("#paper-list a")
+        context.set_offline(True)
+        page.click("#paper-list a")
+        page.wait_for_selector(".wrong:has-text('The server does not answer')")
+    context.close()

@@ -7,7 +7,6 @@ embedded again.
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -17,10 +16,10 @@ from typing import Any
 from tqdm import tqdm
 
 from runtimes.artifact import sha256_file, sha256_json
-from runtimes.collection import Entry, Info
+from runtimes.collection import Info, read_entries
 from runtimes.collection_writer import Writer
 from runtimes.errors import InputError, require
-from runtimes.statements import SIZES, read_papers
+from runtimes.statements import SIZES
 from training.checkpoint import Checkpoint
 from training.spec import TextEmbedder, find_spec
 
@@ -102,19 +101,6 @@ class Work:
             size=self.job.size,
             data=sha256_file(self.job.data),
         )
-
-
-def read_entries(data: Path, statements: int) -> Iterator[Entry]:
-    """The first statements of a file, with their papers."""
-    for number, paper in enumerate(read_papers(data, statements)):
-        for statement in paper.statements:
-            yield Entry(
-                paper=number,
-                arxiv_id=paper.arxiv_id,
-                title=paper.title,
-                type=statement.type,
-                text=statement.text,
-            )
 
 
 def collect(work: Work) -> int:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.collection import Entry, Paper
+from runtimes.collection import Entry, Paper, read_entries
 from runtimes.errors import EngineError, InputError, SlipwayError, one_line
 from runtimes.search import Embedder
-from runtimes.statements import read_papers
 
 BATCH = 16
 
@@ -89,11 +88,7 @@ class Job:
 
     def _compute(self) -> Computed:
         embedder = self._embedder()
-        entries = [
-            Entry(paper=i, arxiv_id=paper.arxiv_id, title=paper.title, type=statement.type, text=statement.text)
-            for i, paper in enumerate(read_papers(self._path))
-            for statement in paper.statements
-        ]
+        entries = list(read_entries(self._path))
         if not entries:
             raise InputError(f"{self._path.name}: expected at least one statement, found none")
         self._total = len(entries)

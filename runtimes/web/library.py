@@ -84,7 +84,7 @@ class Library:
         """The entry of one collection in the list, whatever state it is in."""
         with self._lock:
             job = self._jobs.get(name)
-            if self._place(name).suffix == STATEMENTS_SUFFIX and (job is None or not job.succeeded):
+            if self._place(name).is_file() and (job is None or not job.succeeded):
                 return {"name": name, **(job.progress() if job else {"state": "uncomputed"})}
             try:
                 opened = self.open(name)
@@ -96,7 +96,7 @@ class Library:
         """The collection of this name; a one-line error if there is none, or it is broken or not computed."""
         with self._lock:
             place = self._place(name)
-            if place.suffix == STATEMENTS_SUFFIX:
+            if place.is_file():
                 return self._computed(name)
             version = _version(place)
             opened = self._opened.get(name)
@@ -110,7 +110,7 @@ class Library:
         """Statements without vectors get them, in memory and in the background; `describe` says how far it is."""
         with self._lock:
             place = self._place(name)
-            if place.suffix != STATEMENTS_SUFFIX:
+            if not place.is_file():
                 raise InputError(f"{name}: expected statements without vectors, found a collection")
             job = self._jobs.get(name)
             if job is None or (job.finished and not job.succeeded):

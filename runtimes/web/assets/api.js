@@ -16,13 +16,13 @@ async function ask(url, body) {
   const options = body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   };
-  let response;
+  let response, answer;
   try {
     response = await fetch(url, options);
+    answer = await response.json();
   } catch {
     throw new Refused("The server does not answer. Is it still running?");
   }
-  const answer = await response.json();
   if (!response.ok) throw new Refused(answer.error);
   return answer;
 }

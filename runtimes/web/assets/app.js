@@ -35,42 +35,43 @@ function go(hash) {
   else location.hash = hash;
 }
 
-// Views: each gives the nodes of a view, and says in one line what it shows.
+// Views: each gives its nodes, and in one line what they are.
 
 const VIEWS = { "": overview, paper: showPaper, near: showNeighbours, search: showSearch };
 
-async function overview(name) {
-  const { rows, papers } = await api.describe(name);
-  say(`${count(rows, "statement")} in ${count(papers, "paper")}`);
-  return [notice("quiet", "Pick a paper, or search by meaning", "Words and LaTeX both do: what counts is what a statement says.")];
+async function overview(name, _, { rows, papers }) {
+  const says = `${count(rows, "statement")} in ${count(papers, "paper")}`;
+  const hint = "Words and LaTeX both do: what counts is what a statement says.";
+  return { says, nodes: [notice("quiet", "Pick a paper, or search by meaning", hint)] };
 }
 
 async function showPaper(name, number) {
   const paper = await api.paper(name, number);
-  say(count(paper.statements.length, "statement"));
+  const says = count(paper.statements.length, "statement");
   const identifier = paper.title ? [element("span", "identifier", paper.arxiv_id)] : [];
-  return [heading(setLatex(titleOf(paper)), ...identifier), statementList(name, paper.statements, false)];
+  return { says, nodes: [heading(setLatex(titleOf(paper)), ...identifier), statementList(name, paper.statements, false)] };
 }
 
 async function showNeighbours(name, argument) {
   const [row, others] = argument.split("/");
   const { statement, hits } = await api.neighbours(name, row, Boolean(others));
-  say(`${count(hits.length, "neighbour")}, the closest first`);
+  const says = `${count(hits.length, "neighbour")}, the closest first`;
   const box = element("input");
   Object.assign(box, { type: "checkbox", checked: Boolean(others), id: "others" });
   box.addEventListener("change", () => go(links.near(name, row) + (box.checked ? "/others" : "")));
   const asked = statementCard(name, statement, true);
   asked.classList.add("asked");
-  return [heading("Neighbours of"), asked, element("label", "option", box, " only from other papers"), statementList(name, hits, true)];
+  const option = element("label", "option", box, " only from other papers");
+  return { says, nodes: [heading("Neighbours of"), asked, option, statementList(name, hits, true)] };
 }
 
 async function showSearch(name, text) {
   query.value = text;
   const { hits } = await api.search(name, text);
-  say(`${count(hits.length, "statement")}, the closest first`);
+  const says = `${count(hits.length, "statement")}, the closest first`;
   const words = element("span", "asked-words");
   words.append(text.length <= 300 ? setLatex(text) : `${text.slice(0, 300)} …`);
-  return [heading("Closest to ", words), statementList(name, hits, true)];
+  return { says, nodes: [heading("Closest to ", words), statementList(name, hits, true)] };
 }
 
 async function show() {
@@ -78,15 +79,15 @@ async function show() {
   const current = () => mine === question;
   main.setAttribute("aria-busy", "true");
   try {
-    const nodes = await nodesOf(route(), current);
-    if (current() && nodes) place(nodes);
+    const found = await viewOf(route(), current);
+    if (current() && found) place(found);
   } catch (error) {
     if (!(error instanceof api.Refused)) throw error;
     if (current()) fail(error.message);
   }
 }
 
-async function nodesOf({ name, view, argument }, current) {
+async function viewOf({ name, view, argument }, current) {
   if (!name) return start();
   if (!picker.options.length) await fillPicker();
   picker.value = name;
@@ -106,7 +107,7 @@ async function nodesOf({ name, view, argument }, current) {
   if (found.reason) throw new api.Refused(found.reason);
   await listPapers(name);
   document.title = `${name} · Statements`;
-  return (VIEWS[view] ?? overview)(name, argument);
+  return (VIEWS[view] ?? overview)(name, argument, found);
 }
 
 /** The first collection that is ready; nothing is computed unasked. */
@@ -115,13 +116,16 @@ async function start() {
   const ready = collections.find(({ state }) => state === "ready");
   picker.value = ready?.name ?? "";
   if (ready) location.replace(links.collection(ready.name));
-  else if (collections.length) return [notice("quiet", "Pick a collection", "None is ready. One without vectors gets them when you pick it.")];
-  else return [notice("quiet", "No collections here", "Precompute one, or put a .jsonl file of statements into the folder.")];
-  return null;
+  if (ready) return null;
+  const hint = collections.length
+    ? notice("quiet", "Pick a collection", "None is ready. One without vectors gets them when you pick it.")
+    : notice("quiet", "No collections here", "Precompute one, or put a .jsonl file of statements into the folder.");
+  return { says: "", nodes: [hint] };
 }
 
-function place(nodes) {
+function place({ says, nodes }) {
   main.removeAttribute("aria-busy");
+  say(says);
   content.replaceChildren(...nodes);
   const { view, argument } = route();
   for (const item of paperList.querySelectorAll("a")) {
@@ -136,8 +140,7 @@ function place(nodes) {
 
 function fail(message) {
   if (listed && listed !== route().name) clearPapers();
-  say("");
-  place([notice("wrong", "This cannot be shown", message)]);
+  place({ says: "", nodes: [notice("wrong", "This cannot be shown", message)] });
 }
 
 const say = (line) => { status.textContent = line; };
