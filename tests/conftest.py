@@ -11,6 +11,8 @@ import torch
 
 import export.all
 import training.models
+from runtimes.errors import MissingPackage
+from runtimes.triton_server import TritonServer, find_bundle
 from training.checkpoint import save_checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 
@@ -104,6 +106,17 @@ def statements_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFa
     arguments = ["--target", "onnx", "--precision", "fp32", "--model", "statements"]
     assert export.all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(repository)]) == 0
     return repository
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[TritonServer]:
+    """A real Triton on the test file's own `repository`; skipped with the reason where there is none."""
+    try:
+        find_bundle()
+    except MissingPackage as error:
+        pytest.skip(str(error))
+    with TritonServer(repository) as running:
+        yield running
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from runtimes.answer_cache import AnswerCache
 from runtimes.artifact import Check
 from runtimes.base import Runtime, open_runtime
 from runtimes.caching import Store
-from runtimes.errors import ArtifactError, EngineError, InputError, MissingPackage, ParityError
+from runtimes.errors import ArtifactError, EngineError, InputError, ParityError
 from runtimes.grounding import EXAMPLE
 from runtimes.pipeline import Pipeline, open_pipeline
 from runtimes.predict import main as predict
 from runtimes.repository import find
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton_server import TritonServer
+from tests.toys import ask
 from training.checkpoint import Checkpoint
 from training.evaluate import main as evaluate
 from training.models.hallucination.reading import FeatureReader
@@ -258,24 +259,6 @@ def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Pa
 
 
 # Triton --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[TritonServer]:
-    try:
-        find_bundle()
-    except MissingPackage as error:
-        pytest.skip(str(error))
-    with TritonServer(repository) as running:
-        yield running
-
-
-def ask(server: TritonServer, model: str, request: str) -> Any:
-    http = pytest.importorskip("tritonclient.http")
-    tensor = http.InferInput("request", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[request.encode()]], np.object_))
-    with http.InferenceServerClient(server.http_url) as client:
-        return json.loads(client.infer(model, [tensor]).as_numpy("answer").item())
 
 
 @pytest.mark.parametrize("name", REQUESTS)

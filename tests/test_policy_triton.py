@@ -1,7 +1,6 @@
 """The last hop: every policy behind a real Triton says what the checkpoint says, also over a carried state."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,10 @@ from export import parity
 from export.source import Source
 from export.verify import main as verify
 from runtimes.base import open_runtime
-from runtimes.errors import MissingPackage
 from runtimes.pipeline import open_pipeline
 from runtimes.predict import main as predict
 from runtimes.repository import find
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton_server import TritonServer
 from training.checkpoint import Checkpoint
 from training.spec import all_specs, find_spec
 
@@ -34,16 +32,6 @@ def repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     arguments = ["--target", "onnx", *models, "--checkpoints", str(checkpoints), "--repository", str(folder)]
     assert export_all.main(arguments) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[TritonServer]:
-    try:
-        find_bundle()
-    except MissingPackage as error:
-        pytest.skip(str(error))
-    with TritonServer(repository) as running:
-        yield running
 
 
 # One model over HTTP is enough: the protocol does not depend on it.

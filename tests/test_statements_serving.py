@@ -1,7 +1,6 @@
 """From a trained checkpoint to the vector: the pipeline, every target, a real Triton."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from export.source import Source
 from export.verify import main as verify
 from runtimes.artifact import Artifact
 from runtimes.base import open_runtime
-from runtimes.errors import InputError, MissingPackage, ParityError
+from runtimes.errors import InputError, ParityError
 from runtimes.pipeline import Pipeline, open_pipeline
 from runtimes.predict import main as predict
 from runtimes.repository import find
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton_server import TritonServer
+from tests.toys import ask
 from training.checkpoint import Checkpoint
 from training.models.statements.embedding import open_embedder
 from training.models.statements.spec import VECTOR, agreement, same_neighbours
@@ -175,28 +175,10 @@ def test_the_traced_model_reads_padding_on_the_left(repository: Path, trained: P
     np.testing.assert_allclose(got[1], alone[0], atol=2e-6)
 
 
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[TritonServer]:
-    try:
-        find_bundle()
-    except MissingPackage as error:
-        pytest.skip(str(error))
-    with TritonServer(repository) as running:
-        yield running
-
-
-def ask(server: TritonServer, request: str) -> Any:
-    http = pytest.importorskip("tritonclient.http")
-    tensor = http.InferInput("request", [1, 1], "BYTES")
-    tensor.set_data_from_numpy(np.array([[request.encode()]], np.object_))
-    with http.InferenceServerClient(server.http_url) as client:
-        return json.loads(client.infer("statements", [tensor]).as_numpy("answer").item())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=["short", "one token", "other scripts", "100,000 characters", "blanks"])
 def test_the_ensemble_answers_as_the_pipeline_in_process(text: str, server: TritonServer, repository: Path) -> None:
-    got = ask(server, json.dumps({"text": text}))["vector"]
+    got = ask(server, "statements", json.dumps({"text": text}))["vector"]
     np.testing.assert_allclose(got, vectors(repository, [text])[0], atol=2e-6)
 
 
@@ -213,7 +195,7 @@ def test_the_ensemble_answers_as_the_pipeline_in_process(text: str, server: Trit
 def test_the_server_refuses_a_wrong_request_in_one_line(request_: str, named: str, server: TritonServer) -> None:
     utils = pytest.importorskip("tritonclient.utils")
     with pytest.raises(utils.InferenceServerException, match=named) as caught:
-        ask(server, request_)
+        ask(server, "statements", request_)
     assert "\n" not in str(caught.value).strip()
 
 

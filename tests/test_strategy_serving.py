@@ -16,11 +16,12 @@ from runtimes.base import open_runtime
 from runtimes.caching import Store
 from runtimes.cascade import StrategyCascade
 from runtimes.dialogue import EXAMPLE, STRATEGIES
-from runtimes.errors import ArtifactError, InputError, MissingPackage
+from runtimes.errors import ArtifactError, InputError
 from runtimes.pipeline import Pipeline, open_pipeline
 from runtimes.predict import main as predict
 from runtimes.repository import find
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton_server import TritonServer
+from tests.toys import ask
 from training.models.strategy import frozen
 from training.models.strategy.make_encoder import main as make_encoder
 from training.models.strategy.module import StrategyGraph
@@ -263,25 +264,6 @@ def test_predict_answers_alike_from_a_store(
     assert answers[1] == answers[2]
     assert answers[0]["label"] == answers[1]["label"]
     np.testing.assert_allclose(answers[0]["attention"], answers[1]["attention"], atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def server(repository: Path) -> Iterator[TritonServer]:
-    try:
-        find_bundle()
-    except MissingPackage as error:
-        pytest.skip(str(error))
-    with TritonServer(repository) as running:
-        yield running
-
-
-def ask(server: TritonServer, model: str, request: str | bytes) -> Any:
-    http = pytest.importorskip("tritonclient.http")
-    tensor = http.InferInput("request", [1, 1], "BYTES")
-    said = request.encode() if isinstance(request, str) else request
-    tensor.set_data_from_numpy(np.array([[said]], np.object_))
-    with http.InferenceServerClient(server.http_url) as client:
-        return json.loads(client.infer(model, [tensor]).as_numpy("answer").item())
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 `running`: y[t] = h + x[0] + ... + x[t], and h becomes h / 2 + the sum over x. `doubling`: y = 2 x, total = sum of y.
 """
 
+import json
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +19,7 @@ import runtimes
 from runtimes.artifact import ASSETS, Artifact, Facts, digests
 from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
-from runtimes.triton_server import find_bundle
+from runtimes.triton_server import TritonServer, find_bundle
 
 WIDTH = 3
 AXES = (Axis(name="batch", min=1, opt=2, max=8), Axis(name="time", min=1, opt=4, max=16))
@@ -137,6 +139,16 @@ def needs_server() -> list[pytest.MarkDecorator]:
     except MissingPackage as error:
         reason = str(error)
     return [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
+
+
+def ask(server: TritonServer, model: str, request: str | bytes) -> Any:
+    """The answer of the ensemble `model` to one request in JSON."""
+    http = pytest.importorskip("tritonclient.http")
+    tensor = http.InferInput("request", [1, 1], "BYTES")
+    sent = request.encode() if isinstance(request, str) else request
+    tensor.set_data_from_numpy(np.array([[sent]], np.object_))
+    with http.InferenceServerClient(server.http_url) as client:
+        return json.loads(client.infer(model, [tensor]).as_numpy("answer").item())
 
 
 def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
