@@ -38,7 +38,7 @@ triton: .venv-triton/ready
 	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime openvino tokenizers safetensors
 	touch $@
 
-# What others offer, to be measured against (benchmarks/peers_cpu.py). Their own pins exclude each other, hence three.
+# What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
 peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 
 .venv-peers/ready:

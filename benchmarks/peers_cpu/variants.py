@@ -1,22 +1,12 @@
-"""What a user would pick instead, beside Slipway's artifacts: one sentence embedder, one text, one interleaved run.
+"""The ways of running one sentence embedder, and the process that runs one of them: `variants.py FOLDER NAME THREADS`.
 
-    python benchmarks/peers_cpu.py prepare --base FOLDER --out peers        # an embedder for everybody, and the text
-    python benchmarks/peers_cpu.py run peers --repository model_repository --json peers.json
-
-`make peers` makes the environments of the peers; those that are not there are left out, and said to be. Every variant
-is one process that lives through the whole run; they take turns within each repeat. Times are end to end, from text to
-unit vectors: 48 texts one by one (b1), and 256 texts in batches of 32 of about the same length (b32).
+Each starts as a function from texts, at most 32 of about one length, to unit vectors. Only what a variant needs is
+imported: its environment has nothing else.
 """
 
-import argparse
-import ast
 import json
 import os
-import random
-import re
-import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,14 +15,9 @@ from typing import Any
 
 import numpy as np
 
-HERE = Path(__file__).resolve()
-ROOT = HERE.parent.parent
-SINGLE, SORTED, BATCH, NEIGHBOURS = 48, 256, 32, 10
-ANSWERED, CALIBRATED, HELD_BACK = 512, 600, 1112
+ROOT = Path(__file__).resolve().parents[2]
+SINGLE, SORTED, BATCH = 48, 256, 32
 Embed = Callable[[list[str]], np.ndarray]
-
-
-# --- the variants: each gives a function from texts, at most 32 of about one length, to unit vectors ------------------
 
 
 def sentence_transformers(folder: Path, threads: int, **options: Any) -> Embed:
@@ -215,7 +200,6 @@ VARIANTS = {
         venv=".venv", start=_with(slipway, artifact="statements_openvino_int8"), int8=True
     ),
 }
-BASE = next(iter(VARIANTS))
 
 
 def _torch_threads(threads: int) -> None:
@@ -292,9 +276,6 @@ def _exported(folder: Path) -> Path:
     return path
 
 
-# --- one process of a variant ----------------------------------------------------------------------------------------
-
-
 def work(folder: Path, name: str, threads: int) -> None:
     """Answer "b1", "b32" and "embed FILE" on stdin, one JSON line each."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -320,198 +301,5 @@ def batches(order: Sequence[int]) -> Iterator[Sequence[int]]:
     yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
-
-
-class Process:
-    """A variant in a process of its own environment."""
-
-    def __init__(self, folder: Path, name: str, threads: int, repository: Path) -> None:
-        self.name = name
-        python = ROOT / VARIANTS[name].venv / "bin" / "python"
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-        environment = {**os.environ, **limits, "PEERS_REPOSITORY": str(repository), "HF_HUB_OFFLINE": "1"}
-        environment["TOKENIZERS_PARALLELISM"] = "false"
-        self.log = (folder / f"{name.replace(' ', '_').replace(',', '')}.log").open("w")
-        self.process = subprocess.Popen(
-            [python, HERE, "work", folder, "--variant", name, "--threads", str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, task: str) -> float | None:
-        """Seconds the task took, or None if the process has died."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            print(task, file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            return None
-        line = self.process.stdout.readline()
-        return float(json.loads(line)) if line else None
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-
-def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each variant that could be run: sentences a second, times as fast as the first, fidelity."""
-    alive: list[Process] = []
-    seconds: dict[str, dict[str, list[float]]] = {}
-    vectors: dict[str, np.ndarray] = {}
-    try:
-        for name, each in VARIANTS.items():
-            if not (ROOT / each.venv).is_dir():
-                continue
-            started = Process(folder, name, threads, repository)
-            alive.append(started)
-            answers = folder / f"{started.process.pid}.npy"
-            if started.ask(f"embed {answers}") is None:
-                alive.remove(started)
-                print(f"left out: {name} failed, see {started.log.name}", file=sys.stderr)
-                continue
-            seconds[name], vectors[name] = {"b1": [], "b32": []}, np.load(answers)
-        for repeat in range(repeats + 1):
-            for task in ("b1", "b32"):
-                for process in alive:
-                    taken = process.ask(task)
-                    if repeat and taken:  # the first is a warm-up
-                        seconds[process.name][task].append(taken)
-    finally:
-        for process in alive:
-            process.close()
-    return [row(name, seconds, vectors) for name in seconds]
-
-
-def row(name: str, seconds: dict[str, dict[str, list[float]]], vectors: dict[str, np.ndarray]) -> dict[str, Any]:
-    found: dict[str, Any] = {"variant": name, "int8": VARIANTS[name].int8}
-    for task, texts in (("b1", SINGLE), ("b32", SORTED)):
-        own, base = np.array(seconds[name][task]), np.array(seconds[BASE][task])
-        found[f"{task}_per_s"] = texts / float(np.median(own))
-        found[f"{task}_times"] = float(np.median(base / own))
-    one, other = vectors[name], vectors[BASE]
-    found["cosine_min"] = float(((one * other).sum(1) / np.linalg.norm(one, axis=1)).min())
-    near, wanted = nearest(one), nearest(other)
-    found["top10"] = float(np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(near, wanted, strict=True)]))
-    return found
-
-
-def nearest(vectors: np.ndarray) -> np.ndarray:
-    scores = vectors @ vectors.T
-    np.fill_diagonal(scores, -np.inf)
-    return np.argsort(-scores, 1)[:, :NEIGHBOURS]
-
-
-# --- what everybody embeds -------------------------------------------------------------------------------------------
-
-
-def prepare(base: Path, out: Path) -> None:
-    """`out` holds the texts, and the embedder twice: as Slipway's checkpoint and as a sentence-transformers folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    texts = sentences()
-    parts = {"answer": texts[:ANSWERED], "calibrate": texts[ANSWERED:HELD_BACK]}
-    (out / "texts.json").write_text(json.dumps(parts))
-    papers = [
-        {"arxiv_id": str(i), "title": "", "statements": [{"type": "text", "text": text} for text in pair]}
-        for i, pair in enumerate(zip(parts["calibrate"][::2], parts["calibrate"][1::2], strict=True))
-    ]
-    (out / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
-    settings = {"base": base, "pooling": "mean", "lora_targets": "query,key,value", "epochs": 0.2, "valid_share": 0.9}
-    options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "training.run", "statements", "--data", out / "papers.jsonl", *options]
-    subprocess.run([*map(str, command), "--out", str(out / "checkpoints")], check=True, cwd=ROOT)
-    save_sentence_transformers(out / "checkpoints" / "statements", base, out / "embedder")
-
-
-def save_sentence_transformers(checkpoint: Path, base: Path, out: Path) -> None:
-    """The checkpoint, its adapters merged, as sentence-transformers reads it: encoder, mean, Dense, norm."""
-    sys.path.insert(0, str(ROOT))
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer
-
-    from export.source import Source
-    from training.checkpoint import Checkpoint
-    from training.spec import find_spec
-
-    module = Source(find_spec("statements"), Checkpoint.load(checkpoint)).module
-    module.base.save_pretrained(out)
-    AutoTokenizer.from_pretrained(base).save_pretrained(out)
-    width_out, width_in = module.projection.weight.shape
-    dense = {"in_features": width_in, "out_features": width_out, "bias": True}
-    dense["activation_function"] = "torch.nn.modules.linear.Identity"
-    kinds = ("Transformer", "Pooling", "Dense", "Normalize")
-    folders = ("", "1_Pooling", "2_Dense", "3_Normalize")
-    modules = [
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(zip(folders, kinds, strict=True))
-    ]
-    for folder in folders[1:]:
-        (out / folder).mkdir(exist_ok=True)
-    pooling = {"word_embedding_dimension": width_in, "pooling_mode_mean_tokens": True}
-    (out / "modules.json").write_text(json.dumps(modules))
-    (out / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 256, "do_lower_case": False}))
-    (out / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    (out / "2_Dense" / "config.json").write_text(json.dumps(dense))
-    state = {f"linear.{name}": value.contiguous() for name, value in module.projection.state_dict().items()}
-    save_file(state, out / "2_Dense" / "model.safetensors")
-
-
-def sentences() -> list[str]:
-    """Sentences and paragraphs of the standard library's docstrings, in an order that is always the same."""
-    found = set()
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted([*root.glob("*.py"), *root.glob("[!_]*/*.py")]):
-        if any(part in path.parts for part in ("test", "tests", "idlelib", "site-packages", "dist-packages")):
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-                found |= {" ".join(each.split()) for each in (ast.get_docstring(node) or "").split("\n\n")}
-    drawn, rng = set(), random.Random(0)
-    for paragraph in sorted(found):
-        pieces = [paragraph] if rng.random() < 0.12 else re.split(r"(?<=[.!?]) ", paragraph)
-        drawn |= {piece for piece in pieces if 25 < len(piece) < 900 and ">>>" not in piece}
-    texts = sorted(drawn)
-    rng.shuffle(texts)
-    return texts[:HELD_BACK]
-
-
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = ["| variant | b1 /s | x | b32 /s | x | top-10 overlap | smallest cosine |", "|---|--:|--:|--:|--:|--:|--:|"]
-    for each in rows:
-        speed = (f"{each[f'{task}_per_s']:.0f} | {each[f'{task}_times']:.2f}" for task in ("b1", "b32"))
-        lines.append(f"| {each['variant']} | {' | '.join(speed)} | {each['top10']:.3f} | {each['cosine_min']:.4f} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("do", choices=["prepare", "run", "work"])
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--base", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
-    parser.add_argument("--variant", choices=VARIANTS)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.do == "prepare":
-        prepare(given.base.resolve(), given.out.resolve())
-    elif given.do == "work":
-        work(given.folder, given.variant, given.threads)
-    else:
-        rows = run(given.folder.resolve(), given.repository.resolve(), given.threads, given.repeats)
-        print(as_table(rows))
-        for left in sorted({each.venv for each in VARIANTS.values() if not (ROOT / each.venv).is_dir()}):
-            print(f"left out, for there is no {left}: make peers")
-        if given.json:
-            given.json.write_text(json.dumps(rows, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,138 @@
+"""What a user would pick instead, beside Slipway's artifacts: one sentence embedder, one text, one interleaved run.
+
+    python benchmarks/peers_cpu/prepare.py --base FOLDER --out peers
+    python -m export.all --target onnx --target openvino --model statements --precision fp32 --precision int8 \\
+      --checkpoints peers/checkpoints --repository peers/model_repository
+    python benchmarks/peers_cpu/run.py peers --json peers.json
+
+`make peers` makes the environments of the peers; those that are not there are left out, and said to be. Every variant
+is one process that lives through the whole run; they take turns within each repeat. Times are end to end, from text to
+unit vectors: 48 texts one by one (b1), and 256 texts in batches of 32 of about the same length (b32).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from variants import ROOT, SINGLE, SORTED, VARIANTS
+
+BASE = next(iter(VARIANTS))
+NEIGHBOURS = 10
+
+
+class Process:
+    """A variant in a process of its own environment."""
+
+    def __init__(self, folder: Path, name: str, threads: int, repository: Path) -> None:
+        self.name = name
+        python = ROOT / VARIANTS[name].venv / "bin" / "python"
+        limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+        environment = {**os.environ, **limits, "PEERS_REPOSITORY": str(repository), "HF_HUB_OFFLINE": "1"}
+        environment["TOKENIZERS_PARALLELISM"] = "false"
+        self.log = (folder / f"{name.replace(' ', '_').replace(',', '')}.log").open("w")
+        self.process = subprocess.Popen(
+            [python, ROOT / "benchmarks/peers_cpu/variants.py", folder, name, str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+        )
+
+    def ask(self, task: str) -> float | None:
+        """Seconds the task took, or None if the process has died."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            print(task, file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            return None
+        line = self.process.stdout.readline()
+        return float(json.loads(line)) if line else None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for each variant that could be run: sentences a second, times as fast as the first, fidelity."""
+    alive: list[Process] = []
+    seconds: dict[str, dict[str, list[float]]] = {}
+    vectors: dict[str, np.ndarray] = {}
+    try:
+        for name, each in VARIANTS.items():
+            if not (ROOT / each.venv).is_dir():
+                continue
+            started = Process(folder, name, threads, repository)
+            alive.append(started)
+            answers = folder / f"{started.process.pid}.npy"
+            if started.ask(f"embed {answers}") is None:
+                alive.remove(started)
+                print(f"left out: {name} failed, see {started.log.name}", file=sys.stderr)
+                continue
+            seconds[name], vectors[name] = {"b1": [], "b32": []}, np.load(answers)
+        for repeat in range(repeats + 1):
+            for task in ("b1", "b32"):
+                for process in alive:
+                    taken = process.ask(task)
+                    if repeat and taken:  # the first is a warm-up
+                        seconds[process.name][task].append(taken)
+    finally:
+        for process in alive:
+            process.close()
+    return [row(name, seconds, vectors) for name in seconds]
+
+
+def row(name: str, seconds: dict[str, dict[str, list[float]]], vectors: dict[str, np.ndarray]) -> dict[str, Any]:
+    found: dict[str, Any] = {"variant": name, "int8": VARIANTS[name].int8}
+    for task, texts in (("b1", SINGLE), ("b32", SORTED)):
+        own, base = np.array(seconds[name][task]), np.array(seconds[BASE][task])
+        found[f"{task}_per_s"] = texts / float(np.median(own))
+        found[f"{task}_times"] = float(np.median(base / own))
+    one, other = vectors[name], vectors[BASE]
+    found["cosine_min"] = float(((one * other).sum(1) / np.linalg.norm(one, axis=1)).min())
+    near, wanted = nearest(one), nearest(other)
+    found["top10"] = float(np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(near, wanted, strict=True)]))
+    return found
+
+
+def nearest(vectors: np.ndarray) -> np.ndarray:
+    scores = vectors @ vectors.T
+    np.fill_diagonal(scores, -np.inf)
+    return np.argsort(-scores, 1)[:, :NEIGHBOURS]
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| variant | b1 /s | x | b32 /s | x | top-10 overlap | smallest cosine |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for each in rows:
+        speed = (f"{each[f'{task}_per_s']:.0f} | {each[f'{task}_times']:.2f}" for task in ("b1", "b32"))
+        lines.append(f"| {each['variant']} | {' | '.join(speed)} | {each['top10']:.3f} | {each['cosine_min']:.4f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what prepare.py made, with the repository in it")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    folder = given.folder.resolve()
+    rows = run(folder, folder / "model_repository", given.threads, given.repeats)
+    print(as_table(rows))
+    for left in sorted({each.venv for each in VARIANTS.values() if not (ROOT / each.venv).is_dir()}):
+        print(f"left out, for there is no {left}: make peers")
+    if given.json:
+        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
