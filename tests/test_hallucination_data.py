@@ -171,6 +171,11 @@ def test_contexts_are_regions_of_the_prompt_and_the_question_is_not_searched() -
     assert grounded.prompt.endswith(EXAMPLE["question"])
 
 
+def test_space_after_the_last_context_belongs_to_no_chunk() -> None:
+    grounded = read_request({"contexts": ["It is red. ", "It is long. \n"], "answer": "b"}, "request", 30, MOST)
+    assert [grounded.prompt[s:e] for s, e in grounded.prompt_spans] == ["It is red.", "It is long."]
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 WRONG = {
