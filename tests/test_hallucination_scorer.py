@@ -16,7 +16,7 @@ from runtimes.errors import InputError
 from training import evaluate, run
 from training.checkpoint import Checkpoint, restore
 from training.models.hallucination import fitting
-from training.models.hallucination.config import TINY, TRAINING
+from training.models.hallucination.config import LEAST_TRAINING, TINY, TRAINING
 from training.models.hallucination.metrics import auc, best_threshold, intervals, mutual_information
 from training.models.hallucination.recipe import synthetic_units
 from training.models.hallucination.units import Units, read_log
@@ -284,7 +284,7 @@ def test_a_log_of_another_model_is_refused(tmp_path: Path, units: Units, capsys:
         (["--fit", "magic"], "expected grid or published, found 'magic'"),
         (["--select", "luck"], "expected auc or mi, found 'luck'"),
         (["--valid_share", "1"], "expected 2 or more sources and a share in 0..1"),
-        (["--ensemble", "0"], "expected an ensemble of 1 or more"),
+        *((["--" + name, "0"], f"--set {name}: expected {least} or more") for name, least in LEAST_TRAINING.items()),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(

@@ -13,7 +13,7 @@ from runtimes.caching import Store
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
 from training.models.hallucination import fitting
-from training.models.hallucination.config import head_text, heads_of, layer_text, layers_of
+from training.models.hallucination.config import LEAST_TRAINING, head_text, heads_of, layer_text, layers_of
 from training.models.hallucination.data import (
     Example,
     held_out_sources,
@@ -36,6 +36,12 @@ EVERYTHING = 1 << 40  # entries that a store in memory may hold
 class ScorerRecipe(Recipe):
     """From a score log, or from made-up features: no model is read."""
 
+    def __init__(self, config: Config, training: Config, data: Path | None) -> None:
+        for name, least in LEAST_TRAINING.items():
+            if training[name] < least:
+                raise InputError(f"--set {name}: expected {least} or more, found {training[name]}")
+        super().__init__(config, training, data)
+
     @cached_property
     def units(self) -> tuple[Units, Units]:
         """Units to fit to and units to judge by, apart by source."""
@@ -54,11 +60,6 @@ class ScorerRecipe(Recipe):
 
     def fit(self) -> nn.Module:
         """The module with the scorer that does best; the config then names its heads, layers and threshold."""
-        if self.training["ensemble"] < 1 or self.training["folds"] < 2:
-            raise InputError(
-                f"--set: expected an ensemble of 1 or more and 2 or more folds, found {self.training['ensemble']} and "
-                f"{self.training['folds']}"
-            )
         fitted = fitting.fit(self.units[0], self.training)
         self.config = {
             **self.config,
