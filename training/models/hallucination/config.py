@@ -154,6 +154,8 @@ TRAINING: Config = {
     "valid_share": 0.25,
     "generator": "",  # only answers of this model
     "store": "",
+    "read_heads": "",  # what features are read of, to choose from; "" is heads and layers
+    "read_layers": "",
     "responses": 120,
     "longest": 0,  # tokens that are read of an answer in its context; 0 is max_tokens
     "loading": "fp32",  # or fp16, bf16, int8, nf4, or stored: as the checkpoint has it

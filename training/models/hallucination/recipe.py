@@ -113,8 +113,11 @@ class HallucinationRecipe(ScorerRecipe):
     """From RAGTruth or made-up answers, whose features the frozen models read once; or from a score log of the base."""
 
     def __init__(self, config: Config, training: Config, data: Path | None) -> None:
-        super().__init__(config, with_profile(training, config), data)
-        self.reader = FeatureReader(self.config, self.training)
+        # A fitted config names the heads and layers that were chosen; they were chosen from these.
+        read = {name: training[f"read_{name}"] or config[name] for name in ("heads", "layers")}
+        known = {f"read_{name}": text for name, text in read.items()}
+        super().__init__(config, {**with_profile(training, config), **known}, data)
+        self.reader = FeatureReader({**config, **read}, self.training)
 
     @cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:
@@ -132,7 +135,7 @@ class HallucinationRecipe(ScorerRecipe):
     def units(self) -> tuple[Units, Units]:
         if self.training["scores"]:
             train, valid = ScorerRecipe.units.func(self)  # type: ignore[attr-defined]
-            heads, layers = heads_of(self.config), layers_of(self.config)
+            heads, layers = heads_of(self.reader.config), layers_of(self.reader.config)
             return train.columns(heads, layers), valid.columns(heads, layers)
         train, valid = self.examples
         folder = Path(self.training["store"]) if self.training["store"] else None
