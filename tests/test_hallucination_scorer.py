@@ -238,6 +238,10 @@ def no_layers(rows: Any) -> None:
     rows[0]["scores"][0]["parameter_knowledge_scores"] = {}
 
 
+def scores_that_are_no_list(rows: Any) -> None:
+    rows[4]["scores"] = 5
+
+
 def a_backward_span(rows: Any) -> None:
     rows[4]["scores"][0]["r_span"] = [9, 3]
 
@@ -251,6 +255,7 @@ def a_backward_span(rows: Any) -> None:
         (another_head, "response 4: expected 'prompt_attention_score' as in the first response"),
         (no_scores, "expected responses with scores, found none"),
         (no_layers, "expected scores with 'parameter_knowledge_scores'"),
+        (scores_that_are_no_list, "response 4: expected a list of scores, found 5"),
         (a_backward_span, r"response 4: expected r_span as \[first, last\] token, found \[9, 3\]"),
     ],
 )
