@@ -116,7 +116,7 @@ def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path: Path) -> No
     path = ragtruth(tmp_path) / "response.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], b'{"response": "\xff"}\n', *lines[2:]]))
-    with pytest.raises(InputError, match="response.jsonl, line 3: expected JSON in UTF-8"):
+    with pytest.raises(InputError, match=r"response\.jsonl, line 3: expected JSON in UTF-8"):
         read_ragtruth(tmp_path, "")
 
 
