@@ -64,11 +64,13 @@ class Dialogue:
     emotion_logits: np.ndarray | None = None
 
     def newest(self, count: int) -> "Dialogue":
-        """The last `count` turns; edges from turns that are cut off are cut, too."""
+        """The last `count` turns; edges from or to turns that are cut off are cut, too."""
         gone = len(self.turns) - count
         if gone <= 0:
             return self
-        edges = self.edges and tuple((head - gone, tail - gone, kind) for head, tail, kind in self.edges if head > gone)
+        edges = self.edges and tuple(
+            (head - gone, tail - gone, kind) for head, tail, kind in self.edges if min(head, tail) > gone
+        )
         logits = None if self.emotion_logits is None else self.emotion_logits[gone:]
         return replace(self, turns=self.turns[gone:], edges=edges, emotion_logits=logits)
 

@@ -222,7 +222,8 @@ def _joined(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
         regions.append((len(prompt) - len(context), len(prompt)))
         prompt += JOINT
     prompt += _text(request["question"], f"{where}, question") if "question" in request else ""
-    return prompt.rstrip(), tuple(regions)
+    prompt = prompt.rstrip()
+    return prompt, tuple((start, min(end, len(prompt))) for start, end in regions)
 
 
 def _text(value: Any, where: str) -> str:

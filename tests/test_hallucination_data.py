@@ -112,6 +112,14 @@ def test_a_wrong_file_is_refused_with_its_line(spoil: Any, message: str, tmp_pat
         read_ragtruth(ragtruth(tmp_path, spoil), "")
 
 
+def test_a_line_that_is_no_utf8_is_refused_with_its_number(tmp_path: Path) -> None:
+    path = ragtruth(tmp_path) / "response.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b'{"response": "\xff"}\n', *lines[2:]]))
+    with pytest.raises(InputError, match=r"response\.jsonl, line 3: expected JSON in UTF-8"):
+        read_ragtruth(tmp_path, "")
+
+
 def test_a_folder_without_ragtruth_and_an_unknown_generator_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"expected source_info.jsonl in"):
         read_ragtruth(tmp_path, "")
@@ -169,6 +177,11 @@ def test_contexts_are_regions_of_the_prompt_and_the_question_is_not_searched() -
     joined = " ".join(grounded.prompt[s:e] for s, e in grounded.prompt_spans)
     assert joined == EXAMPLE["contexts"][0]
     assert grounded.prompt.endswith(EXAMPLE["question"])
+
+
+def test_space_after_the_last_context_belongs_to_no_chunk() -> None:
+    grounded = read_request({"contexts": ["It is red. ", "It is long. \n"], "answer": "b"}, "request", 30, MOST)
+    assert [grounded.prompt[s:e] for s, e in grounded.prompt_spans] == ["It is red.", "It is long."]
 
 
 # What is refused -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from runtimes.errors import InputError
 from training import evaluate, run
 from training.checkpoint import Checkpoint, restore
 from training.models.hallucination import fitting
-from training.models.hallucination.config import TINY, TRAINING
+from training.models.hallucination.config import LEAST_TRAINING, TINY, TRAINING
 from training.models.hallucination.metrics import auc, best_threshold, intervals, mutual_information
 from training.models.hallucination.recipe import synthetic_units
 from training.models.hallucination.units import Units, read_log
@@ -238,6 +238,10 @@ def no_layers(rows: Any) -> None:
     rows[0]["scores"][0]["parameter_knowledge_scores"] = {}
 
 
+def scores_that_are_no_list(rows: Any) -> None:
+    rows[4]["scores"] = 5
+
+
 def a_backward_span(rows: Any) -> None:
     rows[4]["scores"][0]["r_span"] = [9, 3]
 
@@ -251,6 +255,7 @@ def a_backward_span(rows: Any) -> None:
         (another_head, "response 4: expected 'prompt_attention_score' as in the first response"),
         (no_scores, "expected responses with scores, found none"),
         (no_layers, "expected scores with 'parameter_knowledge_scores'"),
+        (scores_that_are_no_list, "response 4: expected a list of scores, found 5"),
         (a_backward_span, r"response 4: expected r_span as \[first, last\] token, found \[9, 3\]"),
     ],
 )
@@ -284,7 +289,7 @@ def test_a_log_of_another_model_is_refused(tmp_path: Path, units: Units, capsys:
         (["--fit", "magic"], "expected grid or published, found 'magic'"),
         (["--select", "luck"], "expected auc or mi, found 'luck'"),
         (["--valid_share", "1"], "expected 2 or more sources and a share in 0..1"),
-        (["--ensemble", "0"], "expected an ensemble of 1 or more"),
+        *((["--" + name, "0"], f"--set {name}: expected {least} or more") for name, least in LEAST_TRAINING.items()),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(

@@ -142,6 +142,9 @@ def test_what_was_precomputed_in_shares_is_not_read_again(
 
     monkeypatch.setattr(FeatureReader, "ask", forbidden)
     assert run(["hallucination", "--data", data, "--store", store, "--out", str(tmp_path), "--folds", "2"]) == 0
+    said = capsys.readouterr().out
+    assert evaluate(["hallucination", "--data", data, "--checkpoint", str(tmp_path / "hallucination")]) == 0
+    assert capsys.readouterr().out in said, "the same table: the baselines, too, are fitted to all heads again"
 
 
 def test_a_store_of_other_features_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,7 +93,7 @@ def test_a_sample_is_everything_before_a_supporters_turn(form: Any, tmp_path: Pa
 
 def test_the_newest_turns_are_kept_with_their_edges() -> None:
     turns = [{"speaker": "seeker", "text": str(i)} for i in range(4)]
-    edges = [[0, 1, ROOT], [1, 2, 3], [1, 3, 4], [3, 4, 5]]
+    edges = [[0, 1, ROOT], [1, 2, 3], [1, 3, 4], [3, 4, 5], [4, 1, 6], [3, 2, 7]]
     dialogue = read_dialogue({"turns": turns, "edges": edges}, STRATEGIES["esconv"], "here").newest(2)
     assert [turn.text for turn in dialogue.turns] == ["2", "3"]
     assert dialogue.edges == ((1, 2, 5),)

@@ -111,3 +111,17 @@ def test_real_dialogues_are_predicted_better_than_by_the_majority(data: Path, tm
     recipe = recipe_of(small, history=5)
     labels = recipe.tables[1]["labels"]
     assert found["macro_f1"] > recipe._measure(torch.full_like(labels, int(labels.mode().values)))["macro_f1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels", "daily"], "expected labels of esconv, annomi; found 'daily'"),
+        (["--history", "0"], "expected a history of 1 to max_turns = 16, found 0"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["strategy", "--out", str(tmp_path), *arguments]) == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: {message}"]

@@ -91,13 +91,13 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) for each line of JSON."""
     if not path.is_file():
         raise InputError(f"expected {path.name} in {path.parent}, found none")
-    with path.open(encoding="utf-8") as stream:
+    with path.open("rb") as stream:  # decoded line by line, so that the one that is no UTF-8 can be named
         for number, line in enumerate(stream, 1):
             where = f"{path}, line {number}"
             try:
-                row = json.loads(line) if line.strip() else None
+                row = json.loads(line.decode()) if line.strip() else None
             except ValueError as error:
-                raise InputError(f"{where}: expected JSON, found {one_line(error, 80)}") from error
+                raise InputError(f"{where}: expected JSON in UTF-8, found {one_line(error, 80)}") from error
             if isinstance(row, dict):
                 yield where, row
             elif row is not None:

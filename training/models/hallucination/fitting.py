@@ -155,7 +155,7 @@ def fit_published(units: Units, settings: Mapping[str, Any]) -> Scorer:
 def fit(units: Units, settings: Mapping[str, Any]) -> Scorer:
     """The scorer of these units by `settings["fit"]`: with given numbers, or with those that do best on folds.
 
-    With an `ensemble` above 1, each member after the first is fitted to a resample of the sources.
+    With an `ensemble` above 1, each member after the first is fitted to about 70 % of the responses.
     """
     if settings["fit"] == "published":
         return fit_published(units, settings)

@@ -116,10 +116,9 @@ def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
     decoder_config(source, revision)  # refuses what cannot be read
-    options = _options(training)
-    folder = None
+    folder = tempfile.TemporaryDirectory(prefix="slipway-")  # its own: another model's layers have the same names
+    options = _options(training, Path(folder.name, "offload"))
     if source.startswith(SEEDED):  # from_pretrained is what quantises and spreads
-        folder = tempfile.TemporaryDirectory(prefix="slipway-")
         load_decoder(source, revision).save_pretrained(folder.name)
         source = folder.name
     model = pretrained(AutoModelForCausalLM, source, revision, **options)
@@ -127,8 +126,8 @@ def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _options(training: Mapping[str, Any]) -> dict[str, Any]:
-    """What from_pretrained is asked for."""
+def _options(training: Mapping[str, Any], offload: Path) -> dict[str, Any]:
+    """What from_pretrained is asked for; layers that find no room elsewhere go to the folder `offload`."""
     loading = training["loading"]
     options: dict[str, Any] = {"dtype": DTYPES.get(loading, "auto")}
     if loading in ("int8", "nf4"):
@@ -149,7 +148,7 @@ def _options(training: Mapping[str, Any]) -> dict[str, Any]:
         )
     if training["device_map"]:
         options["device_map"] = training["device_map"]
-        options["offload_folder"] = str(Path(tempfile.gettempdir()) / "slipway-offload")
+        options["offload_folder"] = str(offload)
         if training["max_memory"]:
             options["max_memory"] = max_memory(training["max_memory"])
     return options

@@ -13,7 +13,7 @@ from runtimes.caching import Store
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
 from training.models.hallucination import fitting
-from training.models.hallucination.config import head_text, heads_of, layer_text, layers_of
+from training.models.hallucination.config import LEAST_TRAINING, head_text, heads_of, layer_text, layers_of
 from training.models.hallucination.data import (
     Example,
     held_out_sources,
@@ -36,6 +36,12 @@ EVERYTHING = 1 << 40  # entries that a store in memory may hold
 class ScorerRecipe(Recipe):
     """From a score log, or from made-up features: no model is read."""
 
+    def __init__(self, config: Config, training: Config, data: Path | None) -> None:
+        for name, least in LEAST_TRAINING.items():
+            if training[name] < least:
+                raise InputError(f"--set {name}: expected {least} or more, found {training[name]}")
+        super().__init__(config, training, data)
+
     @cached_property
     def units(self) -> tuple[Units, Units]:
         """Units to fit to and units to judge by, apart by source."""
@@ -54,11 +60,6 @@ class ScorerRecipe(Recipe):
 
     def fit(self) -> nn.Module:
         """The module with the scorer that does best; the config then names its heads, layers and threshold."""
-        if self.training["ensemble"] < 1 or self.training["folds"] < 2:
-            raise InputError(
-                f"--set: expected an ensemble of 1 or more and 2 or more folds, found {self.training['ensemble']} and "
-                f"{self.training['folds']}"
-            )
         fitted = fitting.fit(self.units[0], self.training)
         self.config = {
             **self.config,
@@ -112,8 +113,11 @@ class HallucinationRecipe(ScorerRecipe):
     """From RAGTruth or made-up answers, whose features the frozen models read once; or from a score log of the base."""
 
     def __init__(self, config: Config, training: Config, data: Path | None) -> None:
-        super().__init__(config, with_profile(training, config), data)
-        self.reader = FeatureReader(self.config, self.training)
+        # A fitted config names the heads and layers that were chosen; they were chosen from these.
+        read = {name: training[f"read_{name}"] or config[name] for name in ("heads", "layers")}
+        known = {f"read_{name}": text for name, text in read.items()}
+        super().__init__(config, {**with_profile(training, config), **known}, data)
+        self.reader = FeatureReader({**config, **read}, self.training)
 
     @cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:
@@ -131,7 +135,7 @@ class HallucinationRecipe(ScorerRecipe):
     def units(self) -> tuple[Units, Units]:
         if self.training["scores"]:
             train, valid = ScorerRecipe.units.func(self)  # type: ignore[attr-defined]
-            heads, layers = heads_of(self.config), layers_of(self.config)
+            heads, layers = heads_of(self.reader.config), layers_of(self.reader.config)
             return train.columns(heads, layers), valid.columns(heads, layers)
         train, valid = self.examples
         folder = Path(self.training["store"]) if self.training["store"] else None

@@ -111,6 +111,8 @@ def read_log(path: Path) -> Units:
     ecs, pks, labels, lengths, responses = [], [], [], [], []
     for number, row in enumerate(rows):
         where = f"{path}, response {row.get('id', number)}"
+        if not isinstance(row["scores"], list):
+            raise InputError(f"{where}: expected a list of scores, found {ascii(row['scores'])[:80]}")
         for score in row["scores"]:
             ecs.append(_values(where, score, ECS, heads.values()))
             pks.append(_values(where, score, PKS, layers.values()))

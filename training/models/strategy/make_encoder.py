@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.command import command, parser
+from runtimes.dialogue import STRATEGIES
 from runtimes.errors import require
 from training.models.strategy.data import read_samples
 from training.models.strategy.frozen import SPECIAL
@@ -76,7 +77,9 @@ def _parser() -> Any:
         "--data ESConv.json --out encoders/wide --width 512 --vocabulary 16000",
     )
     result.add_argument("--data", type=Path, required=True, help="file with dialogues")
-    result.add_argument("--labels", default="esconv", help="label set of the file (default: esconv)")
+    result.add_argument(
+        "--labels", default="esconv", choices=STRATEGIES, help="label set of the file (default: esconv)"
+    )
     result.add_argument("--out", type=Path, required=True, help="folder of the encoder")
     result.add_argument("--width", type=int, default=256, help="width of its vectors (default: 256)")
     result.add_argument("--layers", type=int, default=1, help="number of layers (default: 1)")

@@ -38,9 +38,9 @@ class StrategyRecipe(Recipe):
     def samples(self) -> tuple[list[Sample], list[Sample]]:
         """Training and validation samples."""
         training, labels = self.training, self.config["labels"]
-        if training["history"] > self.config["max_turns"]:
+        if not 1 <= training["history"] <= self.config["max_turns"]:
             raise InputError(
-                f"expected a history of at most max_turns = {self.config['max_turns']}, found {training['history']}"
+                f"expected a history of 1 to max_turns = {self.config['max_turns']}, found {training['history']}"
             )
         if self.data is None:
             made = synthetic_samples(training["seed"], training["dialogues"], labels)

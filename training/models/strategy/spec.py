@@ -150,6 +150,7 @@ def settle(config: Config) -> Config:
     """The config with the width of the encoder that it names."""
     from training.models.strategy.frozen import encoder_width
 
+    check(config)
     return {**config, "context_width": encoder_width(config["encoder"], config["encoder_revision"])}
 
 
