@@ -36,7 +36,7 @@ class Index:
         self.collection = collection
         path = collection.folder / INDEX
         found = read_manifest(collection.folder / MANIFEST, FORMAT, REMEDY)
-        for name, expected in {"model": collection.model, "rows": len(collection)}.items():
+        for name, expected in _made_from(collection).items():
             if found.get(name) != expected:
                 raise ArtifactError(f"{path}: expected {name} {expected}, found {found.get(name)}; {REMEDY}")
         if not path.is_file() or sha256_file(path) != found["file"]:
@@ -81,8 +81,12 @@ def build_index(collection: Collection, *, threads: int = 2) -> None:
     (collection.folder / MANIFEST).unlink(missing_ok=True)
     faiss.write_index(index, str(draft))
     draft.replace(collection.folder / INDEX)
-    fields = {"model": collection.model, "rows": rows, "file": sha256_file(collection.folder / INDEX)}
+    fields = {**_made_from(collection), "file": sha256_file(collection.folder / INDEX)}
     write_manifest(collection.folder / MANIFEST, FORMAT, fields)
+
+
+def _made_from(collection: Collection) -> dict[str, Any]:
+    return {"model": collection.model, "rows": len(collection), "data": collection.info.data}
 
 
 @command

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.collection import EMBEDDINGS, INFO, LENGTH_TOLERANCE, METADATA, UNFINISHED, Entry, Info
-from runtimes.errors import ArtifactError, InputError
+from runtimes.errors import ArtifactError, InputError, SlipwayError
 
 SHARDS = "shards"
 PAGE_BYTES = 4096  # rows begin on a page: a row of 2048 float16 is then one page
@@ -91,17 +91,24 @@ class Writer:
     def finish(self) -> None:
         """The collection is published; `ArtifactError` if a row is missing. Any worker may call this, also twice."""
         if not self.finished:
-            missing = np.flatnonzero(~self._written())
-            if missing.size:
-                raise ArtifactError(
-                    f"{self.folder}: expected {self.info.rows} rows, found {missing.size} missing, "
-                    f"the first is {missing[0]}; run the same command again to go on"
-                )
-            with suppress(FileNotFoundError):  # another worker was faster
+            try:
+                self._refuse_missing()
+            except SlipwayError:
+                if not self.finished:  # another worker was faster, and takes the records away
+                    raise
+            with suppress(FileNotFoundError):  # as above
                 os.replace(self.folder / UNFINISHED, self.folder / INFO)
             _sync_folder(self.folder)
         self._refuse_another(INFO)
         shutil.rmtree(self.folder / SHARDS, ignore_errors=True)
+
+    def _refuse_missing(self) -> None:
+        missing = np.flatnonzero(~self._written())
+        if missing.size:
+            raise ArtifactError(
+                f"{self.folder}: expected {self.info.rows} rows, found {missing.size} missing, "
+                f"the first is {missing[0]}; run the same command again to go on"
+            )
 
     def _announce(self) -> None:
         """`unfinished.json` is this run's; it appears whole and once, so that of two runs only the first goes on."""

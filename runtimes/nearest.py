@@ -30,8 +30,9 @@ def top_k(embeddings: np.ndarray, queries: np.ndarray, k: int, *, threads: int =
     alone, so that equal rows are equal, and the answer does not change with other queries or the number of threads.
     """
     queries = check_queries(queries, embeddings.shape[1])
-    if k < 1:
-        raise InputError(f"expected k of at least 1, found {k}")
+    for name, number in (("k", k), ("threads", threads)):
+        if number < 1:
+            raise InputError(f"expected {name} of at least 1, found {number}")
     at_once = max(1, SCORES_NUMBERS // len(embeddings))
     hits = [
         _largest(scores, k)

@@ -60,9 +60,12 @@ def test_an_answer_longer_than_the_lists_that_were_read_is_whole(tmp_path: Path)
     assert Index(collection).top_k(query, 1000).rows.tolist() == top_k(collection.embeddings, query, 300).rows.tolist()
 
 
-def other_model(folder: Path) -> None:
-    info = json.loads((folder / "info.json").read_text())
-    (folder / "info.json").write_text(json.dumps({**info, "model": "f" * 64}))
+def other(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        info = json.loads((folder / "info.json").read_text())
+        (folder / "info.json").write_text(json.dumps({**info, name: "f" * 64}))
+
+    return spoil
 
 
 def other_rows(folder: Path) -> None:
@@ -77,7 +80,8 @@ def flip(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "says"), [
-    (other_model, "expected model f"), (other_rows, "expected rows 300, found 7"), (flip, "manifest names"),
+    (other("model"), "expected model f"), (other("data"), "expected data f"),
+    (other_rows, "expected rows 300, found 7"), (flip, "manifest names"),
     (lambda folder: (folder / INDEX).unlink(), "manifest names"),
     (lambda folder: (folder / MANIFEST).write_text("{}"), "expected format"),
 ])  # fmt: skip

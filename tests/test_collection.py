@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from runtimes import collection_writer
 from runtimes.collection import Collection, Entry, Info, Lines
 from runtimes.collection_writer import SHARDS, Writer
 from runtimes.errors import ArtifactError, InputError, SlipwayError
@@ -100,6 +101,24 @@ def test_processes_reserve_and_write_at_once(tmp_path: Path) -> None:
         worker.join()
     Writer.reserve(tmp_path / "toy", INFO, []).finish()
     np.testing.assert_array_equal(Collection.open(tmp_path / "toy").embeddings, unit_rows())
+
+
+@pytest.mark.parametrize(("place", "name"), [(Writer, "_written"), (collection_writer, "read_json")])
+def test_a_worker_that_another_overtakes_finishes_too(
+    place: object, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slower, faster = (Writer.reserve(tmp_path, INFO, ENTRIES) for _ in range(2))
+    faster.write(0, unit_rows())
+    real = getattr(place, name)
+
+    def overtaken(*arguments: object) -> object:
+        monkeypatch.undo()
+        faster.finish()
+        return real(*arguments)
+
+    monkeypatch.setattr(place, name, overtaken)
+    slower.finish()
+    np.testing.assert_array_equal(Collection.open(tmp_path).embeddings, unit_rows())
 
 
 def test_a_killed_run_goes_on_with_what_it_had_recorded(tmp_path: Path) -> None:

@@ -85,3 +85,9 @@ def test_a_row_that_is_no_unit_vector_is_named(dtype: str, bad: float, monkeypat
 def test_a_wrong_query_is_refused(queries: np.ndarray, k: int, says: str) -> None:
     with pytest.raises(InputError, match=says):
         top_k(unit_rows(3, 4), queries, k)
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(threads: int) -> None:
+    with pytest.raises(InputError, match=f"threads of at least 1, found {threads}"):
+        top_k(unit_rows(3, 4), unit_rows(1, 4), 1, threads=threads)

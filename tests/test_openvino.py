@@ -1,5 +1,6 @@
 """OpenVINO: the second served engine, added as two files; here alone and behind a real Triton."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,17 @@ def test_a_later_call_leaves_an_earlier_answer_alone(root: Path, source: Source)
     name = source.signature.visible_outputs[0].name
     assert np.array_equal(first[name], kept[name])
     assert not np.array_equal(first[name], second[name])
+
+
+def test_calls_of_several_threads_get_their_own_answers(root: Path, source: Source) -> None:
+    rng = np.random.default_rng(0)
+    feeds = [source.feeds(rng, source.signature.sizes("opt")) for _ in range(4)]
+    name = source.signature.visible_outputs[0].name
+    with open_runtime(root) as runtime, ThreadPoolExecutor(4) as pool:
+        want = [runtime.fresh(each)[name] for each in feeds]
+        for _ in range(50):
+            for got, alone in zip(pool.map(runtime.fresh, feeds), want, strict=True):
+                np.testing.assert_array_equal(got[name], alone)
 
 
 def test_the_engine_says_what_runs_it_and_refuses_what_it_has_not(root: Path) -> None:

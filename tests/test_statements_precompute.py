@@ -30,6 +30,7 @@ SPEC = find_spec("statements")
 ROOT = Path(collecting.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ROWS = 90
+GPU = torch.cuda.is_available()
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +230,8 @@ def test_a_statement_of_a_hundred_thousand_characters_is_read_from_its_start(tra
         (["--store", "x"], 2, "one of them"),
         (["--shard-rows", "0"], 2, "shards of 1 or more rows"),
         (["--pooling", "mean"], 2, "the checkpoint has them"),
+        (["--engine", "ray", "--workers", "0"], 2, "1 or more workers"),
+        pytest.param(["--device", "cuda"], 1, "expected a GPU", marks=pytest.mark.skipif(GPU, reason="has a GPU")),
     ],
 )
 def test_a_wrong_command_line_is_refused_in_one_line(

@@ -22,8 +22,9 @@ from runtimes.repository import find
 from runtimes.triton_server import TritonServer
 from tests.toys import ask
 from training.checkpoint import Checkpoint
+from training.models.statements.data import flatten
 from training.models.statements.embedding import open_embedder
-from training.models.statements.spec import VECTOR, agreement, same_neighbours
+from training.models.statements.spec import HALVINGS, VECTOR, agreement, same_neighbours
 from training.run import main as run
 from training.spec import find_spec
 
@@ -128,6 +129,18 @@ def test_parity_looks_at_real_statements_and_their_neighbours(repository: Path, 
     source = Source(SPEC, Checkpoint.load(trained / "statements"))
     rows = sum(len(feeds["input_ids"]) for feeds in SPEC.trial(source.config, source.probe))
     assert rows == 35, "all held-out statements, for there are fewer than 64"
+
+
+def test_int8_is_calibrated_on_training_papers_and_judged_on_others() -> None:
+    preset = SPEC.preset("tiny")
+    recipe: Any = SPEC.recipe()(preset.config, {**preset.training, "papers": 60}, None)
+    train, valid = ({tuple(row) for row in recipe.tokens.rows(flatten(papers)[0])} for papers in recipe.papers)
+    probe = recipe.probe()
+    calibrated = [tuple(feeds["input_ids"][0]) for feeds in SPEC.calibration(preset.config, probe)]
+    assert set(calibrated[::HALVINGS]) <= train - valid, "the others are beginnings"
+    for feeds in SPEC.trial(preset.config, probe):
+        rows = zip(feeds["input_ids"], feeds["attention_mask"] > 0, strict=True)
+        assert {tuple(ids[real]) for ids, real in rows} <= valid
 
 
 def test_neighbours_in_another_order_or_place_fail_the_proof() -> None:

@@ -105,6 +105,19 @@ def test_a_collection_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
         assert ask(server, "/api/collections/a")[1]["state"] == "ready"
 
 
+def test_what_may_not_be_looked_at_spoils_nothing_else(tmp_path: Path) -> None:
+    for name in ("whole", "damaged"):
+        write_collection(tmp_path / name)
+    (tmp_path / "damaged/metadata.jsonl").unlink()
+    for name in ("damaged/metadata.jsonl", "stranger", "stranger.jsonl"):
+        (tmp_path / name).symlink_to("x" * 300)  # a name that no file can have: looking at it is an error
+    with serving(tmp_path, tmp_path / ("x" * 300)) as server:
+        found = ask(server, "/api/collections")[1]["collections"]
+        assert [(entry["name"], entry["state"]) for entry in found] == [("damaged", "broken"), ("whole", "ready")]
+        status, answer = ask(server, "/api/collections/whole/search", {"text": "a ring"})
+        assert (status, "File name too long" in answer["error"]) == (409, True)
+
+
 LONE = b'{"text": "\\ud800"}'
 
 

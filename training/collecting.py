@@ -117,6 +117,8 @@ def collect(work: Work) -> int:
 
 def collect_with_ray(work: Work, workers: int) -> int:
     """As `collect`, by that many Ray actors; one that dies is started again, and embeds its shard again."""
+    if workers < 1:
+        raise InputError(f"expected 1 or more workers, found {workers}")
     missing = work.missing()
     if missing:
         ray, data = require("ray", extra="ray"), require("ray.data", extra="ray")

@@ -167,7 +167,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def probe(self) -> Tensors:
-        """A few real validation inputs, kept with the checkpoint so that parity is proved on them."""
+        """A few real validation inputs, kept with the checkpoint to prove parity on; and those to calibrate int8 on."""
 
     def fit(self) -> "nn.Module | None":
         """The trained module of a model that is not learned by gradients, and `config` as it was found to be best.

@@ -26,7 +26,7 @@ def prepare(base: Path, out: Path) -> None:
         for i, pair in enumerate(zip(parts["calibrate"][::2], parts["calibrate"][1::2], strict=True))
     ]
     (out / "papers.jsonl").write_text("".join(json.dumps(paper) + "\n" for paper in papers))
-    settings = {"base": base, "pooling": "mean", "lora_targets": "query,key,value", "epochs": 0.2, "valid_share": 0.9}
+    settings = {"base": base, "pooling": "mean", "lora_targets": "query,key,value", "epochs": 0.1}
     options = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "training.run", "statements", "--data", out / "papers.jsonl", *options]
     subprocess.run([*map(str, command), "--out", str(out / "checkpoints")], check=True, cwd=ROOT)

@@ -1,6 +1,7 @@
 """OpenVINO on CPU: the fastest engine for batches there (benchmarks/)."""
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ class OpenVinoRuntime(Runtime):
     engine = "openvino"
     compiled: Any = None
     request: Any = None
+    turn: Lock
 
     def open(self) -> None:
         openvino = require("openvino", extra="openvino")
@@ -32,16 +34,17 @@ class OpenVinoRuntime(Runtime):
             model = openvino.Core().read_model(self.root / MODEL_FILE)
             self.compiled = openvino.Core().compile_model(model, "CPU", settings)
             self.request = self.compiled.create_infer_request()
+            self.turn = Lock()
         except openvino_errors() as error:
             raise EngineError(f"openvino cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        try:
-            answered = self.request.infer(dict(feeds), share_inputs=True)
-        except RuntimeError as error:
-            raise EngineError(f"openvino failed on {self.artifact.name}: {one_line(error)}") from error
-        # The request's own memory: the next call would overwrite it.
-        return {tensor.name: answered[tensor.name].copy() for tensor in self.signature.outputs}
+        with self.turn:  # the answer lies in the request's own memory: the next call, of any thread, overwrites it
+            try:
+                answered = self.request.infer(dict(feeds), share_inputs=True)
+            except RuntimeError as error:
+                raise EngineError(f"openvino failed on {self.artifact.name}: {one_line(error)}") from error
+            return {tensor.name: answered[tensor.name].copy() for tensor in self.signature.outputs}
 
     def close(self) -> None:
         self.request = self.compiled = None

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os.path import isfile  # no error, as of Path.is_file, where a file may not be looked at
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,8 +171,8 @@ class Library:
             paths = sorted(self.folder.iterdir())
         except OSError as error:
             raise ArtifactError(f"{self.folder}: expected a folder of collections, found {error.strerror}") from error
-        found = {path.name: path for path in paths if any((path / mark).is_file() for mark in MARKS)}
-        files = {path.stem: path for path in paths if path.suffix == STATEMENTS_SUFFIX and path.is_file()}
+        found = {path.name: path for path in paths if any(isfile(path / mark) for mark in MARKS)}
+        files = {path.stem: path for path in paths if path.suffix == STATEMENTS_SUFFIX and isfile(path)}
         return {**files, **found}  # a collection stands for the file it was made from
 
 
@@ -197,6 +198,6 @@ def matching(papers: Sequence[Paper], words: str) -> list[int]:
 
 def _version(folder: Path) -> object:
     return tuple(
-        (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+        (path.stat().st_mtime_ns, path.stat().st_size) if isfile(path) else None
         for path in (folder / INFO, folder / METADATA)
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.errors import EngineError, InputError, SlipwayError, one_line
 from runtimes.web.library import Library, NotFound, matching, statement
 
 ASSETS = Path(__file__).parent / "assets"
@@ -209,7 +209,10 @@ class Handler(BaseHTTPRequestHandler):
                 names = tuple(_decoded(name) for name in match.groups())
                 asked = {name: values[-1] for name, values in parse_qs(query).items()}
                 body = self._body() if method == "POST" else None
-                return route(self.server.library, Request(names=names, query=asked, body=body))
+                try:
+                    return route(self.server.library, Request(names=names, query=asked, body=body))
+                except OSError as error:  # of a disk, and not of the client, who is to hear of it
+                    raise EngineError(one_line(error)) from error
         raise NotFound(f"expected a page of this server, found {method} {path[:80]}")
 
     def _body(self) -> Any:

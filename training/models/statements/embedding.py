@@ -11,7 +11,7 @@ from torch import nn
 
 from runtimes.artifact import ASSETS
 from runtimes.caching import buckets
-from runtimes.errors import InputError
+from runtimes.errors import EngineError, InputError
 from runtimes.texts import Tokens, padded
 from training.checkpoint import Checkpoint, restore
 from training.spec import ModelSpec
@@ -33,6 +33,8 @@ class Embedder:
         if precision not in DTYPES:
             raise InputError(f"expected a precision of {', '.join(DTYPES)}; found '{precision}'")
         here = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" != here:
+            raise EngineError("expected a GPU that torch can use, found none; give --device cpu")
         self.device = torch.device(here if device == "auto" else device)
         if self.device.type == "cuda":  # of several, the one that torchrun means
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -23,9 +23,10 @@ from training.models.statements.data import draw_pairs, flatten, split_by_paper,
 from training.models.statements.embedding import Embedder
 from training.models.statements.metrics import bm25, cosine, measure
 from training.models.statements.module import adapted_layers
+from training.models.statements.spec import INPUTS, TRAINED_ON, TRIAL_ROWS
 from training.spec import Config, Evaluation, Recipe
 
-PROBE_ROWS = 256  # what int8 is calibrated on; the first of them are also what parity is proved on
+CALIBRATION_ROWS = 256
 Batch = dict[str, Tensor]
 
 
@@ -86,10 +87,12 @@ class StatementsRecipe(Recipe):
         return Evaluation(metrics=measure(papers, cosine(vectors)), baselines=baselines)
 
     def probe(self) -> Tensors:
-        """The first held-out statements, tokens padded on the right."""
-        texts, _ = flatten(self.papers[1])
-        ids, mask = padded(self.tokens.rows(texts[:PROBE_ROWS]), self.tokens.pad)
-        return {"input_ids": ids, "attention_mask": mask}
+        """The first held-out statements and, under `TRAINED_ON`, some of all training papers; padded on the right."""
+        (train, _), (valid, _) = map(flatten, self.papers)
+        spread = np.linspace(0, len(train) - 1, min(CALIBRATION_ROWS, len(train))).astype(int)
+        chosen = {"": valid[:TRIAL_ROWS], TRAINED_ON: [train[i] for i in spread]}
+        rows = {kind: padded(self.tokens.rows(texts), self.tokens.pad) for kind, texts in chosen.items()}
+        return {kind + name: array for kind, pair in rows.items() for name, array in zip(INPUTS, pair, strict=True)}
 
 
 class Pairs(Dataset[Batch]):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BATCH_MAX = 32
 TRIAL_ROWS = 2 * BATCH_MAX
+INPUTS = ("input_ids", "attention_mask")
+TRAINED_ON = "training_"  # before the names of the probe's inputs from training papers
 HALVINGS = 8
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
@@ -31,9 +33,7 @@ def signature(config: Config) -> Signature:
     check(config)
     longest = config["max_tokens"]
     return Signature(
-        inputs=tuple(
-            TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in ("input_ids", "attention_mask")
-        ),
+        inputs=tuple(TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in INPUTS),
         outputs=(TensorSpec(name=VECTOR, dtype="float32", shape=("batch", config["width"])),),
         axes=(
             Axis(name="batch", min=1, opt=8, max=BATCH_MAX),
@@ -94,11 +94,13 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
 
 
 def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The statements of the probe, one by one and without padding; and beginnings of them, short as a query may be.
+    """Statements of training papers, one by one, without padding; and beginnings of them, short as a query may be.
 
-    A mean over few tokens is larger than one over many: without the short ones it would be cut off.
+    A mean over few tokens is larger than one over many: without the short ones it would be cut off. The probe of an
+    untrained model has no training papers: its own rows do.
     """
-    for i, (ids, mask) in enumerate(zip(probe["input_ids"], probe["attention_mask"], strict=True)):
+    rows = (probe.get(TRAINED_ON + name, probe[name]) for name in INPUTS)
+    for i, (ids, mask) in enumerate(zip(*rows, strict=True)):
         length = max(2, int(mask.sum()) >> (i % HALVINGS))  # the least that the axis allows is 2
         yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
 
@@ -106,7 +108,7 @@ def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
 def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
     """The first statements of the probe as they are."""
     for start in range(0, min(TRIAL_ROWS, len(probe["input_ids"])), BATCH_MAX):
-        yield {name: probe[name][start : start + BATCH_MAX] for name in ("input_ids", "attention_mask")}
+        yield {name: probe[name][start : start + BATCH_MAX] for name in INPUTS}
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
