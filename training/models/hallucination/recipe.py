@@ -127,6 +127,15 @@ class HallucinationRecipe(ScorerRecipe):
             return train_and_valid(synthetic_examples(seed, self.training["responses"]), share, seed)
         return train_and_valid(read_ragtruth(self.data, self.training["generator"]), share, seed)
 
+    def summary(self) -> list[str]:
+        if self.training["scores"]:
+            return super().summary()
+        # Of the answers alone: their units are there once the frozen models have read them.
+        return [
+            f"{len(part)} answers {what}, {sum(bool(example.hallucinated) for example in part)} of them hallucinated"
+            for part, what in zip(self.examples, ("to fit to", "held out"), strict=True)
+        ]
+
     def readings(self) -> Sequence[Reading]:
         train, valid = self.examples
         return [self.reader.reading([*train, *valid])]
