@@ -181,11 +181,16 @@ def length_baselines(train: Units, valid: Units, settings: Config) -> dict[str, 
     threshold = best_threshold(train.response_labels, train.average(train.lengths))
     scores = valid.average(valid.lengths)
     alone = fitting.measure(valid.response_labels, scores, scores >= threshold)
-    measured = [replace(units, layers=(0,), pks=units.lengths[:, None].astype(np.float64)) for units in (train, valid)]
+    scorer = fitting.fit_published(length_for_pks(train), settings)
     return {
         "chunk_length": {**alone, "chunk_auc": auc(valid.labels, valid.lengths), "threshold": threshold},
-        "length_for_pks": judged(fitting.fit_published(measured[0], settings), measured[1]),
+        "length_for_pks": judged(scorer, length_for_pks(valid)),
     }
+
+
+def length_for_pks(units: Units) -> Units:
+    """The units with their number of tokens as the only layer's PKS."""
+    return replace(units, layers=(0,), pks=units.lengths[:, None].astype(np.float64))
 
 
 def joined(one: Units, other: Units) -> Units:
