@@ -147,6 +147,21 @@ def test_what_was_precomputed_in_shares_is_not_read_again(
     assert capsys.readouterr().out in said, "the same table: the baselines, too, are fitted to all heads again"
 
 
+def test_precomputing_reads_every_answer_once_in_batches_of_the_size_that_is_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, ask = [], FeatureReader.ask
+
+    def counted(reader: FeatureReader, texts: Any) -> Any:
+        sizes.append(len(texts))
+        return ask(reader, texts)
+
+    monkeypatch.setattr(FeatureReader, "ask", counted)
+    store = str(tmp_path / "store")
+    assert precompute(["hallucination", "--store", store, "--responses", "4", "--padded_size", "1"]) == 0
+    assert sizes == [1, 1, 1, 1]
+
+
 def test_a_store_of_other_features_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["hallucination", "--store", str(tmp_path / "store"), "--out", str(tmp_path), *QUICK]
     assert run(arguments) == 0

@@ -52,11 +52,12 @@ def fill_store(arguments: Any, changes: dict[str, str]) -> None:
     readings = recipe.readings()
     if not readings:
         raise InputError(f"expected a model with frozen parts that read texts, found {spec.name}, which has none")
+    padded_size = arguments.padded_size or recipe.training.get("padded_size", PADDED_SIZE)
     rows = []
     with Store(arguments.store) as store:
         for reading in readings:
             started = time.perf_counter()
-            read = fill(store, reading, arguments.padded_size or PADDED_SIZE, _own_share())
+            read = fill(store, reading, padded_size, _own_share())
             seconds = time.perf_counter() - started
             rate = f"{read / seconds:.1f}" if read else "-"
             rows.append((reading.shelf, len(set(reading.texts)), read, f"{seconds:.1f}", rate))

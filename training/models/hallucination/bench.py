@@ -39,6 +39,7 @@ from training.models.hallucination.features import divergence, pooled, resemblan
 from training.models.hallucination.metrics import at_threshold, auc
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 from training.models.hallucination.reading import FeatureReader
+from training.models.hallucination.recipe import length_for_pks
 from training.models.hallucination.spec import feeds, signature
 from training.models.hallucination.units import read_log
 from training.precompute import fill
@@ -262,9 +263,11 @@ def bench_fitting(arguments: Any) -> str:
         "grid, ranked by AUC": {},
         "grid, ranked by mutual information": {"select": "mi"},
         "grid, ensemble of 5": {"ensemble": 5},
+        "published settings, chunk length for PKS": {"fit": "published"},
     }
     for name, settings in ways.items():
-        scores, called = fitting.held_out(units, {**SETTINGS, **settings})
+        judged = length_for_pks(units) if "length" in name else units
+        scores, called = fitting.held_out(judged, {**SETTINGS, **settings})
         found = fitting.measure(labels, scores, called)
         half = at_threshold(labels, scores >= 0.5)["f1"]
         rows.append((name, *(f"{value:.4f}" for value in (found["auc"], found["pcc"], found["f1"], half))))

@@ -25,7 +25,7 @@ LEAST = {
     "chunk_characters": 8,
     "max_characters": 16,
 }
-LEAST_TRAINING = {"top_n": 1, "top_k": 1, "folds": 2, "most": 1, "ensemble": 1}
+LEAST_TRAINING = {"top_n": 1, "top_k": 1, "folds": 2, "most": 1, "ensemble": 1, "responses": 1}
 # The 32 heads of Llama-2 7B chat that copy most, best first (ReDeEP's own list).
 COPYING = (
     "25.0 18.13 18.10 27.9 5.29 23.8 31.28 3.0 31.24 13.20 31.18 1.14 2.5 22.10 2.22 15.7 3.19 20.17 10.20 23.30 20.22 "

@@ -127,6 +127,15 @@ class HallucinationRecipe(ScorerRecipe):
             return train_and_valid(synthetic_examples(seed, self.training["responses"]), share, seed)
         return train_and_valid(read_ragtruth(self.data, self.training["generator"]), share, seed)
 
+    def summary(self) -> list[str]:
+        if self.training["scores"]:
+            return super().summary()
+        # Of the answers alone: their units are there once the frozen models have read them.
+        return [
+            f"{len(part)} answers {what}, {sum(bool(example.hallucinated) for example in part)} of them hallucinated"
+            for part, what in zip(self.examples, ("to fit to", "held out"), strict=True)
+        ]
+
     def readings(self) -> Sequence[Reading]:
         train, valid = self.examples
         return [self.reader.reading([*train, *valid])]
@@ -172,11 +181,16 @@ def length_baselines(train: Units, valid: Units, settings: Config) -> dict[str, 
     threshold = best_threshold(train.response_labels, train.average(train.lengths))
     scores = valid.average(valid.lengths)
     alone = fitting.measure(valid.response_labels, scores, scores >= threshold)
-    measured = [replace(units, layers=(0,), pks=units.lengths[:, None].astype(np.float64)) for units in (train, valid)]
+    scorer = fitting.fit_published(length_for_pks(train), settings)
     return {
         "chunk_length": {**alone, "chunk_auc": auc(valid.labels, valid.lengths), "threshold": threshold},
-        "length_for_pks": judged(fitting.fit_published(measured[0], settings), measured[1]),
+        "length_for_pks": judged(scorer, length_for_pks(valid)),
     }
+
+
+def length_for_pks(units: Units) -> Units:
+    """The units with their number of tokens as the only layer's PKS."""
+    return replace(units, layers=(0,), pks=units.lengths[:, None].astype(np.float64))
 
 
 def joined(one: Units, other: Units) -> Units:

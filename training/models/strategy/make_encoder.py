@@ -10,17 +10,20 @@ from typing import Any
 
 from runtimes.command import command, parser
 from runtimes.dialogue import STRATEGIES
-from runtimes.errors import require
+from runtimes.errors import InputError, require
 from training.models.strategy.data import read_samples
 from training.models.strategy.frozen import SPECIAL
 
 MAX_POSITIONS = 514
+HEADS = 4
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     """Write a Hugging Face folder: XLM-R with random weights, and a byte-level BPE tokenizer."""
     arguments = _parser().parse_args(argv)
+    if arguments.width < HEADS or arguments.width % HEADS:
+        raise InputError(f"--width: expected a multiple of {HEADS}, found {arguments.width}")
     samples = read_samples(arguments.data, arguments.labels, 1000)
     texts = sorted({turn.text for sample in samples for turn in sample.dialogue.turns})
     tokenizer = train_tokenizer(texts, arguments.vocabulary)
@@ -60,7 +63,7 @@ def write_encoder(folder: Path, tokenizer: Any, *, width: int, layers: int, seed
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=width,
         num_hidden_layers=layers,
-        num_attention_heads=4,
+        num_attention_heads=HEADS,
         intermediate_size=2 * width,
         max_position_embeddings=MAX_POSITIONS,
         type_vocab_size=1,
