@@ -57,7 +57,7 @@ def read_papers(path: Path, statements: int | None = None) -> Iterator[Paper]:
 def _paper(line: str, where: str) -> Paper:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected a paper as JSON, found {one_line(error)}") from error
     if not isinstance(row, dict) or not ("statements" in row or row.keys() & OLD_FORM.keys()):
         raise InputError(f"{where}: expected an object with 'statements' or 'lemmas' and 'theorems', found {_cut(row)}")

@@ -50,6 +50,7 @@ def test_reading_stops_after_so_many_statements(count: int, tmp_path: Path) -> N
     [
         ("{", "x.jsonl:2: expected a paper as JSON"),
         ("", "x.jsonl:2: expected a paper as JSON"),
+        pytest.param("[" * 100_000, "x.jsonl:2: expected a paper as JSON", id="deep"),
         ("[1]", "x.jsonl:2: expected an object"),
         ('{"title": "T"}', "x.jsonl:2: expected an object"),
         ('{"statements": {}}', "x.jsonl:2, statements: expected a list"),

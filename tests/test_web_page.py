@@ -98,6 +98,20 @@ def test_a_collection_is_picked_and_a_paper_browsed(page: Any) -> None:
     assert page.locator(".statements .statement").count() == 2
 
 
+def test_papers_of_a_collection_that_was_left_are_not_listed(page: Any) -> None:
+    held: list[Any] = []
+    page.route("**/api/collections/other/papers?*", lambda route: held.append(route))
+    with page.expect_request("**/api/collections/other/papers?*"):
+        page.evaluate("location.hash = '#/other'")
+    page.evaluate("location.hash = '#/algebra'")
+    page.wait_for_selector("main:not([aria-busy])")
+    with page.expect_response("**/api/collections/other/papers?*"):
+        held[0].continue_()
+    page.wait_for_timeout(200)
+    assert page.locator("#paper-list a[href^='#/algebra/']").count() == 3
+    assert page.title().startswith("algebra")
+
+
 def test_mathematics_is_set_and_nothing_in_a_statement_is_html(page: Any) -> None:
     cards = open_statements(page, "#/algebra/paper/0")
     assert cards.nth(0).locator(".katex").count() == 2

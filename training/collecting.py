@@ -1,7 +1,7 @@
 """Embeds whole collections of statements: shards of rows, by one process, by many of torchrun, or as a Ray Data job.
 
-The rows of a shard, their batches and so their bytes are the same whoever embeds them; what is on the disk is not
-embedded again.
+The rows of a shard are the same whoever embeds them, and where `padded_size` is, so are their batches and their bytes;
+what is on the disk is not embedded again.
 """
 
 import logging

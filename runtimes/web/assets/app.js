@@ -106,6 +106,7 @@ async function viewOf({ name, view, argument }, current) {
   if (!current()) return null;
   if (found.reason) throw new api.Refused(found.reason);
   await listPapers(name);
+  if (!current()) return null;
   document.title = `${name} · Statements`;
   return (VIEWS[view] ?? overview)(name, argument, found);
 }
@@ -151,13 +152,14 @@ async function listPapers(name) {
   if (listed === name) return;
   filter.value = "";
   await fillPapers(name, 0);
-  listed = name;
+  if (name === route().name) listed = name;
 }
 
 async function fillPapers(name, start) {
   const wanted = filter.value;
   const { total, papers } = await api.papers(name, wanted, start);
-  if (wanted !== filter.value) return;
+  const late = start && start !== paperList.children.length; // another click was faster
+  if (wanted !== filter.value || name !== route().name || late) return;
   if (!start) paperList.replaceChildren();
   paperList.append(...papers.map((paper) => paperItem(name, paper)));
   papersBox.hidden = false;
