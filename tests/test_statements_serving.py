@@ -24,7 +24,7 @@ from tests.toys import ask
 from training.checkpoint import Checkpoint
 from training.models.statements.data import flatten
 from training.models.statements.embedding import open_embedder
-from training.models.statements.spec import HALVINGS, VECTOR, agreement, same_neighbours
+from training.models.statements.spec import VECTOR, agreement, same_neighbours
 from training.run import main as run
 from training.spec import find_spec
 
@@ -136,8 +136,11 @@ def test_int8_is_calibrated_on_training_papers_and_judged_on_others() -> None:
     recipe: Any = SPEC.recipe()(preset.config, {**preset.training, "papers": 60}, None)
     train, valid = ({tuple(row) for row in recipe.tokens.rows(flatten(papers)[0])} for papers in recipe.papers)
     probe = recipe.probe()
-    calibrated = [tuple(feeds["input_ids"][0]) for feeds in SPEC.calibration(preset.config, probe)]
-    assert set(calibrated[::HALVINGS]) <= train - valid, "the others are beginnings"
+    calibrated = {tuple(feeds["input_ids"][0]) for feeds in SPEC.calibration(preset.config, probe)}
+    assert train <= calibrated
+    assert all(any(ids[: len(short)] == short for ids in train) for short in calibrated - train)
+    assert min(map(len, calibrated)) == 2
+    assert not train & valid
     for feeds in SPEC.trial(preset.config, probe):
         rows = zip(feeds["input_ids"], feeds["attention_mask"] > 0, strict=True)
         assert {tuple(ids[real]) for ids, real in rows} <= valid

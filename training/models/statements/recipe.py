@@ -26,7 +26,7 @@ from training.models.statements.module import adapted_layers
 from training.models.statements.spec import INPUTS, TRAINED_ON, TRIAL_ROWS
 from training.spec import Config, Evaluation, Recipe
 
-CALIBRATION_ROWS = 256
+CALIBRATION_ROWS = 512
 Batch = dict[str, Tensor]
 
 

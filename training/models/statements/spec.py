@@ -19,7 +19,8 @@ BATCH_MAX = 32
 TRIAL_ROWS = 2 * BATCH_MAX
 INPUTS = ("input_ids", "attention_mask")
 TRAINED_ON = "training_"  # before the names of the probe's inputs from training papers
-HALVINGS = 8
+WHOLE = 2  # statements that are calibrated on for one of their beginnings
+HALVINGS = 7
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
 VECTOR = "statement_vector"  # a name that no node of a traced graph has
@@ -94,15 +95,17 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
 
 
 def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """Statements of training papers, one by one, without padding; and beginnings of them, short as a query may be.
+    """Statements of training papers, one by one, without padding; and of some a beginning, short as a query may be.
 
     A mean over few tokens is larger than one over many: without the short ones it would be cut off. The probe of an
     untrained model has no training papers: its own rows do.
     """
     rows = (probe.get(TRAINED_ON + name, probe[name]) for name in INPUTS)
     for i, (ids, mask) in enumerate(zip(*rows, strict=True)):
-        length = max(2, int(mask.sum()) >> (i % HALVINGS))  # the least that the axis allows is 2
-        yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
+        tokens = int(mask.sum())
+        halvings = {0, 1 + i // WHOLE % HALVINGS} if i % WHOLE == 0 else {0}
+        for length in (max(2, tokens >> times) for times in sorted(halvings)):  # the least that the axis allows is 2
+            yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
 
 
 def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
