@@ -60,7 +60,7 @@ peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 	$(PYTHON) -m venv .venv-peers-openvino
 	.venv-peers-openvino/bin/python -m pip install --quiet torch==2.13.0
 	.venv-peers-openvino/bin/python -m pip install --quiet torch==2.13.0 transformers==5.5.4 \
-	  sentence-transformers==6.2.0 optimum==2.3.0 openvino==2026.4.1 nncf==3.4.0 onnx datasets
+	  sentence-transformers==6.2.0 optimum==2.3.0 openvino==2026.4.1 nncf==3.4.0 onnx datasets requests
 	.venv-peers-openvino/bin/python -m pip install --quiet --no-deps optimum-intel==2.2.0 openvino-tokenizers
 	touch $@
 
