@@ -19,6 +19,7 @@ from runtimes.answer_cache import AnswerCache
 from runtimes.artifact import Check
 from runtimes.base import Runtime, open_runtime
 from runtimes.caching import Store
+from runtimes.engines.onnxruntime import OnnxRuntime
 from runtimes.errors import ArtifactError, EngineError, InputError, ParityError
 from runtimes.grounding import EXAMPLE
 from runtimes.pipeline import Pipeline, open_pipeline
@@ -258,15 +259,21 @@ def test_a_repeated_request_runs_nothing_and_answers_the_same(
         assert cache.answer([LONG]) == first
 
 
-def test_predict_uses_the_cache(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_uses_the_cache(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_again(*_: object) -> None:
+        raise AssertionError("what is in the store was computed again")
+
     path = tmp_path / "request.json"
     path.write_text(json.dumps(PLAIN))
     arguments = ["hallucination", "--input", str(path), "--repository", str(repository)]
-    found = []
-    for more in ([], ["--store", str(tmp_path / "store")], ["--store", str(tmp_path / "store")]):
-        assert predict([*arguments, *more]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1] == found[2]
+    stored = [*arguments, "--store", str(tmp_path / "store")]
+    assert [predict(arguments), predict(stored)] == [0, 0]
+    monkeypatch.setattr(OnnxRuntime, "infer", run_again)
+    assert predict(stored) == 0
+    one, other, known = map(json.loads, capsys.readouterr().out.splitlines())
+    assert one == other == known
 
 
 def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Path) -> None:
