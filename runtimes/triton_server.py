@@ -176,6 +176,12 @@ class TritonServer:
     def running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process whose descendants are the server and its stubs."""
+        assert self._guard is not None, "pid outside of the with block"
+        return self._guard.pid
+
     def log_tail(self, lines: int = 20) -> str:
         """The last lines the server wrote."""
         if self._log is None:

@@ -26,6 +26,7 @@ class TritonRuntime(Runtime):
     """
 
     engine = "triton"
+    remote = True
 
     def __init__(
         self,
