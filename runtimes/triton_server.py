@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -31,6 +32,9 @@ TELLING = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load
 GUARD = PACKAGE / "triton_guard.py"
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
+# What would let a client change the server, write to its disk or map memory of other processes.
+CONTROL = ("model-repository", "shared-memory", "logging", "trace")
+CONTROL_KEY = "slipway-control"
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
 SLIPWAY_PATH = "SLIPWAY_PATH"
@@ -123,7 +127,8 @@ class TritonServer:
 
     Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
     `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
-    the others are served. `log` keeps the server's output. `EngineError` if the server does not get ready.
+    the others are served. `log` keeps the server's output. The control interfaces answer only who knows `control_key`,
+    which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not get ready.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class TritonServer:
         models: Sequence[str] | None = None,
         poll_s: int | None = None,
         strict: bool = True,
+        open_to_all: bool = False,
         log: Path | None = None,
         start_timeout_s: float = 60.0,
     ) -> None:
@@ -146,6 +152,7 @@ class TritonServer:
         self.models = models
         self.poll_s = poll_s
         self.strict = strict
+        self.control_key = "" if open_to_all else secrets.token_hex(16)
         self.log = log
         self.start_timeout_s = start_timeout_s
         self.http_url = self.grpc_url = self.metrics_url = ""
@@ -173,6 +180,11 @@ class TritonServer:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
+    def shared_memory_prefix(self) -> str:
+        """How the names of the shared memory between the server and its Python stubs begin."""
+        return self.folder.name if self.folder else ""
+
+    @property
     def running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
@@ -187,7 +199,8 @@ class TritonServer:
         """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
-            connection.request("POST", "/v2/repository/index", "{}", {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
+            connection.request("POST", "/v2/repository/index", "{}", headers)
             models: list[dict[str, str]] = json.load(connection.getresponse())
         return models
 
@@ -230,6 +243,9 @@ class TritonServer:
             yield f"--{service}-port={port}"
         yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
         yield "--exit-timeout-secs=5"  # the default waits 30 s for a stub that hangs
+        if self.control_key:
+            restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
+            yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
         if self.models is not None:
             yield "--model-control-mode=explicit"
             yield from (f"--load-model={model}" for model in self.models)
