@@ -33,7 +33,8 @@ import triton_python_backend_utils as pb_utils
 class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
-            self.count(request.get_response_sender(), int(pb_utils.get_input_tensor_by_name(request, "upto").as_numpy()[0]))
+            upto = pb_utils.get_input_tensor_by_name(request, "upto").as_numpy()[0]
+            self.count(request.get_response_sender(), int(upto))
 
     def count(self, sender, upto):
         for number in range(upto):
@@ -113,5 +114,5 @@ def test_a_model_that_is_not_there_is_an_error(client: TritonClient) -> None:
 
 
 def test_a_stream_wants_grpc(server: TritonServer) -> None:
-    with closing(CLIENTS["http"](server.http_url, 20)) as client, pytest.raises(InputError, match="grpc .* found http"):
+    with closing(CLIENTS["http"](server.http_url, 20)) as client, pytest.raises(InputError, match=r"grpc .* found http"):
         client.stream("counting", {})
