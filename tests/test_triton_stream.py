@@ -114,5 +114,5 @@ def test_a_model_that_is_not_there_is_an_error(client: TritonClient) -> None:
 
 
 def test_a_stream_wants_grpc(server: TritonServer) -> None:
-    with closing(CLIENTS["http"](server.http_url, 20)) as client, pytest.raises(InputError, match=r"grpc .* found http"):
+    with closing(CLIENTS["http"](server.http_url, 9)) as client, pytest.raises(InputError, match=r"grpc .* found http"):
         client.stream("counting", {})
