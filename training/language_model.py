@@ -1,0 +1,75 @@
+"""LanguageModel: the decoder inside a model, for engines that run whole language models and no traced programs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from runtimes.errors import InputError, require
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Task = Literal["generate", "embed"]
+SETTINGS = "tokenizer_config.json"
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+class NotADecoder(InputError):
+    """The model inside a checkpoint is no decoder: what runs language models does not run it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageModel:
+    """A causal language model of Hugging Face's, in float32 with its adapters merged, and what stands around it.
+
+    tokenizer   a fast tokenizer of Hugging Face's, complete with special tokens and chat template
+    window      tokens of a prompt and its answer together
+    texts       token ids of real texts of this model, to quantize it on: int64 [tokens] each
+    pooling     how states become one vector, where the task is to embed: mean, last or cls
+    projection  the linear layer behind the pooling, where there is one
+    """
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    window: int
+    texts: Sequence[np.ndarray]
+    pooling: str = ""
+    projection: "nn.Linear | None" = None
+
+
+def fast_tokenizer(tokenizer_json: bytes, config: Any, source: str | None, revision: str) -> Any:
+    """Hugging Face's tokenizer around the very tokenizer.json that our pipelines read.
+
+    Special tokens and chat template are those of `source`; where it has none, or is None, the special tokens that the
+    model's config names by id. transformers 5 would build some families' tokenizers anew, without what ends a text.
+    """
+    tokenizers = require("tokenizers", extra="statements")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+    template = None
+    if source is not None and (not Path(source).is_dir() or Path(source, SETTINGS).is_file()):
+        own = AutoTokenizer.from_pretrained(source, revision=revision)
+        template = own.chat_template
+        special = {role: own.special_tokens_map.get(role) for role in ROLES}
+    else:
+        ids = {role: getattr(config, f"{role}_id", None) for role in ROLES}
+        special = {role: tokenizer.id_to_token(id_) for role, id_ in ids.items() if isinstance(id_, int)}
+    given = {role: token for role, token in special.items() if token}
+    result = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given)
+    result.chat_template = template
+    return result
+
+
+def check_vocabulary(source: str, tokenizer: Any, config: Any) -> None:
+    """`InputError` if the tokenizer has ids that the model has no row for."""
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= config.vocab_size:
+        raise InputError(
+            f"{source}: expected a tokenizer with ids below {config.vocab_size}, the model's vocabulary, "
+            f"found id {largest}; give the tokenizer that the model was trained with"
+        )
