@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from runtimes.errors import InputError, require
+from training.frozen import fast_tokenizer
+from training.seeded import is_seeded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,28 +43,30 @@ class LanguageModel:
     projection: "nn.Linear | None" = None
 
 
-def fast_tokenizer(tokenizer_json: bytes, config: Any, source: str | None, revision: str) -> Any:
+def whole_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision: str) -> Any:
     """Hugging Face's tokenizer around the very tokenizer.json that our pipelines read.
 
-    Special tokens and chat template are those of `source`; where it has none, or is None, the special tokens that the
-    model's config names by id. transformers 5 would build some families' tokenizers anew, without what ends a text.
+    Special tokens and chat template are those of `source`; where it has none, the special tokens that the model's
+    config names by id.
     """
-    tokenizers = require("tokenizers", extra="statements")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    tokenizers = require("tokenizers", extra="train")
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
-    template = None
-    if source is not None and (not Path(source).is_dir() or Path(source, SETTINGS).is_file()):
-        own = AutoTokenizer.from_pretrained(source, revision=revision)
-        template = own.chat_template
-        special = {role: own.special_tokens_map.get(role) for role in ROLES}
-    else:
+    own = None if _has_no_settings(source) else fast_tokenizer(source, revision)
+    if own is None:
         ids = {role: getattr(config, f"{role}_id", None) for role in ROLES}
         special = {role: tokenizer.id_to_token(id_) for role, id_ in ids.items() if isinstance(id_, int)}
+    else:
+        special = {role: own.special_tokens_map.get(role) for role in ROLES}
     given = {role: token for role, token in special.items() if token}
     result = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **given)
-    result.chat_template = template
+    result.chat_template = own.chat_template if own else None
     return result
+
+
+def _has_no_settings(source: str) -> bool:
+    return is_seeded(source) or (Path(source).is_dir() and not Path(source, SETTINGS).is_file())
 
 
 def check_vocabulary(source: str, tokenizer: Any, config: Any) -> None:

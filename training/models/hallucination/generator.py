@@ -13,11 +13,12 @@ from runtimes.artifact import Check
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from runtimes.vllm_artifact import NEXT_IDS, TOKEN_LOGPROBS
-from training.language_model import LanguageModel, check_vocabulary, fast_tokenizer
 from training.spec import Config, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from training.language_model import LanguageModel
 
 INPUTS = ("input_ids", "attention_mask")
 SMALLEST_VOCABULARY = (4, 260)  # ids that are neither special nor beyond it
@@ -110,15 +111,16 @@ def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Ch
     }
 
 
-def language_model(config: Config, module: "nn.Module", probe: Tensors) -> LanguageModel:
+def language_model(config: Config, module: "nn.Module", probe: Tensors) -> "LanguageModel":
     """The frozen decoder with its tokenizer; `InputError` if the two do not fit."""
-    from training.models.hallucination.frozen import SEEDED, template_json, tokenizer_json
+    from training.language_model import LanguageModel, check_vocabulary, whole_tokenizer
+    from training.models.hallucination.frozen import template_json, tokenizer_json
+    from training.seeded import is_seeded
 
     model: Any = module.decoder.model  # type: ignore[union-attr]
     source, revision = config["base"], config["base_revision"]
-    seeded = source.startswith(SEEDED)
-    tokenizer = fast_tokenizer(tokenizer_json(source, revision), model.config, None if seeded else source, revision)
-    if seeded:
+    tokenizer = whole_tokenizer(tokenizer_json(source, revision), model.config, source, revision)
+    if is_seeded(source):
         around = json.loads(template_json(source, revision))
         tokenizer.chat_template = f"{around['before']}{{{{ messages[-1]['content'] }}}}{around['after']}"
     check_vocabulary(source, tokenizer, model.config)
