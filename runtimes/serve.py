@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runtimes.background_server import LOOPBACK
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
 from runtimes.stub_watch import StubWatch
-from runtimes.triton_server import LOOPBACK, TritonServer
+from runtimes.triton_server import TritonServer
 
 POLL_S = 1
 
