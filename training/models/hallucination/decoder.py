@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.models.hallucination.frozen import FrozenModule, load_decoder
+from training.frozen import FrozenModule
+from training.models.hallucination.frozen import load_decoder
 
 NOWHERE = -1e30  # a score of attention that becomes exactly 0; not infinite, or a row of padding would be NaN
 
