@@ -138,7 +138,7 @@ def test_heads_and_feed_forward_parts_are_scaled_and_nothing_else() -> None:
     """Against the residual states: what a layer adds is the sum of its heads and its feed-forward part."""
     decoder = Decoder("seeded:tiny", "main")
     layer, mitigation = decoder.model.model.layers[1], Mitigation(heads=[(1, 2)], layers=[1], attend=5.0, know=0.2)
-    mixed = torch.randn(1, 3, 64)
+    mixed = torch.randn(1, 3, layer.self_attn.o_proj.in_features)
     fed = torch.randn(1, 3, 64)
     plain = layer.self_attn.o_proj(mixed), layer.mlp(fed)
     with torch.no_grad(), reweighted(decoder, mitigation):

@@ -25,12 +25,15 @@ from training.seeded import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, s
 
 FAMILIES = ("llama", "mistral", "qwen2")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
-# One small decoder of each family, and those that the benchmarks measure.
+# One small decoder of each family, and those that the benchmarks measure. vLLM has no attention on a CPU for heads
+# narrower than 32.
 DECODERS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "tiny": {
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    },
     "bench": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
-}
+}  # fmt: skip
 VOCABULARIES = {"bench": 4000, "7b": 32_000}
 INTERMEDIATE = {"7b": 11_008}
 CHAT = {"before": "<s>[INST] ", "after": " [/INST] "}
@@ -117,8 +120,7 @@ def _seeded_config(source: str) -> Any:
     geometry = DECODERS[name]
     return AutoConfig.for_model(
         family,
-        **geometry,
-        head_dim=geometry["hidden_size"] // geometry["num_attention_heads"],
+        **{"head_dim": geometry["hidden_size"] // geometry["num_attention_heads"], **geometry},
         vocab_size=VOCABULARIES.get(name, BYTES),
         intermediate_size=INTERMEDIATE.get(name, 2 * geometry["hidden_size"]),
         max_position_embeddings=16_384,
