@@ -20,7 +20,7 @@ CPU_CACHE_GIB = "1"  # of keys and values; vLLM's own default is half of the mem
 # Log lines look like "(EngineCore pid=7) ERROR 11-25 22:16:54 [core.py:133] ValueError: no such layer".
 PREFIX = re.compile(r"^(\(\w+ pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d [\d:]+ )?(\[[\w.]+:\d+\]\s*)?")
 FAILURE = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt): |: error: ")
-CONSEQUENCE = "See root cause above"
+CONSEQUENCE = "root cause"  # what points at another error
 CONFIGURED = re.compile(
     r"LLM engine \(v(?P<version>[^)]+)\) with config:.*?\bdtype=torch\.(?P<dtype>\w+),"
     r".*?\bquantization=(?P<quantization>[^,]+),.*?\bdevice_config=(?P<device>\w+)"
@@ -43,8 +43,9 @@ class Reported:
 class VllmServer(BackgroundServer):
     """A context manager: inside it, vLLM answers at `url` ("host:port") for the model of `arguments`.
 
-    `arguments` are those of AsyncEngineArgs; `threads` is for the CPU. A `port` that is None is chosen among the free
-    ones. `InputError` for a port that is taken, `MissingPackage` without vLLM, `EngineError` if it does not get ready.
+    `arguments` are those of AsyncEngineArgs; `device` is "cpu" or "cuda", `threads` is for the first. A `port` that is
+    None is chosen among the free ones. `InputError` for a port that is taken, `MissingPackage` without vLLM,
+    `EngineError` if it does not get ready.
     """
 
     name = "vLLM"
@@ -54,13 +55,15 @@ class VllmServer(BackgroundServer):
         self,
         arguments: Mapping[str, Any],
         *,
+        device: str = "cpu",
         threads: int = 1,
         port: int | None = None,
         log: Path | None = None,
         start_timeout_s: float = 300.0,
     ) -> None:
         super().__init__(log=log, start_timeout_s=start_timeout_s)
-        self.arguments = arguments
+        # vLLM would compile for minutes what a small model on a CPU gains little by.
+        self.arguments = {"enforce_eager": True, **arguments} if device == "cpu" else arguments
         self.threads = threads
         self.port = port
         self.url = ""

@@ -1,23 +1,32 @@
 """Two seeded decoders small enough for a CPU, as artifacts for vLLM, and what transformers says of the same weights."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2Model
 
 from runtimes.artifact import ASSETS, Artifact, Facts, digests, write_json
+from runtimes.base import open_runtime
+from runtimes.engines.vllm import VllmRuntime
+from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, NEXT_IDS, TASK, TOKEN_LOGPROBS
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, NEXT_IDS, TASK, TOKEN_LOGPROBS, TOKENIZER
+from runtimes.vllm_server import find_python
 from training.seeded import train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, Qwen2Model
 
 WIDTH, VECTOR_WIDTH = 128, 48
 MAX_TOKENS, MAX_LENGTH = 32, 64
 TEXTS = (
-    "Let X be a scheme of finite type over a field. Then X is quasi-compact and every closed point has a finite residue field.",
-    "A ring is Noetherian if and only if every ideal of it is finitely generated, and then so is every ring of polynomials over it.",
+    "Let X be a scheme of finite type over a field. Then X is quasi-compact, and every point has a residue field.",
+    "A ring is Noetherian if and only if every ideal of it is finitely generated; so is then a ring of polynomials.",
     "The bridge was opened in 1932. It is 1,149 metres long, and the tide below it turns four times a day.",
 )
 GEOMETRY = {
@@ -25,7 +34,9 @@ GEOMETRY = {
     "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
     "eos_token_id": None, "tie_word_embeddings": False,
 }  # fmt: skip
-INPUTS = tuple(TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in ("input_ids", "attention_mask"))
+INPUTS = tuple(
+    TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in ("input_ids", "attention_mask")
+)
 AXES = (Axis(name="batch", min=1, opt=2, max=8), Axis(name="tokens", min=1, opt=8, max=MAX_TOKENS))
 SCORES = (
     TensorSpec(name=TOKEN_LOGPROBS, dtype="float32", shape=("batch", "tokens")),
@@ -34,16 +45,30 @@ SCORES = (
 VECTOR = (TensorSpec(name="vector", dtype="float32", shape=("batch", VECTOR_WIDTH)),)
 
 
+class Embedder(NamedTuple):
+    """A decoder whose last state, projected and of unit length, is the vector of a text."""
+
+    decoder: "Qwen2Model"
+    projection: torch.Tensor
+
+    def vector(self, ids: Sequence[int]) -> np.ndarray:
+        with torch.inference_mode():
+            last = self.decoder(torch.tensor([list(ids)])).last_hidden_state[0, -1]
+        return torch.nn.functional.normalize(self.projection @ last, dim=0).numpy()
+
+
 def write_tokenizer(folder: Path) -> int:
     """The size of the vocabulary of a tokenizer that `folder` now holds."""
     tokenizer = train_tokenizer(TEXTS, 384, ("<pad>",), single="$A")
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "TokenizersBackend"})
     return int(tokenizer.get_vocab_size())
 
 
-def make_generator(folder: Path, **engine: object) -> LlamaForCausalLM:
+def make_generator(folder: Path, **engine: object) -> "LlamaForCausalLM":
     """A Llama as an artifact in `folder`; its logits are spread far apart, so that two engines choose alike."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     checkpoint = folder / CHECKPOINT
     checkpoint.mkdir(parents=True)
     torch.manual_seed(0)
@@ -55,8 +80,10 @@ def make_generator(folder: Path, **engine: object) -> LlamaForCausalLM:
     return module
 
 
-def make_embedder(folder: Path, **engine: object) -> tuple[Qwen2Model, torch.Tensor]:
+def make_embedder(folder: Path, **engine: object) -> Embedder:
     """A Qwen2 with the pooling of its last token, a projection and unit length as an artifact in `folder`."""
+    from transformers import Qwen2Config, Qwen2Model
+
     checkpoint = folder / CHECKPOINT
     checkpoint.mkdir(parents=True)
     torch.manual_seed(1)
@@ -66,7 +93,18 @@ def make_embedder(folder: Path, **engine: object) -> tuple[Qwen2Model, torch.Ten
     projection = torch.randn(VECTOR_WIDTH, WIDTH) / WIDTH**0.5
     write_sentence_transformer(checkpoint, projection)
     finish(folder, "embed", "embedder", VECTOR, {"dtype": "float32", "runner": "pooling", **engine})
-    return module, projection
+    return Embedder(module, projection)
+
+
+def opened(folder: Path) -> VllmRuntime:
+    """The artifact in `folder` in a real vLLM; the test is skipped with the reason where there is none."""
+    try:
+        find_python()
+    except MissingPackage as error:
+        pytest.skip(str(error))
+    runtime = open_runtime(folder)
+    assert isinstance(runtime, VllmRuntime)
+    return runtime
 
 
 def write_sentence_transformer(checkpoint: Path, projection: torch.Tensor) -> None:
@@ -89,7 +127,16 @@ def write_sentence_transformer(checkpoint: Path, projection: torch.Tensor) -> No
 
 def finish(folder: Path, task: str, model: str, outputs: Sequence[TensorSpec], engine: dict[str, object]) -> None:
     """Arguments, assets and manifest of an artifact whose checkpoint lies there."""
-    arguments = {"model": CHECKPOINT, "max_model_len": MAX_LENGTH, "enforce_eager": True, **engine}
+    (folder / TOKENIZER).mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / CHECKPOINT / name, folder / TOKENIZER)
+    arguments = {
+        "model": CHECKPOINT,
+        "tokenizer": TOKENIZER,
+        "max_model_len": MAX_LENGTH,
+        "enforce_eager": True,
+        **engine,
+    }
     write_json(folder / ENGINE_FILE, arguments)
     (folder / ASSETS).mkdir()
     (folder / ASSETS / "tokenizer.json").write_bytes((folder / CHECKPOINT / "tokenizer.json").read_bytes())

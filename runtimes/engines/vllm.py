@@ -37,10 +37,12 @@ class VllmRuntime(Runtime):
     def open(self) -> None:
         refuse_device(self.engine, self.device, DEVICES)
         arguments = self._arguments()
-        model = VllmModel(arguments, threads=self.threads, **self.server)
+        model = VllmModel(arguments, device=self.device, threads=self.threads, **self.server)
         try:
             self._reported = model.open()
-            self._refuse_fallback(arguments, self._reported)
+            method = self._quantization().get("quant_method", "none")
+            expected = {"device": self.device, "quantization": method, "dtype": arguments.get("dtype", "auto")}
+            refuse_fallback(self.artifact.name, expected, self._reported)
         except BaseException:
             model.close()
             raise
@@ -104,22 +106,13 @@ class VllmRuntime(Runtime):
         if quantized.get("format") == PACKED and dtype == "float32":
             raise EngineError(f"{source}: expected dtype bfloat16 or float16 for packed weights, found {dtype}")
         if not quantized and dtype == "auto" and self._config().get("dtype") == "float32":
-            raise ArtifactError(f"{source}: expected a dtype, found none: vLLM would run float32 weights in bfloat16")
+            raise ArtifactError(f"{source}: expected a dtype, found auto: vLLM would run float32 weights in bfloat16")
         longest = self.signature.axis("tokens").max + (self.task == "generate")  # a score is read off one more token
         if arguments.get("max_model_len", longest) < longest:
             raise ArtifactError(
                 f"{source}: expected max_model_len of {longest} or more, found {arguments['max_model_len']}"
             )
         return arguments if self.task == "generate" else {"runner": "pooling", **arguments}
-
-    def _refuse_fallback(self, arguments: Mapping[str, Any], reported: Reported) -> None:
-        """`EngineError` if vLLM runs something else than was asked for, which it does without a word."""
-        method = self._quantization().get("quant_method", "none")
-        expected = {"device": self.device, "quantization": method, "dtype": arguments.get("dtype", "auto")}
-        for what, wanted in expected.items():
-            found = getattr(reported, what)
-            if wanted not in (found, "auto"):
-                raise EngineError(f"vllm on {self.artifact.name}: expected {what} {wanted}, it runs {found}")
 
     def _config(self) -> dict[str, Any]:
         config = read_json(self.root / CHECKPOINT / "config.json")
@@ -129,6 +122,14 @@ class VllmRuntime(Runtime):
 
     def _quantization(self) -> dict[str, Any]:
         return self._config().get("quantization_config") or {}
+
+
+def refuse_fallback(name: str, expected: Mapping[str, str], reported: Reported) -> None:
+    """`EngineError` if vLLM runs something else than was asked for, which it does without a word."""
+    for what, wanted in expected.items():
+        found = getattr(reported, what)
+        if wanted not in (found, "auto"):
+            raise EngineError(f"vllm on {name}: expected {what} {wanted}, it runs {found}")
 
 
 RUNTIME = VllmRuntime
