@@ -79,6 +79,12 @@ class BackgroundServer(ABC):
     def running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process whose descendants are the server and what it starts."""
+        assert self._guard is not None, "pid outside of the with block"
+        return self._guard.pid
+
     def log_lines(self) -> Iterator[str]:
         """The lines that the server has written so far, without empty ones."""
         if self._log is not None:

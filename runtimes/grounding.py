@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError, require
+from runtimes.schemas import TEXT, Schema, array, record, whole
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
@@ -73,8 +74,10 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
         raise InputError(
             f"{where}: expected an object with 'contexts' or 'prompt' and 'answer'; found {_show(request)}"
         )
-    if ("prompt" in request) == ("contexts" in request):
-        raise InputError(f"{where}: expected either 'prompt' or 'contexts', found {_show(sorted(request))}")
+    if ("prompt" in request) == ("contexts" in request) or ("prompt" in request and "question" in request):
+        raise InputError(
+            f"{where}: expected either 'prompt' or 'contexts' and 'question', found {_show(sorted(request))}"
+        )
     answer = _text(request["answer"], f"{where}, answer")
     if "prompt" in request:
         prompt = _text(request["prompt"], f"{where}, prompt")
@@ -89,6 +92,14 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
         spans=given or chunks(answer, ((0, len(answer)),), chunk_characters, most[0]),
         prompt_spans=given_prompt or chunks(prompt, regions, chunk_characters, most[1]),
     )
+
+
+def request_schema(most: tuple[int, int]) -> Schema:
+    """What `read_request` reads, with at most so many spans of answer and prompt; where they may lie, it cannot say."""
+    spans, prompt_spans = (array(array(whole(0), 2, 2), 1, count) for count in most)
+    more = {"spans": spans, "prompt_spans": prompt_spans}
+    asked = {"contexts": array(TEXT, 1), "answer": TEXT}
+    return {"anyOf": [record({"prompt": TEXT, "answer": TEXT}, more), record(asked, {**more, "question": TEXT})]}
 
 
 def chunks(text: str, regions: Spans, characters: int, most: int) -> Spans:

@@ -1,10 +1,11 @@
 """What several test files share: untrained checkpoints, recorded data, and a model package that is not in the tree."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -112,6 +113,30 @@ def statements_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFa
     arguments = ["--target", "onnx", "--precision", "fp32", "--model", "statements"]
     assert export.all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(repository)]) == 0
     return repository
+
+
+@pytest.fixture(scope="session")
+def gru_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with an untrained policy_gru, exported to ONNX."""
+    repository = tmp_path_factory.mktemp("gru") / "model_repository"
+    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
+    assert export.all.main(["--target", "onnx", "--model", "policy_gru", *places]) == 0
+    return repository
+
+
+@pytest.fixture
+def started_pids(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that a test starts from now on."""
+    started: list[int] = []
+    popen = subprocess.Popen
+
+    def remember(*arguments: Any, **options: Any) -> Any:
+        process = popen(*arguments, **options)
+        started.append(process.pid)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    return started
 
 
 @pytest.fixture(scope="module")
