@@ -25,6 +25,7 @@ class TritonRuntime(Runtime):
     """
 
     engine = "triton"
+    remote = True
 
     def __init__(
         self,
