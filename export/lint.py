@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from export.repository import CONFIG, pipeline_files
+from export.repository import CONFIG
 from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, dims
 from runtimes import plugins
 from runtimes.artifact import MANIFEST, Artifact, verify_digests
@@ -125,7 +125,7 @@ def _check_step(version: Path, config: Any) -> Iterator[str]:
         yield f"version {version.name}: expected {STEP_FILE}, found none"
     try:
         artifact = Artifact.load(version)
-        verify_digests(version, {name: artifact.files[name] for name in pipeline_files(artifact)})
+        verify_digests(version, artifact.assets)
         plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
     except SlipwayError as error:
         yield f"version {version.name}: {error}"

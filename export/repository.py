@@ -14,7 +14,7 @@ from pathlib import Path
 
 import runtimes
 from export.triton_config import STEPS, ensemble_config, model_config, step_config
-from runtimes.artifact import ASSETS, MANIFEST, Artifact, sha256_file
+from runtimes.artifact import MANIFEST, Artifact, sha256_file
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
 
@@ -74,11 +74,6 @@ def drafting(repository: Path) -> Iterator[Path]:
         draft = own / "draft"
         draft.mkdir()
         yield draft
-
-
-def pipeline_files(artifact: Artifact) -> list[str]:
-    """The files of an artifact that its pipeline may read: what a step needs, without the weights."""
-    return [name for name in artifact.files if name.startswith(f"{ASSETS}/")]
 
 
 @contextmanager
@@ -174,7 +169,7 @@ def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator
 def _draft_step(version: Path, draft: Path) -> Path:
     """`draft` holds what a step needs of an artifact: the manifest, the pipeline's files, the program."""
     artifact = Artifact.load(version)
-    for name in (MANIFEST, *pipeline_files(artifact)):
+    for name in (MANIFEST, *artifact.assets):
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
     shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)

@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import shutil
 import socket
 import subprocess
@@ -78,6 +79,12 @@ class BackgroundServer(ABC):
     def running(self) -> bool:
         return self._guard is not None and self._guard.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process whose descendants are the server and what it starts."""
+        assert self._guard is not None, "pid outside of the with block"
+        return self._guard.pid
+
     def log_lines(self) -> Iterator[str]:
         """The lines that the server has written so far, without empty ones."""
         if self._log is not None:
@@ -151,3 +158,14 @@ def answers(url: str, path: str) -> bool:
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
+
+
+def find_venv(variable: str, name: str) -> Path:
+    """The virtual environment that `variable` names, or the one called `name` beside this package, program or folder.
+
+    The first of these places if there is none in any.
+    """
+    if named := os.environ.get(variable):
+        return Path(named).absolute()
+    candidates = [folder / name for folder in (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())]
+    return next((folder for folder in candidates if (folder / "bin" / "python3").exists()), candidates[0])

@@ -10,6 +10,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import InputError, require
+from runtimes.schemas import TEXT, Schema, array, record, whole
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
@@ -90,12 +91,27 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
 
 def read_prompt(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
     """The prompt of a request and where its contexts lie in it; `InputError` if there is none or two."""
-    if ("prompt" in request) == ("contexts" in request):
-        raise InputError(f"{where}: expected either 'prompt' or 'contexts', found {_show(sorted(request))}")
+    if ("prompt" in request) == ("contexts" in request) or ("prompt" in request and "question" in request):
+        raise InputError(
+            f"{where}: expected either 'prompt' or 'contexts' and 'question', found {_show(sorted(request))}"
+        )
     if "contexts" in request:
         return _joined(request, where)
     prompt = _text(request["prompt"], f"{where}, prompt")
     return prompt, ((0, len(prompt)),)
+
+
+def request_schema(most: tuple[int, int]) -> Schema:
+    """What `read_request` reads, with at most so many spans of answer and prompt; where they may lie, it cannot say."""
+    spans, prompt_spans = (array(array(whole(0), 2, 2), 1, count) for count in most)
+    more = {"spans": spans, "prompt_spans": prompt_spans}
+    asked = {"contexts": array(TEXT, 1), "answer": TEXT}
+    return {"anyOf": [record({"prompt": TEXT, "answer": TEXT}, more), record(asked, {**more, "question": TEXT})]}
+
+
+def prompt_schema() -> Schema:
+    """What a request without an answer may be."""
+    return {"anyOf": [record({"prompt": TEXT}), record({"contexts": array(TEXT, 1)}, {"question": TEXT})]}
 
 
 def chunks(text: str, regions: Spans, characters: int, most: int) -> Spans:

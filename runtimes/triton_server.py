@@ -9,17 +9,20 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports
+from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
 
 STAND_INS = {"onnxruntime": "engine", "openvino": "engine"}  # a backend's name, and the folder that stands in for it
+# What would let a client change the server, write to its disk or map memory of other processes.
+CONTROL = ("model-repository", "shared-memory", "logging", "trace")
+CONTROL_KEY = "slipway-control"
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
 SLIPWAY_PATH = "SLIPWAY_PATH"
@@ -79,13 +82,10 @@ class Bundle:
 
 def find_bundle() -> Bundle:
     """The bundled server; `MissingPackage` if there is none, `EngineError` if its environment cannot run models."""
-    beside = (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())
-    named = os.environ.get("SLIPWAY_TRITON_VENV")
-    candidates = [Path(named).absolute()] if named else [folder / ".venv-triton" for folder in beside]
-    venv = next((folder for folder in candidates if (folder / "bin" / "python3").exists()), None)
-    if venv is None:
+    venv = find_venv("SLIPWAY_TRITON_VENV", ".venv-triton")
+    if not (venv / "bin" / "python3").exists():
         raise MissingPackage(
-            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {candidates[0]}, found neither; "
+            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
             "run: make triton"
         )
     return probe(venv)
@@ -112,7 +112,8 @@ class TritonServer(BackgroundServer):
 
     Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
     `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
-    the others are served. `log` keeps the server's output. `EngineError` if the server does not get ready.
+    the others are served. `log` keeps the server's output. The control interfaces answer only who knows `control_key`,
+    which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not get ready.
     """
 
     name = "Triton"
@@ -131,6 +132,7 @@ class TritonServer(BackgroundServer):
         models: Sequence[str] | None = None,
         poll_s: int | None = None,
         strict: bool = True,
+        open_to_all: bool = False,
         log: Path | None = None,
         start_timeout_s: float = 60.0,
     ) -> None:
@@ -141,7 +143,13 @@ class TritonServer(BackgroundServer):
         self.models = models
         self.poll_s = poll_s
         self.strict = strict
+        self.control_key = "" if open_to_all else secrets.token_hex(16)
         self.http_url = self.grpc_url = self.metrics_url = ""
+
+    @property
+    def shared_memory_prefix(self) -> str:
+        """How the names of the shared memory between the server and its Python stubs begin."""
+        return self.folder.name if self.folder else ""
 
     @property
     def subject(self) -> str:
@@ -151,7 +159,8 @@ class TritonServer(BackgroundServer):
         """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
-            connection.request("POST", "/v2/repository/index", "{}", {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
+            connection.request("POST", "/v2/repository/index", "{}", headers)
             models: list[dict[str, str]] = json.load(connection.getresponse())
         return models
 
@@ -181,6 +190,9 @@ class TritonServer(BackgroundServer):
             yield f"--{service}-port={port}"
         yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
         yield "--exit-timeout-secs=5"  # the default waits 30 s for a stub that hangs
+        if self.control_key:
+            restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
+            yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
         if self.models is not None:
             yield "--model-control-mode=explicit"
             yield from (f"--load-model={model}" for model in self.models)

@@ -8,13 +8,14 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.base import Runtime, refuse_device
-from runtimes.errors import InputError, require
+from runtimes.errors import EngineError, InputError, require
 from runtimes.generation import Generated, Generator, Head
 from runtimes.tensors import Tensors
 
 PROGRAM_FILE = "program.pt2"
 STEP_FILE = "step.pt2"
 GENERATES = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
+SIZES_COMPILED = 64
 
 
 class Torch(Runtime):
@@ -38,12 +39,17 @@ class Torch(Runtime):
         self.compiled = compiled
         self._run: Callable[..., Any] | None = None
         self._step: Callable[..., Any] | None = None
+        self._checked = False
         self._recurrent = artifact.signature.free_inputs[0].name
 
     def open(self) -> None:
         torch = require("torch", extra="export")
         refuse_device(self.engine, self.device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         torch.set_num_threads(self.threads)
+        if (
+            self.compiled
+        ):  # each size is compiled by itself; past this limit, 8 by default, dynamo says nothing and stops
+            torch._dynamo.config.recompile_limit = SIZES_COMPILED
         self._run = self._load(PROGRAM_FILE)
         self._step = self._load(STEP_FILE) if (self.root / STEP_FILE).is_file() else None
 
@@ -73,6 +79,8 @@ class Torch(Runtime):
         arguments = [feeds[tensor.name] for tensor in self.signature.inputs]
         with torch.inference_mode():
             outputs = self._step(*arguments) if step and self._step else self._run(*arguments)
+        if self.compiled and not self._checked:
+            self._check_compiled(torch)
         return {tensor.name: value for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def close(self) -> None:
@@ -81,6 +89,21 @@ class Torch(Runtime):
     @property
     def provider(self) -> str:
         return f"torch {'compiled' if self.compiled else 'eager'} on {self.device}"
+
+    @property
+    def cuda_stream(self) -> int | None:
+        return (
+            int(require("torch", extra="export").cuda.current_stream().cuda_stream) if self.device == "cuda" else None
+        )
+
+    def _check_compiled(self, torch: Any) -> None:
+        """`EngineError` where torch.compile gave up without a word and the program runs as it did before."""
+        frames = torch._dynamo.utils.counters["frames"]
+        if not frames["ok"]:
+            raise EngineError(
+                f"{self.artifact.name}: expected torch.compile to compile it, found {dict(frames) or 'nothing'}"
+            )
+        self._checked = True
 
     def _load(self, name: str) -> Callable[..., Any]:
         """The program as a plain function of the inputs: `ExportedProgram.module()` costs 0.4 ms a call in checks."""

@@ -8,8 +8,9 @@ import numpy as np
 
 from runtimes.answer_cache import AnswerCache
 from runtimes.errors import EngineError, InputError
-from runtimes.grounding import EXAMPLE, GroundedTokens, Spans, Tokenized, read_request
+from runtimes.grounding import EXAMPLE, GroundedTokens, Spans, Tokenized, read_request, request_schema
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 from runtimes.texts import Tokens
 
@@ -115,6 +116,9 @@ class HallucinationPipeline(Pipeline):
             "label": LABELS[bool(score >= threshold)],
             "threshold": threshold,
         }
+
+    def schema(self) -> Schema:
+        return request_schema((self.config["max_chunks"], self.config["max_prompt_chunks"]))
 
     def example(self) -> Any:
         return EXAMPLE

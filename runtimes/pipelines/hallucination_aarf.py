@@ -7,8 +7,9 @@ import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.generation import Generated
-from runtimes.grounding import EXAMPLE, Grounded, GroundedTokens, Span, read_prompt
+from runtimes.grounding import EXAMPLE, Grounded, GroundedTokens, Span, prompt_schema, read_prompt
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 
 NAMES = {"prompt", "contexts", "question"}
@@ -53,6 +54,9 @@ class MitigatedPipeline(Pipeline):
 
     def example(self) -> Any:
         return {name: value for name, value in EXAMPLE.items() if name in NAMES}
+
+    def schema(self) -> Schema:
+        return prompt_schema()
 
     def _tokens(self, max_tokens: int) -> GroundedTokens:
         return GroundedTokens.load(self.assets, max_tokens=max_tokens, max_rows=1)
