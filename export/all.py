@@ -14,9 +14,10 @@ from tqdm import tqdm
 from export import parity
 from export.calibration_texts import CalibrationTexts, read_texts
 from export.key import artifact_key, library_versions
-from export.repository import drafting, publish, publish_again, publish_ensemble
+from export.repository import drafting, publish, publish_again, publish_ensemble, reschedule
 from export.source import Source
 from export.target import Built, Target
+from export.triton_config import UNLIMITED, Scheduling
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
@@ -54,6 +55,7 @@ class Options:
     checkpoints: Path
     repository: Path
     texts: CalibrationTexts
+    scheduling: Scheduling = UNLIMITED
     mounted_at: Path | None = None
     force: bool = False
     dry_run: bool = False
@@ -124,6 +126,7 @@ def fill(cell: Cell, options: Options) -> Outcome:
         if found and not options.force and (artifact := reusable(found, key)):
             if not options.dry_run:
                 found = publish_again(found, artifact, options.repository, mounted_at=options.mounted_at)
+                reschedule(artifact, options.repository, options.scheduling)
             return _done(outcome, artifact, found, "reused", started)
         if options.dry_run:
             return replace(outcome, reason="dry run: would be exported")
@@ -169,7 +172,14 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, options: Options) -
         artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
         served = built.served and artifact.proved
-        folder = publish(draft, artifact, repository, served=served, mounted_at=options.mounted_at)
+        folder = publish(
+            draft,
+            artifact,
+            repository,
+            served=served,
+            scheduling=options.scheduling,
+            mounted_at=options.mounted_at,
+        )
     if served and built.speaks_tensors and cell.precision == cell.target.precisions[0]:
         publish_ensemble(artifact, repository)
     return artifact, folder
@@ -289,6 +299,9 @@ def read_options(arguments: Any) -> Options:
         checkpoints=arguments.checkpoints,
         repository=arguments.repository,
         texts=texts,
+        scheduling=Scheduling(
+            instances=arguments.instances, queue=arguments.queue, timeout_ms=arguments.queue_timeout_ms
+        ),
         mounted_at=mounted_at,
         force=arguments.force,
         dry_run=arguments.dry_run,
@@ -314,6 +327,9 @@ def _parser() -> Any:
     group.add_argument("--calibration-tokens", type=int, default=TEXTS.tokens, help="of each (default: %(default)s)")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     result.add_argument("--force", action="store_true", help="convert again what could be reused")
+    result.add_argument("--instances", type=int, default=1, help="copies of a stateless model in Triton (default: 1)")
+    result.add_argument("--queue", type=int, default=0, help="requests that may wait for it; more are refused at once")
+    result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result
 

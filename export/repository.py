@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, ensemble_config, model_config, step_config
+from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
@@ -28,7 +28,13 @@ NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton w
 
 
 def publish(
-    draft: Path, artifact: Artifact, repository: Path, *, served: bool = True, mounted_at: Path | None = None
+    draft: Path,
+    artifact: Artifact,
+    repository: Path,
+    *,
+    served: bool = True,
+    scheduling: Scheduling = UNLIMITED,
+    mounted_at: Path | None = None,
 ) -> Path:
     """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
 
@@ -37,7 +43,7 @@ def publish(
     repository is then as it was.
     """
     artifact.verify_files(draft)
-    config = model_config(artifact, artifact.runtime) if served else None
+    config = model_config(artifact, artifact.runtime, scheduling) if served else None
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
@@ -83,6 +89,16 @@ def address(draft: Path, artifact: Artifact, path: str) -> None:
     write_json(draft / ENGINE_FILE, {**arguments, "model": path})
     files = {**artifact.files, ENGINE_FILE: sha256_file(draft / ENGINE_FILE)}
     replace(artifact, files=files).save(draft)
+
+
+def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
+    """The published artifact's config says this scheduling; a config that does already is not touched."""
+    model = repository / artifact.name
+    if versions(model):
+        with _publishing(artifact.name, repository) as staging:
+            config = model_config(artifact, artifact.runtime, scheduling)
+            with _config_replaced(model, config, staging):
+                _sync_one(model)
 
 
 def publish_ensemble(artifact: Artifact, repository: Path) -> None:
