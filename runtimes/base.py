@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -19,9 +19,14 @@ class Runtime(ABC):
     """A context manager that runs one artifact. `run` checks everything; an engine writes open, infer and close.
 
     `device` is "cpu" or "cuda"; `threads` bounds the threads of one call.
+
+    remote       whether the model runs in another process that serves many; then it may be called from many threads
+    environment  the virtual environment whose interpreter has what the engine needs, if it is not the project's
     """
 
     engine: str
+    remote: ClassVar[bool] = False
+    environment: ClassVar[str] = ""
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> None:
         self.root = root
@@ -45,6 +50,11 @@ class Runtime(ABC):
     @abstractmethod
     def provider(self) -> str:
         """What really runs the model, as the engine reports it."""
+
+    @property
+    def cuda_stream(self) -> int | None:
+        """The CUDA stream that an open engine gives its work to, or None: there is none, or it does not show it."""
+        return None
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         """Outputs by name; `InputError` if a feed is wrong, `ArtifactError` if the engine breaks the signature."""
@@ -121,6 +131,11 @@ def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = 
         artifact.verify_files(root)
     runtime_class = plugins.load("runtimes.engines", engine or artifact.runtime, "RUNTIME")
     return runtime_class(root, artifact, **options)
+
+
+def serving_engine(artifact: Artifact) -> str:
+    """The engine that asks a Triton server for an artifact: most are asked in tensors, vLLM's in texts."""
+    return "triton_vllm" if artifact.runtime == "vllm" else "triton"
 
 
 def refuse_device(engine: str, device: str, allowed: Iterable[str]) -> None:

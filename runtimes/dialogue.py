@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import EngineError, InputError
+from runtimes.schemas import TEXT, Schema, array, choice, real, record, whole
 from runtimes.tensors import Tensors
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
@@ -35,6 +36,7 @@ SPEAKERS = ("seeker", "supporter", "start")
 PADDING, SEEKER, OTHER = 0, 1, 2  # kinds of turn
 TURNS_LIMIT = 1000  # of a request; a model reads its newest turns
 TEXT_LIMIT = 20_000  # characters of a turn
+LOGIT_LIMIT, PROBABILITY_LIMIT = 1e4, 1 + 1e-3  # of a given emotion
 PROBABILITY_FLOOR = 1e-6  # of a given emotion: its logarithm stays finite
 
 DIALOGUE_KEYS = ("turns", "edges", "emotion_logits", "emotion_probs")
@@ -141,6 +143,22 @@ def graph_tensors(dialogues: Sequence[Dialogue], strategies: int, longest: int =
     return {"kinds": kinds_BT, "strategies": strategies_BT, "relations": relations_BTT}
 
 
+def dialogue_schema(strategies: Sequence[str]) -> Schema:
+    """What `read_dialogue` reads. That edges join turns there are, and a row stands for every turn, it cannot say."""
+    strategy = {"anyOf": [choice(strategies), whole(0, len(strategies) - 1)]}
+    turn = record({"speaker": choice(SPEAKERS), "text": TEXT | {"maxLength": TEXT_LIMIT}}, {"strategy": strategy})
+    edge = array(whole(0, TURNS_LIMIT), 3, 3)
+    width = len(EMOTIONS)
+    return record(
+        {"turns": array(turn, 1, TURNS_LIMIT)},
+        {
+            "edges": array(edge),
+            "emotion_logits": array(array(real(-LOGIT_LIMIT, LOGIT_LIMIT), width, width), 1, TURNS_LIMIT),
+            "emotion_probs": array(array(real(0, PROBABILITY_LIMIT), width, width), 1, TURNS_LIMIT),
+        },
+    )
+
+
 def emotion_tensors(dialogues: Sequence[Dialogue]) -> Tensors:
     """`emotion_logits` float32 [B, T, 7] of dialogues that have them, and `emotion_known` int64 [B, T]."""
     batch, longest = len(dialogues), max(len(dialogue.turns) for dialogue in dialogues)
@@ -225,7 +243,7 @@ def _emotions(request: Mapping[str, Any], turns: int, where: str) -> np.ndarray 
     for row in rows:
         if not isinstance(row, list) or len(row) != len(EMOTIONS):
             raise _wrong(place, f"{len(EMOTIONS)} numbers for every turn", row)
-        low, high = (0, 1 + 1e-3) if name == "emotion_probs" else (-1e4, 1e4)
+        low, high = (0, PROBABILITY_LIMIT) if name == "emotion_probs" else (-LOGIT_LIMIT, LOGIT_LIMIT)
         if any(type(value) not in (int, float) or not low <= value <= high for value in row):
             raise _wrong(place, f"numbers in {low:g}..{high:g}", row)
     values = np.array(rows, np.float64)

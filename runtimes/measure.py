@@ -1,179 +1,155 @@
-"""Measures one engine in a process of its own, in blocks, so that engines can take turns on a noisy machine."""
+"""Measures engines in processes of their own, window by window, so that they can take turns on a noisy machine."""
 
-import multiprocessing
-import resource
-import time
-from collections.abc import Callable, Mapping
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime, open_runtime
-from runtimes.errors import EngineError, SlipwayError, one_line
-from runtimes.pipeline import open_pipeline
-from runtimes.tensors import BATCH, Tensors
+from runtimes import plugins
+from runtimes.artifact import Artifact
+from runtimes.errors import EngineError
+from runtimes.sampler import Peak
+from runtimes.scenarios import Window
+from runtimes.statistics import steady
+from runtimes.tensors import BATCH
+from runtimes.worker import PROTOCOL
 
-WARMUP_S, WARMUP_CALLS = 0.2, 10
-STABLE_BLOCKS, STABLE_SPREAD = 3, 0.10
-# The smallest n for which the largest sample bounds the percentile at 99 % confidence: ln 0.01 / ln p.
-SAMPLES_FOR = {50: 7, 90: 44, 95: 90, 99: 459}
+CHECKOUT = Path(__file__).parents[1]
 CLOSE_TIMEOUT_S = 2
 START_TIMEOUT_S = 600  # torch.compile may take minutes
+Sizes = Mapping[str, int]
 
 
 @dataclass(kw_only=True, slots=True)
 class Measurement:
-    """What one engine did at one size. Times in seconds; `latency_s` holds every sample, block by block."""
+    """What one engine did at one size under one kind of load. Times in seconds; `windows` hold every sample."""
 
     engine: str
     provider: str
-    sizes: Mapping[str, int]
+    sizes: Sizes
     load_s: float
     first_call_s: float
     warmup_s: float
-    memory_bytes: int = 0
-    latency_s: list[list[float]] = field(default_factory=list)
+    warmup_calls: int
+    memory: Peak = field(default_factory=Peak)
+    windows: list[Window] = field(default_factory=list)
 
     @property
     def samples_s(self) -> list[float]:
-        return [sample for block in self.latency_s for sample in block]
+        return [sample for window in self.windows for sample in window.samples_s]
 
     @property
     def rows_per_s(self) -> float:
-        """Rows of the batch over the time spent in calls."""
-        samples = self.samples_s
-        return self.sizes[BATCH] * len(samples) / sum(samples)
+        """Rows of the batch over the time from first to last of each window."""
+        return self.sizes[BATCH] * len(self.samples_s) / sum(window.wall_s for window in self.windows)
+
+    @property
+    def cpu_s_per_call(self) -> float:
+        return sum(window.cpu_s for window in self.windows) / len(self.samples_s)
+
+    @property
+    def run_median_s(self) -> float:
+        return float(np.median(self.samples_s))
 
     @property
     def stable(self) -> bool:
-        """Whether the medians of the last blocks lie within STABLE_SPREAD of each other."""
-        medians = [float(np.median(block)) for block in self.latency_s[-STABLE_BLOCKS:]]
-        return len(medians) == STABLE_BLOCKS and max(medians) <= (1 + STABLE_SPREAD) * min(medians)
-
-
-def percentile(samples_s: list[float], p: int) -> float | None:
-    """The p-th percentile of pooled raw samples, or None where there are too few to speak of it."""
-    return float(np.percentile(samples_s, p)) if len(samples_s) >= SAMPLES_FOR[p] else None
-
-
-def example_feeds(runtime: Runtime, sizes: Mapping[str, int]) -> Tensors:
-    """The pipeline's example request as tensors, repeated along every axis to these sizes."""
-    pipeline = open_pipeline(runtime.artifact, runtime.root)
-    arrays = pipeline.encode([pipeline.example()])
-    feeds = {}
-    for tensor in runtime.signature.free_inputs:
-        array = arrays[tensor.name]
-        for axis, size in enumerate(tensor.resolve(sizes)):
-            array = np.take(array, np.arange(size) % array.shape[axis], axis)
-        feeds[tensor.name] = np.ascontiguousarray(array)
-    return feeds
-
-
-def prepare(runtime: Runtime, sizes: Mapping[str, int]) -> Callable[[], Any]:
-    """One call as a user makes it: the next step of a stream where time is 1, else a whole piece from a fresh state."""
-    feeds = example_feeds(runtime, sizes)
-    if runtime.artifact.signature.state and sizes.get("time") == 1:
-        stream = runtime.stream(sizes[BATCH])
-        return lambda: stream.step(feeds)
-    return lambda: runtime.fresh(feeds)
+        """Whether the last windows agree, in latency and in throughput."""
+        medians = [float(np.median(window.samples_s)) for window in self.windows]
+        rates = [len(window.samples_s) / window.wall_s for window in self.windows]
+        return steady(medians) and steady(rates)
 
 
 class Worker:
-    """A child process that holds one open engine; `measure_block` lets it run while the others wait.
+    """A child process that holds one open engine; what it is asked for runs while the others wait.
 
-    `EngineError` when the engine cannot open, answers too late or dies; the process is gone then.
+    It runs the code in `checkout`, by the interpreter that the engine needs. `EngineError` when the engine cannot open,
+    answers too late or dies, or is not the one expected; the process is gone then.
     """
 
-    def __init__(self, root: Path, sizes: Mapping[str, int], options: Mapping[str, Any]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child, root, dict(sizes), dict(options)), daemon=True)
-        self._process.start()
-        child.close()
-        self.measurement: Measurement = self._receive(START_TIMEOUT_S)
+    def __init__(self, root: Path, options: Mapping[str, Any], checkout: Path = CHECKOUT) -> None:
+        self.engine = str(options.get("engine") or Artifact.load(root).runtime)
+        command = [interpreter(self.engine), "-m", "runtimes.worker"]
+        self._pipe, child = socket.socketpair()
+        with child:
+            self._process = subprocess.Popen(
+                [*command, str(child.fileno())],
+                pass_fds=[child.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # libraries print; --json prints JSON only
+                cwd=checkout,  # where -m looks first
+                env={**os.environ, "PYTHONPATH": str(checkout)},
+            )
+        self._answers = self._pipe.makefile("r")
+        opened = self._ask({"root": str(root.absolute()), "options": dict(options)}, START_TIMEOUT_S)
+        self.load_s = float(opened["load_s"])
+        if (opened["engine"], opened["protocol"]) != (self.engine, PROTOCOL):
+            self.close()
+            raise EngineError(f"expected engine {self.engine}, protocol {PROTOCOL}; found {opened}; update {checkout}")
 
-    def measure_block(self, seconds: float) -> None:
-        """Add one block of samples that takes about this long, and the memory at its end."""
-        try:
-            self._pipe.send(seconds)
-        except OSError as error:
-            raise self._died() from error
-        block, self.measurement.memory_bytes = self._receive(START_TIMEOUT_S + seconds)
-        self.measurement.latency_s.append(block)
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def prepare(self, sizes: Sizes) -> Measurement:
+        """An empty measurement at these sizes, to which windows are added; the engine is warm."""
+        answer = self._ask({"do": "prepare", "sizes": dict(sizes)}, START_TIMEOUT_S)
+        return Measurement(engine=self.engine, sizes=sizes, load_s=self.load_s, **answer)
+
+    def window(self, load: Mapping[str, Any]) -> Window:
+        """One window under a load such as {"do": "one_by_one", "seconds": 0.2}."""
+        return Window(**self._ask(load, START_TIMEOUT_S + float(load["seconds"])))
 
     def close(self) -> None:
-        """End the process: at its next command it sees that nobody is there; one that computes on is killed."""
+        """End the process: at its next question it sees that nobody is there; one that computes on is killed."""
+        self._answers.close()
         self._pipe.close()
-        self._process.join(CLOSE_TIMEOUT_S)
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self, timeout_s: float) -> Any:
         try:
-            if not self._pipe.poll(timeout_s):
-                self.close()
-                raise EngineError(f"expected an answer within {timeout_s:g} s, found none")
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError) as error:
-            raise self._died() from error
-        if isinstance(answer, str):
+            self._process.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        self._pipe.settimeout(timeout_s)
+        try:
+            self._pipe.sendall(json.dumps(question).encode() + b"\n")
+            line = self._answers.readline()
+        except TimeoutError as error:
+            self._process.kill()
             self.close()
-            raise EngineError(answer)
-        return answer
+            raise EngineError(f"expected an answer within {timeout_s:g} s, found none") from error
+        except OSError as error:
+            raise self._died() from error
+        if not line:
+            raise self._died()
+        answer: dict[str, dict[str, Any]] = json.loads(line)
+        if "error" in answer:
+            self.close()
+            raise EngineError(str(answer["error"]))
+        return answer["ok"]
 
     def _died(self) -> EngineError:
         """The error for a process that is gone; it is waited for, so that no zombie stays."""
-        self._process.join(1)
-        status = self._process.exitcode
         self.close()
-        return EngineError(f"the engine's process died with status {status}")
+        return EngineError(f"the engine's process died with status {self._process.returncode}")
 
 
-def _serve(pipe: Connection, root: Path, sizes: dict[str, int], options: dict[str, Any]) -> None:
-    try:
-        started = time.perf_counter()
-        with open_runtime(root, **options) as runtime:
-            loaded = time.perf_counter()
-            call = prepare(runtime, sizes)
-            first_s = _timed(call)
-            warmup_s, calls = 0.0, 0
-            while warmup_s < WARMUP_S or calls < WARMUP_CALLS:
-                warmup_s, calls = warmup_s + _timed(call), calls + 1
-            pipe.send(
-                Measurement(
-                    engine=runtime.engine,
-                    provider=runtime.provider,
-                    sizes=sizes,
-                    load_s=loaded - started,
-                    first_call_s=first_s,
-                    warmup_s=warmup_s,
-                )
-            )
-            _answer_blocks(pipe, call)
-    except SlipwayError as error:
-        pipe.send(one_line(error))
-    except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as error:
-        # torch.compile raises what it likes for a program it cannot compile: that engine's row says so.
-        pipe.send(f"{type(error).__name__}: {one_line(error, 160)}")
-
-
-def _answer_blocks(pipe: Connection, call: Callable[[], Any]) -> None:
-    while True:
-        try:
-            seconds = pipe.recv()
-        except EOFError:
-            return
-        block: list[float] = []
-        until = time.perf_counter() + seconds
-        while not block or time.perf_counter() < until:
-            block.append(_timed(call))
-        pipe.send((block, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    started = time.perf_counter_ns()
-    call()
-    return (time.perf_counter_ns() - started) * 1e-9
+def interpreter(engine: str) -> str:
+    """The Python that has what an engine needs; `EngineError` where its environment was not made."""
+    name = plugins.load("runtimes.engines", engine, "RUNTIME").environment
+    if not name:
+        return sys.executable
+    found = [folder / name / "bin" / "python" for folder in (CHECKOUT, Path(sys.prefix).parent, Path.cwd())]
+    python = next((path for path in found if path.exists()), None)
+    if python is None:
+        raise EngineError(
+            f"engine {engine}: expected its environment in {found[0].parents[1]}, found none; see the Makefile"
+        )
+    return str(python)

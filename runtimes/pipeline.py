@@ -1,5 +1,6 @@
 """Pipeline: a request becomes tensors, tensors become an answer. Written once, used in training, serving and Triton."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,11 @@ import numpy as np
 
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
+from runtimes.base import Runtime
+from runtimes.errors import EngineError, InputError, one_line
+from runtimes.schemas import Schema
+
+REQUEST_BYTES = 4 << 20  # of one request in JSON; the parsed form of more would take a hundred megabytes
 
 
 class Pipeline(ABC):
@@ -31,12 +37,38 @@ class Pipeline(ABC):
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         """One JSON-serialisable answer per row of the outputs."""
 
+    def respond(self, runtime: Runtime, requests: Sequence[Any]) -> list[Any]:
+        """The answers of an open runtime to a batch of requests; a recurrent model starts from zero."""
+        return self.decode(runtime.fresh(self.encode(requests)))
+
     @abstractmethod
     def example(self) -> Any:
         """A valid request, short enough to read."""
+
+    def schema(self) -> Schema:
+        """The JSON Schema (2020-12) that every right request satisfies; what else it must be, `encode` says."""
+        return {"type": "object"}
 
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
     """The pipeline of an artifact that lies in `folder`."""
     pipeline: type[Pipeline] = plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
     return pipeline(artifact.config, folder / ASSETS)
+
+
+def parse_request(text: bytes, where: str) -> Any:
+    """The JSON value of a request; `InputError` for what is too long, too deep, not UTF-8 or no JSON."""
+    if len(text) > REQUEST_BYTES:
+        raise InputError(f"{where}: expected at most {REQUEST_BYTES} bytes, found {len(text)}; send less at once")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError is also that of bytes which are not UTF-8
+        raise InputError(f"{where}: expected JSON in UTF-8, found {one_line(error)}") from error
+
+
+def write_answer(answer: Any) -> bytes:
+    """An answer as JSON, the same bytes wherever it is written; `EngineError` for one with NaN or infinity in it."""
+    try:
+        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise EngineError(f"expected an answer of finite numbers, found {one_line(error)}") from error

@@ -5,53 +5,69 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtimes.artifact import artifact_name, read_json
-from runtimes.base import open_runtime
+from runtimes.artifact import Artifact, artifact_name, require_plain
+from runtimes.base import open_runtime, serving_engine
 from runtimes.caching import Store
 from runtimes.command import command, parser
 from runtimes.errors import InputError, one_line
-from runtimes.pipeline import Pipeline, open_pipeline
+from runtimes.pipeline import Pipeline, open_pipeline, parse_request, write_answer
 from runtimes.repository import find
+from runtimes.triton_client import ask
+
+TARGET, PRECISION = "onnx", "fp32"
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the answer as JSON, or with --example a request to start from."""
+    """Print the answer as JSON, or with --example a request to start from, or with --schema what a request must be.
+
+    An answer has the same bytes wherever it was computed.
+    """
     arguments = _parser().parse_args(argv)
-    root = find(arguments.repository, artifact_name(arguments.model, arguments.target, arguments.precision))
-    options = {"engine": "triton", "url": arguments.url} if arguments.url else {"device": arguments.device}
+    if arguments.url and not (arguments.target or arguments.example or arguments.schema):
+        if arguments.store:
+            raise InputError("--store: expected it without --url, found both; a server keeps its own")
+        require_plain(arguments.model)
+        print(ask(arguments.url, arguments.model, _request(arguments)).decode())
+        return 0
+    target, precision = arguments.target or TARGET, arguments.precision or PRECISION
+    root = find(arguments.repository, artifact_name(arguments.model, target, precision))
+    if arguments.example or arguments.schema:
+        pipeline = open_pipeline(Artifact.load(root), root)
+        print(json.dumps(pipeline.example() if arguments.example else pipeline.schema(), indent=1))
+        return 0
+    requests = [parse_request(_request(arguments), str(arguments.input))]
+    options = {"device": arguments.device}
+    if arguments.url:
+        options = {"engine": serving_engine(Artifact.load(root)), "url": arguments.url}
     with open_runtime(root, **options) as runtime:
         pipeline = open_pipeline(runtime.artifact, root)
-        if arguments.example:
-            print(json.dumps(pipeline.example(), indent=1))
-            return 0
-        if not arguments.input:
-            raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-        requests = [_request(arguments.input)]
         if arguments.store:
-            answers = _answer_from_store(pipeline, requests, arguments)
+            answers = _answer_from_store(pipeline, requests, arguments, {"target": target, "precision": precision})
         else:
-            answers = pipeline.decode(runtime.fresh(pipeline.encode(requests)))
-        print(json.dumps(answers[0], ensure_ascii=False))
+            answers = pipeline.respond(runtime, requests)
+    print(write_answer(answers[0]).decode())
     return 0
 
 
-def _answer_from_store(pipeline: Pipeline, requests: list[Any], arguments: Any) -> list[Any]:
+def _answer_from_store(pipeline: Pipeline, requests: list[Any], arguments: Any, kind: dict[str, str]) -> list[Any]:
     """The answers of the model's parts, with what the frozen ones said taken from the store and added to it."""
     if pipeline.cascade is None:
         raise InputError(f"--store: expected a model with frozen parts, found {arguments.model}, which has none")
-    kind = {"target": arguments.target, "precision": arguments.precision}
     with Store(arguments.store) as store, pipeline.cascade(arguments.repository, store, **kind) as cascade:
         return list(cascade.answer(requests))
 
 
-def _request(path: Path) -> Any:
-    if str(path) != "-":
-        return read_json(path)
+def _request(arguments: Any) -> bytes:
+    """The bytes of the request, as they were given."""
+    if not arguments.input:
+        raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
+    if str(arguments.input) == "-":
+        return sys.stdin.buffer.read()
     try:
-        return json.load(sys.stdin)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"standard input: expected JSON in UTF-8, found {one_line(error)}") from error
+        return arguments.input.read_bytes()
+    except OSError as error:
+        raise InputError(f"{arguments.input}: expected a readable file, found {one_line(error)}") from error
 
 
 def _parser() -> Any:
@@ -62,10 +78,11 @@ def _parser() -> Any:
         "policy_gru --input request.json",
     )
     result.add_argument("model", help="model name")
-    result.add_argument("--target", default="onnx", help="target of the artifact (default: onnx)")
-    result.add_argument("--precision", default="fp32", help="precision of the artifact (default: fp32)")
+    result.add_argument("--target", help=f"target of the artifact (default: {TARGET}; with --url: the whole model's)")
+    result.add_argument("--precision", help=f"precision of the artifact (default: {PRECISION})")
     result.add_argument("--input", type=Path, help="file with the request as JSON; - for standard input")
     result.add_argument("--example", action="store_true", help="print a valid request instead")
+    result.add_argument("--schema", action="store_true", help="print the JSON Schema of a request instead")
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
     result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     result.add_argument("--store", type=Path, help="answer by the model's parts, keeping what the frozen ones say here")

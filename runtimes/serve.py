@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from runtimes.background_server import LOOPBACK
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
-from runtimes.triton_server import LOOPBACK, TritonServer
+from runtimes.stub_watch import StubWatch
+from runtimes.triton_server import TritonServer
 
 POLL_S = 1
 
@@ -32,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--http-port", type=int, default=8000)
     arguments.add_argument("--grpc-port", type=int, default=8001)
     arguments.add_argument("--metrics-port", type=int, default=8002)
+    arguments.add_argument(
+        "--allow-control", action="store_true", help="let every client change log and trace settings and map memory"
+    )
     arguments.add_argument("--log", type=Path, help="keep the server's own log in this file")
     given = arguments.parse_args(argv)
     repository = existing_folder(given.repository, "models")
@@ -40,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.host != LOOPBACK:
         print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
     ports = {name: getattr(given, name) for name in ("http_port", "grpc_port", "metrics_port")}
-    server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, log=given.log)
+    more = {"open_to_all": given.allow_control, "log": given.log}
+    server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, **more)
     with suppress(Stopped), stopping_on_signals(), server:
         watch(server)
     return 0
@@ -52,11 +58,15 @@ def watch(server: TritonServer) -> None:
         f"HTTP     http://{server.http_url}\ngRPC     {server.grpc_url}\nmetrics  http://{server.metrics_url}/metrics"
     )
     known: list[str] = []
+    stubs = StubWatch(server.shared_memory_prefix)
     while server.running:
-        now = [" ".join(model.values()) for model in server.index()]
-        for line in (line for line in now if line not in known):
-            print(line, flush=True)
-        known = now
+        for model in stubs.revive():
+            print(f"{model}: its process died, loading it again", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a busy server may answer too late; it is asked again
+            now = [" ".join(model.values()) for model in server.index()]
+            for line in (line for line in now if line not in known):
+                print(line, flush=True)
+            known = now
         time.sleep(POLL_S)
     raise EngineError(f"expected Triton to run until it is stopped, it died: {server.failure()}")
 

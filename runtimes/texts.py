@@ -8,6 +8,7 @@ import numpy as np
 
 from runtimes.errors import EngineError, InputError, require
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import TEXT, Schema, record
 from runtimes.tensors import Tensors
 
 PADS = ("<pad>", "[PAD]")
@@ -87,6 +88,9 @@ class TextPipeline(Pipeline):
         if not np.isfinite(vectors).all():
             raise EngineError("expected a finite vector, found NaN or infinity; run export.verify")
         return [{"vector": row.tolist()} for row in vectors]
+
+    def schema(self) -> Schema:
+        return record({"text": TEXT})
 
     def example(self) -> Any:
         return {"text": "I lost my job last week and I cannot sleep."}

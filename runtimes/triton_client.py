@@ -1,5 +1,7 @@
 """The two protocols of a Triton server behind one face: tensors by name in, tensors by name out, one-line errors."""
 
+import queue
+import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -9,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError, one_line, require
+from runtimes.errors import EngineError, InputError, Overloaded, one_line, require
 from runtimes.tensors import Tensors
 
+BUSY = ("maximum queue size", "timeout expired")  # in the words of Triton's batcher
 REFUSED = ("400", "StatusCode.INVALID_ARGUMENT")
 UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
 
@@ -21,7 +24,8 @@ Answer = Callable[[], Tensors]
 class TritonClient(ABC):
     """A connection to the server at `url` ("host:port"), opened by the first call.
 
-    Every call raises `InputError` if the server refuses it, `EngineError` if it fails or takes longer than `timeout_s`.
+    Every call raises `InputError` if the server refuses it, `Overloaded` if it has too many already, `EngineError` if
+    it fails or takes longer than `timeout_s`.
     """
 
     protocol: str
@@ -59,10 +63,7 @@ class TritonClient(ABC):
 
         `sequence` are its sequence_id, sequence_start and sequence_end.
         """
-        inputs = []
-        for name, array in feeds.items():
-            described = self.library.InferInput(name, array.shape, self.utils.np_to_triton_dtype(array.dtype))
-            inputs.append(described.set_data_from_numpy(array))
+        inputs = self._inputs(feeds)
         with self._translated():
             wait = self._submit(model, inputs, sequence)
 
@@ -73,8 +74,23 @@ class TritonClient(ABC):
 
         return answer
 
+    def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
+        """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
+
+        An iterator that is closed, or dropped, cancels what is still to come.
+        """
+        raise InputError(f"expected protocol grpc for a stream of responses, found {self.protocol}")
+
     def close(self) -> None:
         self.client.close()
+
+    def _inputs(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+        """The tensors of a request in the library's own kind."""
+        inputs = []
+        for name, array in feeds.items():
+            described = self.library.InferInput(name, array.shape, self.utils.np_to_triton_dtype(array.dtype))
+            inputs.append(described.set_data_from_numpy(array))
+        return inputs
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -82,6 +98,8 @@ class TritonClient(ABC):
         try:
             yield
         except self.utils.InferenceServerException as error:
+            if any(sign in str(error.message()) for sign in BUSY):
+                raise Overloaded(f"Triton at {self.url} is busy: {one_line(error)}; ask again later") from error
             if error.status() in UNREACHABLE:
                 raise self._unreachable(error) from error
             kind = InputError if error.status() in REFUSED else EngineError
@@ -116,6 +134,38 @@ class GrpcClient(TritonClient):
         self.client.async_infer(model, inputs, settle, client_timeout=self.timeout_s, **sequence)
         return future.result
 
+    def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
+        arrived: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
+        connection = self._connect()  # the library allows one stream a connection, and callers may want several
+        try:
+            with self._translated():
+                connection.start_stream(lambda result, error: arrived.put((result, error)))
+                inputs = self._inputs(feeds)
+                connection.async_stream_infer(model, inputs, enable_empty_final_response=True, **sequence)
+            final = False
+            while not final:
+                response, final = self._arrived(arrived)
+                if response:  # a model may say that it is done in a response without tensors
+                    yield response
+        finally:
+            connection.stop_stream(cancel_requests=True)
+            connection.close()
+
+    def _arrived(self, arrived: "queue.Queue[tuple[Any, Exception | None]]") -> tuple[Tensors, bool]:
+        """The next response, and whether it is the last one."""
+        try:
+            result, error = arrived.get(timeout=self.timeout_s)
+        except queue.Empty as error:
+            raise EngineError(
+                f"Triton at {self.url}: expected the next response within {self.timeout_s:g} s, found none"
+            ) from error
+        with self._translated():
+            if error is not None:
+                raise error
+            message = result.get_response()
+            tensors = {output.name: result.as_numpy(output.name) for output in message.outputs}
+        return tensors, message.parameters["triton_final_response"].bool_param
+
 
 class HttpClient(TritonClient):
     """Waits in threads: the library's own async_infer sleeps for 10 ms per request (tritonclient 2.73)."""
@@ -149,4 +199,24 @@ class HttpClient(TritonClient):
         super().close()
 
 
+def new_sequence() -> int:
+    """A sequence id that no other client has; 0 would mean none."""
+    return 1 + secrets.randbelow(2**63 - 1)
+
+
 CLIENTS: dict[str, type[TritonClient]] = {client.protocol: client for client in (GrpcClient, HttpClient)}
+
+
+def ask(url: str, model: str, request: bytes, *, protocol: str = "grpc", timeout_s: float = 60.0) -> bytes:
+    """The answer in JSON of an ensemble to a request in JSON; a recurrent model starts from zero.
+
+    `InputError` if the server refuses the request, `EngineError` if it cannot be reached or fails.
+    """
+    client = CLIENTS[protocol](url, timeout_s)
+    whole = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
+    try:
+        outputs = client.send(model, {"request": np.array([[request]], np.object_)}, ["answer"], **whole)()
+    finally:
+        client.close()
+    answer: bytes = outputs["answer"].item()
+    return answer

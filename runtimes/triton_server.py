@@ -9,28 +9,24 @@ import contextlib
 import http.client
 import json
 import os
+import re
+import secrets
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-import runtimes
-from runtimes.errors import EngineError, InputError, MissingPackage, one_line
-from runtimes.triton_guard import STOP_TIMEOUT_S
+from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
+from runtimes.errors import EngineError, MissingPackage
 
-PACKAGE = Path(runtimes.__file__).parent
-STAND_INS = {"onnxruntime": "engine", "openvino": "engine"}  # a backend's name, and the folder that stands in for it
-# Signs of the line that says why a server did not start, the most telling first.
-TELLING = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load", "error: ")
-GUARD = PACKAGE / "triton_guard.py"
-LOOPBACK = "127.0.0.1"
-EVERYWHERE = "0.0.0.0"
+# A backend's name, and the folder that stands in for it.
+STAND_INS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
+VLLM_ENTRY = re.compile(r'^\s*backend\s*:\s*"vllm"', re.MULTILINE)
+START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
+# What would let a client change the server, write to its disk or map memory of other processes.
+CONTROL = ("model-repository", "shared-memory", "logging", "trace")
+CONTROL_KEY = "slipway-control"
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
 SLIPWAY_PATH = "SLIPWAY_PATH"
@@ -78,25 +74,21 @@ class Bundle:
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         }
 
-    def arguments(self, backends: Path) -> list[str]:
-        """What the core must be told beyond what NVIDIA's container needs."""
-        return [
-            f"--backend-directory={backends}",
-            f"--cache-directory={self.core / 'caches'}",
-            "--allow-gpu-metrics=false",
-            "--disable-auto-complete-config",  # launches every stub once instead of twice; our configs are complete
-        ]
+    def arguments(self, backends: Path, complete: bool) -> Iterator[str]:
+        """What the core must be told beyond what NVIDIA's container needs; `complete` is what the configs are."""
+        yield f"--backend-directory={backends}"
+        yield f"--cache-directory={self.core / 'caches'}"
+        yield "--allow-gpu-metrics=false"
+        if complete:
+            yield "--disable-auto-complete-config"  # launches every stub once instead of twice
 
 
 def find_bundle() -> Bundle:
     """The bundled server; `MissingPackage` if there is none, `EngineError` if its environment cannot run models."""
-    beside = (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())
-    named = os.environ.get("SLIPWAY_TRITON_VENV")
-    candidates = [Path(named).absolute()] if named else [folder / ".venv-triton" for folder in beside]
-    venv = next((folder for folder in candidates if (folder / "bin" / "python3").exists()), None)
-    if venv is None:
+    venv = find_venv("SLIPWAY_TRITON_VENV", ".venv-triton")
+    if not (venv / "bin" / "python3").exists():
         raise MissingPackage(
-            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {candidates[0]}, found neither; "
+            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
             "run: make triton"
         )
     return probe(venv)
@@ -118,13 +110,19 @@ def probe(venv: Path) -> Bundle:
     return bundle
 
 
-class TritonServer:
+class TritonServer(BackgroundServer):
     """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
 
     Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
     `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
-    the others are served. `log` keeps the server's output. `EngineError` if the server does not get ready.
+    the others are served. `log` keeps the server's output. The control interfaces answer only who knows `control_key`,
+    which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not get ready.
     """
+
+    name = "Triton"
+    telling = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load", "error: ")
+    # A stub without its libpython never gets ready, and the server would wait for it.
+    hopeless = ("error while loading shared libraries",)
 
     def __init__(
         self,
@@ -137,71 +135,44 @@ class TritonServer:
         models: Sequence[str] | None = None,
         poll_s: int | None = None,
         strict: bool = True,
+        open_to_all: bool = False,
         log: Path | None = None,
-        start_timeout_s: float = 60.0,
+        start_timeout_s: float | None = None,
     ) -> None:
+        usual_s = VLLM_START_TIMEOUT_S if has_vllm(repository) else START_TIMEOUT_S
+        super().__init__(log=log, start_timeout_s=usual_s if start_timeout_s is None else start_timeout_s)
         self.repository = repository
         self.host = host
         self.ports = (http_port, grpc_port, metrics_port)
         self.models = models
         self.poll_s = poll_s
         self.strict = strict
-        self.log = log
-        self.start_timeout_s = start_timeout_s
+        self.control_key = "" if open_to_all else secrets.token_hex(16)
         self.http_url = self.grpc_url = self.metrics_url = ""
-        self.folder: Path | None = None
-        self._log: TextIO | None = None  # an own handle: it still reads when the file is gone
-        self._guard: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> "TritonServer":
-        with contextlib.ExitStack() as if_it_fails:
-            if_it_fails.callback(self.close)
-            self._launch()
-            self._wait_until_ready()
-            if_it_fails.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stops the server and waits until nothing is left of it. Closing twice is allowed."""
-        if self._guard and self._guard.stdin:
-            self._guard.stdin.close()
-            self._guard.wait(2 * STOP_TIMEOUT_S)
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     @property
-    def running(self) -> bool:
-        return self._guard is not None and self._guard.poll() is None
+    def shared_memory_prefix(self) -> str:
+        """How the names of the shared memory between the server and its Python stubs begin."""
+        return self.folder.name if self.folder else ""
 
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines the server wrote."""
-        if self._log is None:
-            return ""
-        self._log.seek(0)
-        return "\n".join(self._log.read().splitlines()[-lines:])
+    @property
+    def subject(self) -> str:
+        return str(self.repository)
 
     def index(self) -> list[dict[str, str]]:
         """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
-            connection.request("POST", "/v2/repository/index", "{}", {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
+            connection.request("POST", "/v2/repository/index", "{}", headers)
             models: list[dict[str, str]] = json.load(connection.getresponse())
         return models
 
-    def failure(self) -> str:
-        """The line of the log that says why the server failed, or else its last one."""
-        lines = [line for line in self.log_tail(200).splitlines() if line.strip()] or ["nothing"]
-        telling = (line for sign in TELLING for line in reversed(lines) if sign in line)
-        return " ".join(next(telling, lines[-1]).strip("| ").split())
-
-    def _launch(self) -> None:
+    def launch(self) -> None:
         ports = choose_ports(self.host, self.ports)
         reached = LOOPBACK if self.host == EVERYWHERE else self.host
         self.http_url, self.grpc_url, self.metrics_url = (f"{reached}:{port}" for port in ports)
-        folder = self.folder = Path(tempfile.mkdtemp(prefix="slipway-triton-"))
+        folder = self.make_folder()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         environment.setdefault(SLIPWAY_PATH, str(PACKAGE.parent))
         if installed := shutil.which("tritonserver"):
@@ -210,18 +181,11 @@ class TritonServer:
             bundle = find_bundle()
             bundle.copy_backends(folder)
             environment |= bundle.environment()
-            command = [str(bundle.server), *bundle.arguments(folder)]
-        log = self.log or folder / "server.log"
-        with log.open("wb") as output:
-            self._log = log.open(errors="replace")
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", GUARD, folder, folder.name, *command, *self._arguments(ports, folder.name)],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the program that started the server
-            )
+            command = [str(bundle.server), *bundle.arguments(folder, complete=not has_vllm(self.repository))]
+        self.start([*command, *self._arguments(ports, folder.name)], environment)
+
+    def is_ready(self) -> bool:
+        return answers(self.http_url, "/v2/health/ready") and answers(self.metrics_url, "/metrics")
 
     def _arguments(self, ports: Sequence[int], shared_memory_prefix: str) -> Iterator[str]:
         yield f"--model-repository={self.repository.absolute()}"
@@ -229,7 +193,11 @@ class TritonServer:
             yield f"--{service}-address={self.host}"
             yield f"--{service}-port={port}"
         yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
-        yield "--exit-timeout-secs=5"  # the default waits 30 s for a stub that hangs
+        # The default waits 30 s for a stub that hangs; vLLM takes some seconds to stop.
+        yield f"--exit-timeout-secs={12 if has_vllm(self.repository) else 5}"
+        if self.control_key:
+            restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
+            yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
         if self.models is not None:
             yield "--model-control-mode=explicit"
             yield from (f"--load-model={model}" for model in self.models)
@@ -240,40 +208,7 @@ class TritonServer:
             yield "--exit-on-error=false"
             yield "--strict-readiness=false"
 
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + self.start_timeout_s
-        while not (_answers(self.http_url, "/v2/health/ready") and _answers(self.metrics_url, "/metrics")):
-            # A stub without its libpython never gets ready, and the server would wait for it.
-            if not self.running or "error while loading shared libraries" in self.log_tail(200):
-                raise EngineError(f"expected Triton to start on {self.repository}, it says: {self.failure()}")
-            if time.monotonic() > end:
-                raise EngineError(
-                    f"expected Triton to be ready within {self.start_timeout_s:g} s on {self.repository}, "
-                    f"it is not; its last words: {self.failure()}"
-                )
-            time.sleep(0.05)
 
-
-def choose_ports(host: str, wanted: Sequence[int | None]) -> tuple[int, ...]:
-    """The ports wanted, with free ones for None; `InputError` for one that is taken."""
-    with contextlib.ExitStack() as held:
-        return tuple(_hold(held, host, port) for port in wanted)
-
-
-def _hold(held: contextlib.ExitStack, host: str, port: int | None) -> int:
-    listener = held.enter_context(socket.socket())
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left counts as free
-    try:
-        listener.bind((host, port or 0))
-    except OSError as error:
-        raise InputError(f"expected a free port at {host}:{port}, found {one_line(error)}; choose another") from error
-    return int(listener.getsockname()[1])
-
-
-def _answers(url: str, path: str) -> bool:
-    with contextlib.closing(http.client.HTTPConnection(url, timeout=1)) as connection:
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
+def has_vllm(repository: Path) -> bool:
+    """Whether an entry is for the vllm backend, which completes its config itself and takes a minute to start."""
+    return any(VLLM_ENTRY.search(config.read_text("utf-8", "replace")) for config in repository.glob("*/config.pbtxt"))

@@ -202,3 +202,18 @@ def test_a_json_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert sha256_json({"a": 1, "b": [1, 2]}) == sha256_json({"b": [1, 2], "a": 1})
     assert sha256_json({"a": 1, "b": [1, 2]}) != sha256_json({"a": 1, "b": [2, 1]})
     assert sha256_json({}) == sha256_json(json.loads("{ }"))
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/a", "a b", "-a", "a\n", "a\0", "é", "%2e%2e"])
+def test_no_name_leads_out_of_the_repository(name: str, tmp_path: Path) -> None:
+    for parts in ((name, "onnx", "fp32"), ("toy", name, "fp32"), ("toy", "onnx", name)):
+        with pytest.raises(InputError, match="expected a name of letters"):
+            artifact_name(*parts)
+    with pytest.raises(InputError, match="expected a name of letters"):
+        make(tmp_path, model=name)
+
+
+@pytest.mark.parametrize("file", ["../secret", "/etc/passwd", "assets/../../x"])
+def test_a_manifest_that_lists_files_elsewhere_is_refused(file: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="expected files inside the artifact's folder, found"):
+        make(tmp_path, files={file: "0" * 64})

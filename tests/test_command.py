@@ -192,15 +192,3 @@ def test_a_missing_package_names_the_extra_that_brings_it() -> None:
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
     assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["", "{", "\x00", "[1, 2"])
-def test_a_request_that_is_not_json_is_one_line(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
-    with pytest.raises(InputError, match="standard input: expected JSON in UTF-8"):
-        predict._request(Path("-"))
-    (tmp_path / "request.json").write_text(text)
-    with pytest.raises(InputError, match=r"request\.json: expected JSON in UTF-8"):
-        predict._request(tmp_path / "request.json")

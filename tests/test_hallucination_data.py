@@ -12,9 +12,10 @@ import pytest
 from runtimes.errors import InputError
 from runtimes.grounding import EXAMPLE, GroundedTokens, Template, chunks, covered, labelled, read_request
 from training.models.hallucination.data import read_ragtruth, synthetic_examples, train_and_valid
-from training.models.hallucination.frozen import byte_tokenizer
+from training.models.hallucination.frozen import tokenizer_json
 
 MOST = (8, 16)
+TOKENIZER = tokenizer_json("seeded:tiny", "main")
 TEMPLATE = Template(before="<s>[INST] ", after=" [/INST] ")
 PROMPT = "నమస్తే! The café opened in 1932. Its owner is Zoë."
 ANSWER = "It opened in 1932 — 🌉 and Zoë owns it."
@@ -48,13 +49,13 @@ def ragtruth(folder: Path, change: Callable[[list[Any], list[Any]], None] = lamb
 
 
 def tokens(max_tokens: int = 400, max_rows: int = 100) -> GroundedTokens:
-    return GroundedTokens(byte_tokenizer(), TEMPLATE, max_tokens=max_tokens, max_rows=max_rows)
+    return GroundedTokens(TOKENIZER, TEMPLATE, max_tokens=max_tokens, max_rows=max_rows)
 
 
 def text_of(ids: Any) -> str:
     from tokenizers import Tokenizer
 
-    decoded: str = Tokenizer.from_str(byte_tokenizer().decode()).decode(list(ids), skip_special_tokens=True)
+    decoded: str = Tokenizer.from_str(TOKENIZER.decode()).decode(list(ids), skip_special_tokens=True)
     return decoded
 
 

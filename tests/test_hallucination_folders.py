@@ -9,7 +9,6 @@ from test_hallucination_data import ragtruth
 from runtimes.errors import InputError
 from training.checkpoint import Checkpoint, restore
 from training.models.hallucination.frozen import (
-    byte_tokenizer,
     load_decoder,
     load_encoder,
     template_json,
@@ -34,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     load_decoder("seeded:tiny:qwen2", "main").save_pretrained(decoder)
     load_encoder("seeded:tiny", "main").save_pretrained(encoder)
     for folder in (decoder, encoder):
-        own = Tokenizer.from_str(byte_tokenizer().decode())
+        own = Tokenizer.from_str(tokenizer_json("seeded:tiny", "main").decode())
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
         tokenizer.chat_template = CHAT
         tokenizer.save_pretrained(folder)

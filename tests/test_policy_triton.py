@@ -89,10 +89,10 @@ def test_predict_says_the_same_through_the_server(
     request = tmp_path / "request.json"
     request.write_text(capsys.readouterr().out)
     answers = []
-    for more in ([], ["--url", server.grpc_url]):
+    for more in ([], ["--url", server.grpc_url], ["--url", server.grpc_url, "--target", "onnx"]):
         assert predict(["policy_lstm", "--input", str(request), *place, *more]) == 0
-        answers.append(json.loads(capsys.readouterr().out))
-    assert answers[0] == answers[1]
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
 
 
 @pytest.mark.parametrize(

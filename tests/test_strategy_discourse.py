@@ -25,7 +25,7 @@ from runtimes.repository import find
 from runtimes.triton_server import TritonServer, find_bundle
 from training.checkpoint import Checkpoint
 from training.models.strategy.discourse import DiscourseParser, load_parser, trees
-from training.models.strategy.frozen import byte_tokenizer, load_encoder
+from training.models.strategy.frozen import load_encoder, tokenizer_json
 from training.models.strategy.recipe import StrategyRecipe
 from training.run import main as run
 
@@ -83,7 +83,7 @@ def test_the_tree_inside_the_fused_model_is_the_one_outside() -> None:
 
 
 def test_every_turn_is_read_after_each_earlier_one_and_after_nothing() -> None:
-    tokens = pair_tokens(byte_tokenizer())
+    tokens = pair_tokens(tokenizer_json("seeded:tiny", "main"))
     tensors = pair_tensors([dialogue_of(2), dialogue_of(1)], tokens)
     first, second = "seeker , Hello", "supporter , What happened?"
     want = tokens.ids([(NO_HEAD, first), (first, second), (NO_HEAD, second)])
@@ -92,7 +92,7 @@ def test_every_turn_is_read_after_each_earlier_one_and_after_nothing() -> None:
 
 
 def test_a_dialogue_with_edges_is_not_read() -> None:
-    tensors = pair_tensors([dialogue_of(3, edges=[])], pair_tokens(byte_tokenizer()))
+    tensors = pair_tensors([dialogue_of(3, edges=[])], pair_tokens(tokenizer_json("seeded:tiny", "main")))
     assert tensors["pair_ids"].shape[:2] == (1, 1)
     assert (tensors["pair_places"] == -1).all()
 
@@ -102,7 +102,7 @@ def test_a_dialogue_survives_its_name_in_a_store() -> None:
 
 
 def test_a_dialogue_is_parsed_alike_beside_a_longer_one() -> None:
-    parser, tokens = load_parser("seeded:tiny"), pair_tokens(byte_tokenizer())
+    parser, tokens = load_parser("seeded:tiny"), pair_tokens(tokenizer_json("seeded:tiny", "main"))
     dialogues = [dialogue_of(1), dialogue_of(3), dialogue_of(2)]
     together = parser(*(torch.from_numpy(array) for array in pair_tensors(dialogues, tokens).values()))
     for row, dialogue in zip(together, dialogues, strict=True):
@@ -175,7 +175,7 @@ def public_parser(tmp_path: Path) -> tuple[Path, PublicLayout]:
     )
     module = PublicLayout(config).eval()
     config.save_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(byte_tokenizer())
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json("seeded:tiny", "main"))
     positions = {"encoder.embeddings.position_ids": torch.arange(512)[None]}  # of older versions of transformers
     save_file({**module.state_dict(), **positions}, tmp_path / "model.safetensors")
     return tmp_path, module

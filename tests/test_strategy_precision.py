@@ -13,7 +13,8 @@ from onnx.reference import ReferenceEvaluator
 from export.lowering import quantize_weights, write_onnx
 from export.source import OPERATOR, Source, cast
 from training.checkpoint import Checkpoint
-from training.models.strategy.frozen import FrozenModule, TextEncoder, load_encoder
+from training.frozen import FrozenModule
+from training.models.strategy.frozen import TextEncoder, load_encoder
 from training.spec import find_spec
 
 pytestmark = pytest.mark.slow

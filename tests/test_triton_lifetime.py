@@ -14,8 +14,9 @@ import toys
 
 from export.repository import drafting, publish
 from runtimes import serve
+from runtimes.background_server import choose_ports
 from runtimes.errors import EngineError, InputError, MissingPackage
-from runtimes.triton_server import TritonServer, choose_ports
+from runtimes.triton_server import TritonServer
 
 ROOT = Path(__file__).parents[1]
 

@@ -151,6 +151,11 @@ def ask(server: TritonServer, model: str, request: str | bytes) -> Any:
         return json.loads(client.infer(model, [tensor]).as_numpy("answer").item())
 
 
+def gone(pid: int | None) -> bool:
+    """Neither alive nor a zombie."""
+    return not Path(f"/proc/{pid}").exists()
+
+
 def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
     end = time.monotonic() + timeout_s
     while not happened():

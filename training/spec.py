@@ -17,6 +17,8 @@ from runtimes.tensors import Signature, Tensors
 if TYPE_CHECKING:
     from torch import nn
 
+    from training.language_model import LanguageModel
+
 Config = dict[str, Any]
 Metrics = dict[str, float]
 
@@ -76,6 +78,7 @@ class ModelSpec:
     absent       the reason why a checkpoint of this config has no such part, or None
     embedder     opens a checkpoint for embedding whole collections, if the model does that
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
+    language_model  the decoder inside (config, module, probe), for engines that run whole language models
     """
 
     name: str
@@ -100,6 +103,7 @@ class ModelSpec:
     absent: Callable[[Config], str | None] = lambda config: None
     embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
+    language_model: Callable[[Config, "nn.Module", Tensors], "LanguageModel"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", self.checkpoint or self.name)

@@ -5,6 +5,7 @@ accepts was at hand.
 """
 
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class TensorRT(Runtime):
     engine = "tensorrt"
     context: Any = None
     stream_handle: Any = None
+    turn: Lock
 
     def open(self) -> None:
         refuse_device(self.engine, self.device, ("cuda",))
@@ -41,8 +43,13 @@ class TensorRT(Runtime):
         self.context = engine.create_execution_context()
         self.stream_handle = self._call(self.cuda.cudaStreamCreate())
         self.buffers: dict[str, tuple[int, int]] = {}
+        self.turn = Lock()
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        with self.turn:  # the context, its stream and its buffers are one set, whichever thread calls
+            return self._infer(feeds)
+
+    def _infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         to_device = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         to_host = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for tensor in self.signature.inputs:
@@ -65,6 +72,10 @@ class TensorRT(Runtime):
             self._call(self.cuda.cudaFree(address))
         self._call(self.cuda.cudaStreamDestroy(self.stream_handle))
         self.context = self.stream_handle = None
+
+    @property
+    def cuda_stream(self) -> int | None:
+        return None if self.stream_handle is None else int(self.stream_handle)
 
     @property
     def provider(self) -> str:

@@ -1,6 +1,6 @@
 """Exported programs of torch, eager or compiled, on CPU or CUDA: what the other engines are measured against."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,14 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.base import Runtime, refuse_device
-from runtimes.errors import require
+from runtimes.errors import EngineError, InputError, require
+from runtimes.generation import Generated, Generator, Head
 from runtimes.tensors import Tensors
 
 PROGRAM_FILE = "program.pt2"
 STEP_FILE = "step.pt2"
+GENERATES = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
+SIZES_COMPILED = 64
 
 
 class Torch(Runtime):
@@ -36,23 +39,49 @@ class Torch(Runtime):
         self.compiled = compiled
         self._run: Callable[..., Any] | None = None
         self._step: Callable[..., Any] | None = None
+        self._checked = False
         self._recurrent = artifact.signature.free_inputs[0].name
 
     def open(self) -> None:
         torch = require("torch", extra="export")
         refuse_device(self.engine, self.device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         torch.set_num_threads(self.threads)
+        if (
+            self.compiled
+        ):  # each size is compiled by itself; past this limit, 8 by default, dynamo says nothing and stops
+            torch._dynamo.config.recompile_limit = SIZES_COMPILED
         self._run = self._load(PROGRAM_FILE)
         self._step = self._load(STEP_FILE) if (self.root / STEP_FILE).is_file() else None
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")
+        outputs = self._call({name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in outputs.items()}
+
+    def generate(self, ids: Sequence[int], prompt: tuple[int, int], **options: Any) -> Generated:
+        """What follows these tokens, each scored; `Generator.generate` names the options, of which AARF is one.
+
+        `InputError` if the artifact does not generate. Keys and values stay on the device from token to token.
+        """
+        if not {tensor.name for tensor in self.signature.inputs} >= GENERATES:
+            raise InputError(f"expected an artifact that generates (hallucination_aarf), found {self.artifact.name}")
+        heads: list[Head] = sorted(_pair(text) for text in set(self.artifact.config["heads"].split()))
+        layers = sorted(map(int, set(self.artifact.config["layers"].split())))
+        generator = Generator(step=self._call, signature=self.signature, heads=heads, layers=layers, device=self.device)
+        return generator.generate(ids, prompt, **options)
+
+    def _call(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs for tensors that lie on the device."""
+        import torch
+
         assert self._run is not None, "run() outside of the with block"
         step = self._step is not None and feeds[self._recurrent].shape[1] == 1
-        arguments = [torch.from_numpy(feeds[tensor.name]).to(self.device) for tensor in self.signature.inputs]
+        arguments = [feeds[tensor.name] for tensor in self.signature.inputs]
         with torch.inference_mode():
             outputs = self._step(*arguments) if step and self._step else self._run(*arguments)
-        return {tensor.name: value.cpu().numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
+        if self.compiled and not self._checked:
+            self._check_compiled(torch)
+        return {tensor.name: value for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         self._run = self._step = None
@@ -60,6 +89,21 @@ class Torch(Runtime):
     @property
     def provider(self) -> str:
         return f"torch {'compiled' if self.compiled else 'eager'} on {self.device}"
+
+    @property
+    def cuda_stream(self) -> int | None:
+        return (
+            int(require("torch", extra="export").cuda.current_stream().cuda_stream) if self.device == "cuda" else None
+        )
+
+    def _check_compiled(self, torch: Any) -> None:
+        """`EngineError` where torch.compile gave up without a word and the program runs as it did before."""
+        frames = torch._dynamo.utils.counters["frames"]
+        if not frames["ok"]:
+            raise EngineError(
+                f"{self.artifact.name}: expected torch.compile to compile it, found {dict(frames) or 'nothing'}"
+            )
+        self._checked = True
 
     def _load(self, name: str) -> Callable[..., Any]:
         """The program as a plain function of the inputs: `ExportedProgram.module()` costs 0.4 ms a call in checks."""
@@ -73,6 +117,11 @@ class Torch(Runtime):
         weights = [held[spec.target] for spec in program.graph_signature.input_specs if spec.target is not None]
         graph = torch.compile(program.graph_module, dynamic=False) if self.compiled else program.graph_module
         return lambda *inputs: graph(*weights, *inputs)
+
+
+def _pair(text: str) -> Head:
+    layer, _, head = text.partition(".")
+    return int(layer), int(head)
 
 
 RUNTIME = Torch

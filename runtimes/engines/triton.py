@@ -1,6 +1,5 @@
 """A model behind a Triton server, over gRPC or HTTP: what a client of the deployment gets."""
 
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from runtimes.artifact import Artifact
 from runtimes.base import Runtime, Stream
 from runtimes.errors import EngineError, InputError, SlipwayError
 from runtimes.tensors import Signature, Tensors, TensorSpec
-from runtimes.triton_client import CLIENTS, Answer, TritonClient
+from runtimes.triton_client import CLIENTS, Answer, TritonClient, new_sequence
 
 DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}
@@ -26,6 +25,7 @@ class TritonRuntime(Runtime):
     """
 
     engine = "triton"
+    remote = True
 
     def __init__(
         self,
@@ -146,11 +146,6 @@ class SequenceStream(Stream):
                 for own, row in zip(self.sequences, rows(feeds), strict=True)
             ]
         )
-
-
-def new_sequence() -> int:
-    """A sequence id that no other client has; 0 would mean none."""
-    return 1 + secrets.randbelow(2**63 - 1)
 
 
 def rows(feeds: Mapping[str, np.ndarray]) -> Iterator[Tensors]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from runtimes.errors import EngineError, InputError
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema, array, record, whole
 from runtimes.tensors import Tensors
 
 LABELS = ("faithful", "hallucinated")
@@ -55,6 +56,13 @@ class ScorerPipeline(Pipeline):
             }
             for scores, score in zip(outputs["scores"], outputs["response_score"], strict=True)
         ]
+
+    def schema(self) -> Schema:
+        heads, layers = (len(self.config[name].split()) for name in ("heads", "layers"))
+        features = {
+            name: array(array({"type": "number"}, width, width), 1) for name, width in (("ecs", heads), ("pks", layers))
+        }
+        return record({**features, "lengths": array(whole(1), 1)})
 
     def example(self) -> Any:
         heads, layers = (len(self.config[name].split()) for name in ("heads", "layers"))

@@ -27,6 +27,7 @@ from runtimes.melee import (
     from_bucket,
 )
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import FLAG, Schema, array, choice, real, record, whole
 
 MAX_FRAMES = 512
 NUMBER_LIMIT = 1e6  # far outside any game value, far inside float32
@@ -65,6 +66,25 @@ class PolicyPipeline(Pipeline):
                 raise EngineError(f"output '{head}': expected finite logits, found NaN or infinity; run export.verify")
         return [_answer({head: logits[head][row] for head in HEADS}) for row in range(len(logits["buttons"]))]
 
+    def schema(self) -> Schema:
+        nana = record({"action": whole(0, ACTION_COUNT - 1), **_field_schemas(NANA_FIELDS)})
+        ids = {"action": whole(0, ACTION_COUNT - 1), "character": whole(0, CHARACTER_COUNT - 1)}
+        player = record({**ids, **_field_schemas(PLAYER_FIELDS), "nana": {"anyOf": [nana, {"type": "null"}]}})
+        stick = array(real(0, 1), 2, 2)
+        buttons = record(dict.fromkeys(BUTTONS, FLAG))
+        controller = {"buttons": buttons, "main_stick": stick, "c_stick": stick, "shoulder": real(0, 1)}
+        state = {
+            "frame": real(-NUMBER_LIMIT, NUMBER_LIMIT),
+            "stage": choice(list(STAGES)),
+            "name_id": whole(0, NAME_COUNT - 1),
+            "own": player,
+            "opponent": player,
+            "controller": record(controller),
+            "projectiles": array(record(_field_schemas(PROJECTILE_FIELDS))),
+        }
+        vector = array({"type": "number"}, FRAME_WIDTH, FRAME_WIDTH)
+        return record({"frames": array({"anyOf": [record(state), vector]}, 1, MAX_FRAMES)})
+
     def example(self) -> Any:
         own = {"action": 20, "character": 1, **_PLAYER_AT_REST, "x": -30.0, "speed_ground_x_self": 1.9}
         opponent = {"action": 14, "character": 2, **_PLAYER_AT_REST, "facing": False, "x": 30.0, "percent": 24.0}
@@ -82,6 +102,11 @@ _PLAYER_AT_REST = {
     "on_ground": True, "speed_air_x_self": 0.0, "speed_ground_x_self": 0.0, "speed_y_self": 0.0, "speed_x_attack": 0.0,
     "speed_y_attack": 0.0, "hitstun_frames_left": 0, "action_frame": 5, "stock": 4, "nana": None,
 }  # fmt: skip
+
+
+def _field_schemas(fields: Sequence[Field]) -> dict[str, Schema]:
+    kinds = {"unit": real(0, 1), "number": real(-NUMBER_LIMIT, NUMBER_LIMIT), "flag": FLAG}
+    return {field.name: kinds[field.kind] for field in fields}
 
 
 def _answer(logits: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 
 from runtimes.cascade import StrategyCascade
-from runtimes.dialogue import EXAMPLE, STRATEGIES, Dialogue, emotion_tensors, graph_tensors, read_answers, read_dialogue
+from runtimes.dialogue import (
+    EXAMPLE,
+    STRATEGIES,
+    Dialogue,
+    dialogue_schema,
+    emotion_tensors,
+    graph_tensors,
+    read_answers,
+    read_dialogue,
+)
 from runtimes.discourse import load_pair_tokens, pair_tensors
 from runtimes.errors import InputError
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 from runtimes.texts import Tokens
 
@@ -70,6 +80,9 @@ class StrategyPipeline(Pipeline):
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         return read_answers(outputs, self.strategies)
+
+    def schema(self) -> Schema:
+        return dialogue_schema(self.strategies)
 
     def example(self) -> Any:
         return EXAMPLE

@@ -6,9 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.dialogue import EMOTIONS, EXAMPLE, STRATEGIES, emotion_tensors, graph_tensors, read_answers, read_dialogue
+from runtimes.dialogue import (
+    EMOTIONS,
+    EXAMPLE,
+    STRATEGIES,
+    dialogue_schema,
+    emotion_tensors,
+    graph_tensors,
+    read_answers,
+    read_dialogue,
+)
 from runtimes.errors import InputError
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema, array
 from runtimes.tensors import Tensors
 
 
@@ -46,6 +56,12 @@ class GraphPipeline(Pipeline):
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         return read_answers(outputs, self.strategies)
+
+    def schema(self) -> Schema:
+        schema, width = dialogue_schema(self.strategies), self.config["context_width"]
+        schema["properties"]["context"] = array({"type": "number"}, width, width)
+        schema["required"].append("context")
+        return schema
 
     def example(self) -> Any:
         logits = [[0.0] * len(EMOTIONS) for _ in EXAMPLE["turns"]]

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.dialogue import EXAMPLE, STRATEGIES, read_dialogue
+from runtimes.dialogue import EXAMPLE, STRATEGIES, dialogue_schema, read_dialogue
 from runtimes.discourse import best_trees, load_pair_tokens, pair_tensors
 from runtimes.errors import EngineError, InputError
 from runtimes.pipeline import Pipeline
+from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 
 
@@ -35,6 +36,9 @@ class ParserPipeline(Pipeline):
         if not np.isfinite(scores).all():
             raise EngineError("output 'pair_scores': expected finite numbers, found NaN or infinity; run export.verify")
         return [{"edges": edges.tolist()} for edges in best_trees(scores)]
+
+    def schema(self) -> Schema:
+        return dialogue_schema(self.strategies)
 
     def example(self) -> Any:
         return {"turns": EXAMPLE["turns"]}

@@ -22,9 +22,9 @@ if source := os.environ.get("SLIPWAY_PATH"):
 
     sys.path.remove(source)
 
-from runtimes.artifact import Artifact
-from runtimes.errors import EngineError, InputError, SlipwayError, one_line
-from runtimes.pipeline import open_pipeline
+from runtimes.artifact import Artifact, verify_digests
+from runtimes.errors import InputError, SlipwayError
+from runtimes.pipeline import open_pipeline, parse_request, write_answer
 from runtimes.tensors import Tensors
 
 
@@ -36,6 +36,7 @@ class TritonPythonModel:
         step = json.loads(args["model_config"])["parameters"]["step"]["string_value"]
         try:
             artifact = Artifact.load(folder)
+            verify_digests(folder, artifact.assets)
             self.pipeline = open_pipeline(artifact, folder)
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
@@ -56,26 +57,12 @@ class TritonPythonModel:
 
     def encode(self, given: Mapping[str, np.ndarray]) -> Tensors:
         """Checked tensors for `request`, bytes [batch, 1]; `InputError` for what is not a right request."""
-        requests = [parse(text, row) for row, text in enumerate(given["request"].ravel())]
+        requests = [parse_request(text, f"request {row}") for row, text in enumerate(given["request"].ravel())]
         feeds = self.pipeline.encode(requests)
         self.signature.check_inputs({**feeds, **self.signature.zero_state(len(requests))})
         return feeds
 
     def decode(self, given: Mapping[str, np.ndarray]) -> Tensors:
         """`answer`, bytes [batch, 1], for the visible outputs; `EngineError` for an answer with NaN in it."""
-        answers = [write(answer) for answer in self.pipeline.decode(given)]
+        answers = [write_answer(answer) for answer in self.pipeline.decode(given)]
         return {"answer": np.array(answers, dtype=np.object_).reshape(-1, 1)}
-
-
-def write(answer: Any) -> bytes:
-    try:
-        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        raise EngineError(f"expected an answer of finite numbers, found {one_line(error)}") from error
-
-
-def parse(text: bytes, row: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:  # also that of bytes which are not UTF-8
-        raise InputError(f"request {row}: expected JSON in UTF-8, found {one_line(error)}") from error

@@ -5,41 +5,40 @@ Shapes: N texts, W tokens, E width.
 
 import json
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runtimes.artifact import sha256_json
-from runtimes.errors import InputError, one_line, require
-from training.checkpoint import array, sha256_tensor
+from runtimes.errors import InputError
+from training.frozen import (
+    EAGER,
+    MASKED,
+    FrozenModule,
+    fast_tokenizer,
+    freeze,
+    pretrained,
+    stored_tokenizer,
+    without_pooler,
+)
+from training.seeded import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, seeded
 
-SEEDED = "seeded:"
 FAMILIES = ("llama", "mistral", "qwen2")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
-SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
-VOCABULARY = 256 + len(SPECIAL)
-# One small decoder of each family, and those that the benchmarks measure.
+# One small decoder of each family, and those that the benchmarks measure. vLLM has no attention on a CPU for heads
+# narrower than 32.
 DECODERS: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "tiny": {
+        "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    },
     "bench": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2},
     "7b": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
-}
+}  # fmt: skip
 VOCABULARIES = {"bench": 4000, "7b": 32_000}
 INTERMEDIATE = {"7b": 11_008}
 CHAT = {"before": "<s>[INST] ", "after": " [/INST] "}
-MASKED = -1e4  # added to attention scores of padding; fits float16
-EAGER = {"attn_implementation": "eager"}
 SYSTEM = "You are a helpful assistant."
 MARK = "\u2042PROMPT\u2042"  # stands for the prompt while the chat format is read off
-
-
-class FrozenModule(nn.Module):
-    """A model that is never trained and always in eval mode."""
-
-    def train(self, mode: bool = True) -> "FrozenModule":
-        return super().train(False)
 
 
 class SentenceEncoder(FrozenModule):
@@ -65,13 +64,9 @@ def load_decoder(source: str, revision: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = decoder_config(source, revision)
-    if source.startswith(SEEDED):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model: Any = AutoModelForCausalLM.from_config(config)
-    else:
-        model = pretrained(AutoModelForCausalLM, source, revision, dtype=torch.float32)
-    return model.eval().requires_grad_(False)
+    if is_seeded(source):
+        return freeze(seeded(0, lambda: AutoModelForCausalLM.from_config(config)))
+    return freeze(pretrained(AutoModelForCausalLM, source, revision, dtype=torch.float32))
 
 
 @lru_cache(maxsize=2)
@@ -79,9 +74,9 @@ def load_encoder(source: str, revision: str) -> Any:
     """The sentence encoder `source`, without a pooler; loaded once per process."""
     from transformers import AutoModel, BertConfig, BertModel
 
-    if source.startswith(SEEDED):
+    if is_seeded(source):
         config = BertConfig(
-            vocab_size=VOCABULARY,
+            vocab_size=BYTES,
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -89,22 +84,19 @@ def load_encoder(source: str, revision: str) -> Any:
             initializer_range=0.3,  # else every text has nearly the same vector
             pad_token_id=SPECIAL.index("<pad>"),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
-            model: Any = BertModel._from_config(config, **EAGER)
+        model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
     else:
         model = pretrained(AutoModel, source, revision, **EAGER)
         if model.config.model_type != "bert":
             raise InputError(f"{source}: expected an encoder of the BERT family, found '{model.config.model_type}'")
-    model.pooler = None  # not read
-    return model.eval().requires_grad_(False)
+    return freeze(without_pooler(model))
 
 
 def decoder_config(source: str, revision: str) -> Any:
     """The config of a decoder; `InputError` unless it is of a family whose layers are known here."""
     from transformers import AutoConfig
 
-    config = _seeded_config(source) if source.startswith(SEEDED) else pretrained(AutoConfig, source, revision)
+    config = _seeded_config(source) if is_seeded(source) else pretrained(AutoConfig, source, revision)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in FAMILIES or rope not in STATIC_ROPES:
         raise InputError(
@@ -128,9 +120,8 @@ def _seeded_config(source: str) -> Any:
     geometry = DECODERS[name]
     return AutoConfig.for_model(
         family,
-        **geometry,
-        head_dim=geometry["hidden_size"] // geometry["num_attention_heads"],
-        vocab_size=VOCABULARIES.get(name, VOCABULARY),
+        **{"head_dim": geometry["hidden_size"] // geometry["num_attention_heads"], **geometry},
+        vocab_size=VOCABULARIES.get(name, BYTES),
         intermediate_size=INTERMEDIATE.get(name, 2 * geometry["hidden_size"]),
         max_position_embeddings=16_384,
         sliding_window=None,
@@ -147,21 +138,17 @@ def window(config: Any) -> int:
     return int(min(config.max_position_embeddings, sliding or config.max_position_embeddings))
 
 
-@lru_cache(maxsize=4)
 def tokenizer_json(source: str, revision: str) -> bytes:
-    """The tokenizer of `source` as a tokenizer.json; that of a seeded model reads bytes."""
-    if source.startswith(SEEDED):
-        return byte_tokenizer()
-    path = Path(source) / "tokenizer.json"
-    return path.read_bytes() if path.is_file() else _tokenizer(source, revision).backend_tokenizer.to_str().encode()
+    """The tokenizer of `source` as a tokenizer.json; that of a seeded model reads bytes, and begins with <s>."""
+    return byte_tokenizer(single="<s> $A", words=False) if is_seeded(source) else stored_tokenizer(source, revision)
 
 
 @lru_cache(maxsize=4)
 def template_json(source: str, revision: str) -> bytes:
     """What the chat format of `source` puts before and after a prompt; its own begin token where it has no format."""
-    if source.startswith(SEEDED):
+    if is_seeded(source):
         return json.dumps(CHAT).encode()
-    tokenizer = _tokenizer(source, revision)
+    tokenizer = fast_tokenizer(source, revision)
     if tokenizer.chat_template is None:
         return json.dumps({"before": tokenizer.bos_token or "", "after": "\n"}).encode()
     turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": MARK}]
@@ -170,40 +157,3 @@ def template_json(source: str, revision: str) -> bytes:
     if not found:
         raise InputError(f"{source}: expected a chat template that repeats the prompt, found one that does not")
     return json.dumps({"before": before, "after": after}).encode()
-
-
-def _tokenizer(source: str, revision: str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = pretrained(AutoTokenizer, source, revision)
-    if not tokenizer.is_fast:
-        raise InputError(f"{source}: expected a fast tokenizer (tokenizer.json), found a slow one")
-    return tokenizer
-
-
-def byte_tokenizer() -> bytes:
-    """A tokenizer.json that makes every byte of UTF-8 a token; a sentence begins with <s>."""
-    tokenizers = require("tokenizers", extra="hallucination")
-    from tokenizers import decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.add_special_tokens(list(SPECIAL))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return tokenizer.to_str().encode()
-
-
-@lru_cache(maxsize=4)
-def digest(module: nn.Module) -> str:
-    """sha256 over the names and values of all parameters and buffers; of a frozen module, so it is computed once."""
-    return sha256_json({name: sha256_tensor(array(tensor)) for name, tensor in module.state_dict().items()})
-
-
-def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error

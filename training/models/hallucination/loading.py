@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from runtimes.errors import InputError, require
+from training.frozen import freeze, pretrained
 from training.models.hallucination.decoder import Decoder, layer_outputs
-from training.models.hallucination.frozen import SEEDED, decoder_config, load_decoder, pretrained
+from training.models.hallucination.frozen import decoder_config, load_decoder
+from training.seeded import is_seeded
 from training.spec import Config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -118,12 +120,12 @@ def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
     decoder_config(source, revision)  # refuses what cannot be read
     folder = tempfile.TemporaryDirectory(prefix="slipway-")  # its own: another model's layers have the same names
     options = _options(training, Path(folder.name, "offload"))
-    if source.startswith(SEEDED):  # from_pretrained is what quantises and spreads
+    if is_seeded(source):  # from_pretrained is what quantises and spreads
         load_decoder(source, revision).save_pretrained(folder.name)
         source = folder.name
     model = pretrained(AutoModelForCausalLM, source, revision, **options)
     model.stored_in = folder  # what lies on the disk is read again at every use
-    return model.eval().requires_grad_(False)
+    return freeze(model)
 
 
 def _options(training: Mapping[str, Any], offload: Path) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import torch
 from runtimes.artifact import sha256_json
 from runtimes.grounding import Tokenized, labelled
 from runtimes.pipelines.hallucination import HallucinationPipeline
-from training.models.hallucination import frozen
+from training.frozen import digest
 from training.models.hallucination.config import heads_of, layers_of
 from training.models.hallucination.data import Example
+from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import open_decoder
 from training.models.hallucination.module import ChunkDetector, Detector, TokenDetector
 from training.models.hallucination.spec import assets
@@ -75,7 +76,7 @@ class FeatureReader:
         """The digest of the weights, or the name of what is quantised or spread over devices while it is read."""
         source, revision = self.config["base"], self.config["base_revision"]
         if self.training["loading"] == "fp32" and not self.training["device_map"]:
-            return frozen.digest(frozen.load_decoder(source, revision))
+            return digest(load_decoder(source, revision))
         return f"{source}@{revision}"
 
     def read(self, text: str) -> Tokenized:

@@ -3,18 +3,16 @@
 Shapes: B rows, T tokens, D width of the base.
 """
 
-import sys
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from runtimes.errors import InputError, one_line, require
+from training.frozen import MASKED, freeze, pretrained, stored_tokenizer, without_pooler
 from training.models.statements.data import flatten, synthetic_papers
+from training.seeded import geometry, is_seeded, seeded, train_tokenizer
 
-SEEDED = "seeded:"
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -31,7 +29,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 PAD, END = "<pad>", "<end>"
 ENCODERS = ("electra", "mpnet")  # besides all whose name has "bert" in it
-MASKED = -1e4  # added to attention scores of what may not be seen; fits float16, and a row of nothing else stays finite
 
 
 def load_base(source: str, revision: str) -> Any:
@@ -40,33 +37,24 @@ def load_base(source: str, revision: str) -> Any:
 
     config = seeded_config(source)
     if config is None:
-        model: Any = _pretrained(AutoModel, source, revision, dtype=torch.float32)
+        model = pretrained(AutoModel, source, revision, dtype=torch.float32)
     else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModel.from_config(config)
-    if getattr(model, "pooler", None) is not None:
-        model.pooler = None  # not read; and where a checkpoint lacks it, it would be another one at every start
-    return model.eval().requires_grad_(False)
+        model = seeded(0, lambda: AutoModel.from_config(config))
+    return freeze(without_pooler(model))
 
 
 def base_width(source: str, revision: str) -> int:
     """The width of the base's hidden states; its weights are not read."""
     from transformers import AutoConfig
 
-    return int((seeded_config(source) or _pretrained(AutoConfig, source, revision)).hidden_size)
+    return int((seeded_config(source) or pretrained(AutoConfig, source, revision)).hidden_size)
 
 
 def seeded_config(source: str) -> Any:
     """The config of a seeded Qwen2, or None if `source` is a folder or a hub id."""
     from transformers import Qwen2Config
 
-    if not source.startswith(SEEDED):
-        return None
-    name = source.removeprefix(SEEDED)
-    if name not in GEOMETRIES:
-        raise InputError(f"expected a geometry of {', '.join(GEOMETRIES)} behind '{SEEDED}', found '{name}'")
-    return Qwen2Config(**GEOMETRIES[name])
+    return Qwen2Config(**geometry(source, GEOMETRIES)) if is_seeded(source) else None
 
 
 def is_encoder(model: nn.Module) -> bool:
@@ -112,50 +100,12 @@ def pool(states_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
 @lru_cache(maxsize=4)
 def tokenizer_json(source: str, revision: str) -> bytes:
     """The tokenizer of `source` as a tokenizer.json; that of a seeded base was trained on synthetic statements."""
-    from transformers import AutoTokenizer
-
-    if source.startswith(SEEDED):
-        texts, _ = flatten(synthetic_papers(seed=0, count=300))
-        return train_tokenizer(texts, GEOMETRIES["tiny"]["vocab_size"])
-    path = Path(source) / "tokenizer.json"
-    if path.is_file():
-        return path.read_bytes()
-    tokenizer = _pretrained(AutoTokenizer, source, revision)
-    if not tokenizer.is_fast:
-        raise InputError(f"{source}: expected a fast tokenizer (tokenizer.json), found a slow one")
-    return tokenizer.backend_tokenizer.to_str().encode()
+    if not is_seeded(source):
+        return stored_tokenizer(source, revision)
+    texts, _ = flatten(synthetic_papers(seed=0, count=300))
+    return statement_tokenizer(texts, GEOMETRIES["tiny"]["vocab_size"]).to_str().encode()
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> bytes:
-    """A byte-level BPE tokenizer as tokenizer.json; it ends every text with END, whose state is that of the text."""
-    tokenizers = require("tokenizers", extra="statements")
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=[PAD, END], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
-    )
-    return tokenizer.to_str().encode()
-
-
-def _pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
-    no_bars_in_a_log()
-    try:
-        return kind.from_pretrained(source, revision=revision, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
-
-
-def no_bars_in_a_log() -> None:
-    """Transformers draws its progress bars only where somebody sees them move."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+def statement_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer; it ends every text with END, whose state is that of the text."""
+    return train_tokenizer(texts, vocabulary, (PAD, END), single=f"$A {END}")

@@ -10,8 +10,9 @@ from typing import Any
 
 from runtimes.command import command, parser
 from runtimes.statements import read_papers
-from training.models.statements.base import PAD, no_bars_in_a_log, train_tokenizer
+from training.models.statements.base import PAD, statement_tokenizer
 from training.models.statements.data import flatten
+from training.seeded import add_sizes, write_folder
 
 MAX_POSITIONS = 1024
 HEAD_WIDTH = 32
@@ -22,19 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     """Write a Hugging Face folder: Qwen2 with random weights, and a byte-level BPE tokenizer."""
     arguments = _parser().parse_args(argv)
     texts, _ = flatten(list(read_papers(arguments.data)))
-    tokenizer = train_tokenizer(texts, arguments.vocabulary)
+    tokenizer = statement_tokenizer(texts, arguments.vocabulary)
     write_base(arguments.out, tokenizer, width=arguments.width, layers=arguments.layers, seed=arguments.seed)
     print(f"{arguments.out}: a tokenizer from {len(texts)} statements, width {arguments.width}")
     return 0
 
 
-def write_base(folder: Path, tokenizer_json: bytes, *, width: int, layers: int, seed: int) -> None:
-    """Config, weights and tokenizer of a seeded base, in the files that Hugging Face reads."""
+def write_base(folder: Path, tokenizer: Any, *, width: int, layers: int, seed: int) -> None:
+    """A Hugging Face folder with a seeded base."""
     import torch
-    from tokenizers import Tokenizer
     from transformers import Qwen2Config, Qwen2Model
 
-    tokenizer = Tokenizer.from_buffer(tokenizer_json)
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=tokenizer.get_vocab_size(),
@@ -50,9 +49,7 @@ def write_base(folder: Path, tokenizer_json: bytes, *, width: int, layers: int, 
     model = Qwen2Model(config)
     # At Qwen2's own 0.02 a layer of random weights drowns the word; at 1 it is the word that a state speaks of.
     torch.nn.init.normal_(model.embed_tokens.weight)
-    no_bars_in_a_log()
-    model.save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_folder(folder, model, tokenizer)
 
 
 def _parser() -> Any:
@@ -63,11 +60,7 @@ def _parser() -> Any:
         "--data stacks_train.jsonl --out bases/wide --width 1024 --vocabulary 16000",
     )
     result.add_argument("--data", type=Path, required=True, help="file with papers")
-    result.add_argument("--out", type=Path, required=True, help="folder of the base")
-    result.add_argument("--width", type=int, default=512, help="width of its states (default: 512)")
-    result.add_argument("--layers", type=int, default=1, help="number of layers (default: 1)")
-    result.add_argument("--vocabulary", type=int, default=8000, help="tokens at most (default: 8000)")
-    result.add_argument("--seed", type=int, default=0, help="seed of its weights (default: 0)")
+    add_sizes(result, "base", width=512)
     return result
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from training.checkpoint import Checkpoint
+    from training.language_model import LanguageModel
 
 BATCH_MAX = 32
 TRIAL_ROWS = 2 * BATCH_MAX
@@ -147,6 +148,14 @@ def recipe() -> type[Recipe]:
     return StatementsRecipe
 
 
+def language_model(config: Config, module: "nn.Module", probe: Tensors) -> "LanguageModel":
+    from training.models.statements.decoder import language_model
+
+    kind = TRAINED_ON if TRAINED_ON + INPUTS[0] in probe else ""
+    ids, mask = (probe[kind + name] for name in INPUTS)
+    return language_model(config, module, [row[real > 0] for row, real in zip(ids, mask, strict=True)])
+
+
 def embedder(checkpoint: "Checkpoint", **options: Any) -> TextEmbedder:
     from training.models.statements.embedding import open_embedder
 
@@ -200,10 +209,16 @@ SPECS = (
             "fp16": Tolerance(absolute=1e-3, relative=1e-2),
             "bf16": Tolerance(absolute=4e-3, relative=5e-2),
             "int8": Tolerance(absolute=2e-2, relative=1e-1),
+            "w8a16_gptq": Tolerance(absolute=4e-3, relative=5e-2),
+            "w8a8_gptq": Tolerance(absolute=2e-2, relative=1e-1),
+            "w4a16_awq": Tolerance(absolute=3e-2, relative=1e-1),
+            "w4a16_gptq": Tolerance(absolute=3e-2, relative=1e-1),
+            "w3a16_gptq": Tolerance(absolute=6e-2, relative=1e-1),
         },
         recipe=recipe,
         frozen=frozen,
         assets=assets,
         embedder=embedder,
+        language_model=language_model,
     ),
 )

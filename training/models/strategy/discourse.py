@@ -16,14 +16,9 @@ from runtimes.dialogue import DISCOURSE, ROOT
 from runtimes.discourse import NO_PAIR
 from runtimes.errors import InputError, one_line
 from training.cells import run_cell
-from training.models.strategy.frozen import (
-    SEEDED,
-    FrozenModule,
-    inputs,
-    load_encoder,
-    load_untrained_encoder,
-    real_tokens,
-)
+from training.frozen import FrozenModule, freeze
+from training.models.strategy.frozen import inputs, load_encoder, load_untrained_encoder, real_tokens
+from training.seeded import is_seeded, seeded
 
 CLASSES = len(DISCOURSE) + 1
 WEIGHTS = "model.safetensors"
@@ -114,13 +109,12 @@ def trees(scores_BTTC: Tensor) -> Tensor:
 @lru_cache(maxsize=2)
 def load_parser(source: str) -> DiscourseParser:
     """The parser in a Hugging Face folder with its weights as safetensors, or a seeded one; once per process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(2)
-        encoder = load_encoder(source, "main") if source.startswith(SEEDED) else load_untrained_encoder(source)
-        parser = DiscourseParser(encoder)
-    if not source.startswith(SEEDED):
+    if is_seeded(source):
+        parser = seeded(2, lambda: DiscourseParser(load_encoder(source, "main")))
+    else:
+        parser = DiscourseParser(load_untrained_encoder(source))
         parser.load_state_dict(_stored(Path(source) / WEIGHTS, parser.state_dict()))
-    return parser.eval().requires_grad_(False)
+    return freeze(parser)
 
 
 def _stored(path: Path, own: dict[str, Tensor]) -> dict[str, Tensor]:

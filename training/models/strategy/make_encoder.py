@@ -10,9 +10,10 @@ from typing import Any
 
 from runtimes.command import command, parser
 from runtimes.dialogue import STRATEGIES
-from runtimes.errors import InputError, require
+from runtimes.errors import InputError
 from training.models.strategy.data import read_samples
-from training.models.strategy.frozen import SPECIAL
+from training.models.strategy.frozen import PAIR, SINGLE
+from training.seeded import SPECIAL, add_sizes, train_tokenizer, write_folder
 
 MAX_POSITIONS = 514
 HEADS = 4
@@ -26,35 +27,21 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--width: expected a multiple of {HEADS}, found {arguments.width}")
     samples = read_samples(arguments.data, arguments.labels, 1000)
     texts = sorted({turn.text for sample in samples for turn in sample.dialogue.turns})
-    tokenizer = train_tokenizer(texts, arguments.vocabulary)
+    tokenizer = train_tokenizer(texts, arguments.vocabulary, SPECIAL, single=SINGLE, pair=PAIR, normalizer=_one_form())
     write_encoder(arguments.out, tokenizer, width=arguments.width, layers=arguments.layers, seed=arguments.seed)
     print(f"{arguments.out}: {tokenizer.get_vocab_size()} tokens from {len(texts)} turns, width {arguments.width}")
     return 0
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer with the special tokens of XLM-R."""
-    tokenizers = require("tokenizers", extra="strategy")
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+def _one_form() -> Any:
+    """Letters that look alike are alike."""
+    from tokenizers import normalizers
 
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    ends = [("<s>", SPECIAL.index("<s>")), ("</s>", SPECIAL.index("</s>"))]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ends
-    )
-    return tokenizer
+    return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
 
 
 def write_encoder(folder: Path, tokenizer: Any, *, width: int, layers: int, seed: int) -> None:
-    """Config, weights and tokenizer of a seeded encoder, in the files that Hugging Face reads."""
+    """A Hugging Face folder with a seeded encoder."""
     import torch
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
@@ -68,8 +55,7 @@ def write_encoder(folder: Path, tokenizer: Any, *, width: int, layers: int, seed
         max_position_embeddings=MAX_POSITIONS,
         type_vocab_size=1,
     )
-    XLMRobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_folder(folder, XLMRobertaModel(config, add_pooling_layer=False), tokenizer)
 
 
 def _parser() -> Any:
@@ -83,11 +69,7 @@ def _parser() -> Any:
     result.add_argument(
         "--labels", default="esconv", choices=STRATEGIES, help="label set of the file (default: esconv)"
     )
-    result.add_argument("--out", type=Path, required=True, help="folder of the encoder")
-    result.add_argument("--width", type=int, default=256, help="width of its vectors (default: 256)")
-    result.add_argument("--layers", type=int, default=1, help="number of layers (default: 1)")
-    result.add_argument("--vocabulary", type=int, default=8000, help="tokens at most (default: 8000)")
-    result.add_argument("--seed", type=int, default=0, help="seed of its weights (default: 0)")
+    add_sizes(result, "encoder", width=256)
     return result
 
 

@@ -11,11 +11,11 @@ from runtimes.caching import Store
 from runtimes.dialogue import Dialogue
 from runtimes.discourse import PAIR_TOKENS, best_trees, pair_tensors, pair_tokens, parser_dialogue, parser_text
 from runtimes.texts import Tokens
+from training.frozen import digest
 from training.models.strategy.discourse import load_parser
 from training.models.strategy.frozen import (
     EmotionClassifier,
     TextEncoder,
-    digest,
     load_classifier,
     load_encoder,
     sha256_bytes,

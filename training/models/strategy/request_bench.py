@@ -17,7 +17,7 @@ from runtimes.caching import Store
 from runtimes.cascade import StrategyCascade
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError
-from runtimes.measure import percentile
+from runtimes.statistics import percentile
 from training.checkpoint import Checkpoint
 from training.models.strategy.data import Sample
 from training.models.strategy.metrics import confusion, measure

@@ -1,7 +1,7 @@
 """Runs a command until stdin closes, then leaves nothing of it behind: no process, no shared memory, no folder.
 
-`TritonServer` starts this file as a process of its own and holds the other end of its stdin. The pipe closes when the
-holder says so, and also when the holder is killed, so a server never outlives the program that started it.
+`BackgroundServer` starts this file as a process of its own and holds the other end of its stdin. The pipe closes when
+the holder says so, and also when the holder is killed, so a server never outlives the program that started it.
 """
 
 import contextlib
@@ -11,11 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 STOP_TIMEOUT_S = 15.0
+GROUP_TIMEOUT_S = 2.0  # for what a server's helpers still tidy up, such as the shared memory of vLLM's processes
 
 
 def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> int:
@@ -42,6 +44,10 @@ def stop(server: "subprocess.Popen[bytes]") -> None:
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT_S)
     with contextlib.suppress(ProcessLookupError):
+        end = time.monotonic() + GROUP_TIMEOUT_S
+        while server.poll() is not None and time.monotonic() < end:
+            os.killpg(server.pid, 0)  # no such process once the session is empty
+            time.sleep(0.02)
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 

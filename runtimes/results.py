@@ -1,0 +1,176 @@
+"""Results files: rows with their raw samples, the same for every scenario, and the table of them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.artifact import Artifact, read_json, write_json
+from runtimes.command import table
+from runtimes.errors import InputError
+from runtimes.measure import Measurement
+from runtimes.scenarios import goodput
+from runtimes.statistics import SAMPLES_FOR, percentile
+
+SCHEMA = "slipway.bench/1"
+BASELINE = "torch"
+KEYS = ("model", "target", "precision", "engine", "scenario", "sizes")
+Row = dict[str, Any]
+
+
+def save_results(path: Path, environment: Mapping[str, Any], rows: Sequence[Row], samples: bool = True) -> None:
+    """Write a results file; without samples it is small enough to be kept under version control."""
+    kept = rows if samples else [{**row, "samples_s": []} for row in rows]
+    write_json(path, {"schema": SCHEMA, "environment": environment, "rows": kept})
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """The contents of a results file; `InputError` unless it is one."""
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: expected schema {SCHEMA}, found another file; make one: python -m runtimes.bench --out"
+        )
+    rows, environment = data.get("rows"), data.get("environment")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= set(KEYS) for row in rows)
+    if not whole or not isinstance(environment, dict):
+        raise InputError(f"{path}: expected an environment and rows with {', '.join(KEYS)}; measure again")
+    return data
+
+
+def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, int]) -> Row:
+    """What every row begins with: who, where, and what it cost in accuracy and bytes."""
+    worst = min(
+        ((check.value, name) for name, check in artifact.parity.items() if check.at_least), default=(None, None)
+    )
+    differences = [check.value for name, check in artifact.parity.items() if "difference" in name]
+    return {
+        "model": artifact.model,
+        "target": artifact.target,
+        "precision": artifact.precision,
+        "engine": label,
+        "scenario": scenario,
+        "sizes": dict(sizes),
+        "agreement": worst[0],
+        "agreement_check": worst[1],
+        "difference": max(differences, default=None),
+    }
+
+
+def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
+    """The figures of a measurement, with the medians of the runs it is pooled from."""
+    samples = whole.samples_s
+    device = [each for window in whole.windows for each in window.device_s]
+    return {
+        "provider": whole.provider,
+        "stable": all(run.stable for run in runs),
+        "load_s": whole.load_s,
+        "first_call_s": whole.first_call_s,
+        "warmup_s": whole.warmup_s,
+        "warmup_calls": whole.warmup_calls,
+        **{f"p{p}_s": percentile(samples, p) for p in SAMPLES_FOR},
+        "rows_per_s": whole.rows_per_s,
+        "cpu_s_per_call": whole.cpu_s_per_call,
+        "device_p50_s": percentile(device, 50),
+        "memory_bytes": whole.memory.memory_bytes,
+        "gpu_memory_bytes": whole.memory.gpu_memory_bytes,
+        "run_medians_s": [run.run_median_s for run in runs],
+        "run_cpu_s_per_call": [run.cpu_s_per_call for run in runs],
+        "windows": [len(window.samples_s) for window in whole.windows],
+        "samples_s": [round(sample, 9) for sample in samples],
+    }
+
+
+def arrivals(whole: Measurement, bound_s: float) -> Row:
+    """What the server scenario adds: answers within the bound, requests that were sent late, time from the sending."""
+    sent = len(whole.samples_s)
+    walls = [window.wall_s for window in whole.windows]
+    good = sum(goodput(window, bound_s) * window.wall_s for window in whole.windows)
+    return {
+        "goodput_per_s": good / sum(walls),
+        "late_share": sum(window.late for window in whole.windows) / sent,
+        "service_p50_s": percentile([each for window in whole.windows for each in window.service_s], 50),
+    }
+
+
+def name_of(row: Row) -> str:
+    """How a reader knows an engine: `onnx int8`, `torch.compile`, `triton onnx`."""
+    parts = [row["engine"]]
+    if row["engine"] == "triton":
+        parts.append(row["target"])
+    if row["precision"] != "fp32":
+        parts.append(row["precision"])
+    return " ".join(parts)
+
+
+def sizes_text(row: Row) -> str:
+    """`batch=8 time=30`, and what else sets this row apart within its scenario."""
+    parts = [f"{name}={size}" for name, size in row["sizes"].items()]
+    if "lanes" in row:
+        parts.append(f"lanes={row['lanes']}")
+    if "rate_per_s" in row:
+        parts.append(f"rate={row['rate_per_s']:.0f}/s")
+    return " ".join(parts)
+
+
+def eager_p50_s(rows: Sequence[Row], row: Row) -> float | None:
+    """The median of torch eager in fp32 at the same sizes under the same load, if it is in the file."""
+    wanted = [*(row[key] for key in ("model", "scenario", "sizes")), row.get("lanes"), BASELINE, "fp32"]
+    keys = ("model", "scenario", "sizes", "lanes", "engine", "precision")
+    same = (other for other in rows if [other.get(key) for key in keys] == wanted and "rate_per_s" not in other)
+    return next((other.get("p50_s") for other in same), None)
+
+
+def times_eager(rows: Sequence[Row], row: Row) -> float | None:
+    """How many times as fast as torch eager this row is, or None."""
+    eager = eager_p50_s(rows, row)
+    return eager / row["p50_s"] if eager and row.get("p50_s") else None
+
+
+def row_table(rows: Sequence[Row]) -> str:
+    """The rows as text, each with its median as a multiple of torch eager's speed in the same run."""
+    header = ["model", "scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
+    header += ["rows/s", "MB", "x eager", "agreement", "note"]
+    return table(header, [table_line(rows, row) for row in rows])
+
+
+def table_line(rows: Sequence[Row], row: Row) -> list[str]:
+    head = [row["model"], row["scenario"], sizes_text(row), name_of(row)]
+    if "failed" in row:
+        return [*head, *["-"] * 10, row["failed"]]
+    return [
+        *head,
+        f"{row['load_s']:.2f}",
+        f"{row['first_call_s'] * 1e3:.1f}",
+        *(milliseconds(row[f"p{p}_s"]) for p in SAMPLES_FOR),
+        f"{row['rows_per_s']:.0f}",
+        f"{row['memory_bytes'] / 1e6:.0f}",
+        number(times_eager(rows, row), 2),
+        number(row["agreement"], 3),
+        note_of(row),
+    ]
+
+
+def note_of(row: Row) -> str:
+    """What a reader must know beside the figures."""
+    notes = [] if row["stable"] else ["unstable"]
+    if row.get("knee"):
+        notes.append("knee")
+    if "goodput_per_s" in row:
+        bound = f"{row['bound_s'] * 1e3:g} ms"
+        notes.append(f"{row['goodput_per_s']:.1f}/s within {bound}, {row['late_share']:.1%} sent late")
+    return ", ".join(notes)
+
+
+def milliseconds(seconds: float | None) -> str:
+    return number(None if seconds is None else seconds * 1e3, 3)
+
+
+def number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def run_medians(row: Row, clock: str) -> np.ndarray:
+    """One figure a run, float64 [runs]: the median latency, or with clock `cpu` the CPU time of a call, in seconds."""
+    return np.asarray(row["run_medians_s" if clock == "wall" else "run_cpu_s_per_call"], float)

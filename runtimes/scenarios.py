@@ -1,0 +1,163 @@
+"""How load is put on an engine: one call after another, calls side by side, or arrivals that wait for nobody."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import EngineError, SlipwayError, one_line
+
+LATE_S = 1e-3  # a request sent this long after its intended time was late
+LEAD_S = 0.005  # between the start of the clock and the first arrival
+SCENARIOS = ("single-stream", "offline", "server", "concurrency")
+
+Call = Callable[[], Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """A stretch of load. `samples_s` are latencies; for arrivals, from the intended time of sending.
+
+    wall_s      from the first sending to the last answer
+    cpu_s       CPU time of the calling process meanwhile, of all its threads
+    device_s    time on the GPU between events around each call; empty where there is none
+    service_s   of arrivals: from the real time of sending
+    late        of arrivals: how many were sent more than LATE_S after their intended time
+    """
+
+    samples_s: list[float]
+    wall_s: float
+    cpu_s: float
+    device_s: list[float] = field(default_factory=list)
+    service_s: list[float] = field(default_factory=list)
+    late: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def one_by_one(call: Call, seconds: float, device_time: Callable[[], float] | None = None) -> Window:
+    """Call after call for this long, and once at least (closed loop, one in flight).
+
+    `device_time` is asked after each call, outside of its time, how long the GPU took for it.
+    """
+    samples: list[float] = []
+    device: list[float] = []
+    cpu, started = time.process_time_ns(), time.perf_counter_ns()
+    end = started + int(seconds * 1e9)
+    while not samples or time.perf_counter_ns() < end:
+        sent = time.perf_counter_ns()
+        call()
+        samples.append((time.perf_counter_ns() - sent) * 1e-9)
+        if device_time:
+            device.append(device_time())
+    wall = time.perf_counter_ns() - started
+    return Window(samples_s=samples, wall_s=wall * 1e-9, cpu_s=(time.process_time_ns() - cpu) * 1e-9, device_s=device)
+
+
+def side_by_side(calls: Sequence[Call], seconds: float) -> Window:
+    """Every call again and again in a thread of its own for this long (closed loop, len(calls) in flight)."""
+    samples: list[list[float]] = [[] for _ in calls]
+    together = threading.Barrier(len(calls))
+
+    def lane(call: Call, own: list[float]) -> None:
+        together.wait()
+        end = time.perf_counter_ns() + int(seconds * 1e9)
+        while not own or time.perf_counter_ns() < end:
+            sent = time.perf_counter_ns()
+            call()
+            own.append((time.perf_counter_ns() - sent) * 1e-9)
+
+    cpu, started = time.process_time_ns(), time.perf_counter_ns()
+    _run_lanes([partial(lane, *each) for each in zip(calls, samples, strict=True)], together.abort)
+    wall, cpu = time.perf_counter_ns() - started, time.process_time_ns() - cpu
+    return Window(samples_s=[sample for own in samples for sample in own], wall_s=wall * 1e-9, cpu_s=cpu * 1e-9)
+
+
+def poisson_arrivals(rate_per_s: float, seconds: float, seed: Sequence[int]) -> np.ndarray:
+    """Intended times of sending in seconds, float64 [arrivals], one at least; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    gaps = rng.exponential(1 / rate_per_s, max(1, int(2 * rate_per_s * seconds) + 50))
+    times = np.cumsum(gaps)
+    return times[: max(1, int(np.searchsorted(times, seconds)))]
+
+
+def arriving(calls: Sequence[Call], intended_s: np.ndarray, *, queued: bool) -> Window:
+    """Requests sent at their intended times, whether the ones before are answered or not (open loop).
+
+    Each of `calls` takes one request at a time. With `queued` the queue before them belongs to what is measured, and a
+    request is sent when it enters it: an engine in this process. Without, it is sent when a call begins: a server has
+    its own queue, and what waits here for a free call is late.
+    """
+    entered, begun, done = (np.zeros(len(intended_s)) for _ in range(3))
+    waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    origin = time.perf_counter() + LEAD_S
+
+    def lane(call: Call) -> None:
+        while (i := waiting.get()) is not None:
+            begun[i] = time.perf_counter() - origin
+            call()
+            done[i] = time.perf_counter() - origin
+
+    def send() -> None:
+        for i, at in enumerate(intended_s):
+            if (pause := origin + at - time.perf_counter()) > 0:
+                time.sleep(pause)
+            entered[i] = time.perf_counter() - origin
+            waiting.put(i)
+        let_go()
+
+    def let_go() -> None:
+        for _ in calls:
+            waiting.put(None)
+
+    cpu = time.process_time_ns()
+    _run_lanes([send, *(partial(lane, call) for call in calls)], let_go)
+    cpu_s = (time.process_time_ns() - cpu) * 1e-9
+    return account(intended_s, entered if queued else begun, done, cpu_s)
+
+
+def account(intended_s: np.ndarray, sent_s: np.ndarray, done_s: np.ndarray, cpu_s: float) -> Window:
+    """Arrivals as a window: latencies from the intended times, so that a stall counts for all who had to wait."""
+    return Window(
+        samples_s=(done_s - intended_s).tolist(),
+        wall_s=float(done_s.max()),
+        cpu_s=cpu_s,
+        service_s=(done_s - sent_s).tolist(),
+        late=int((sent_s - intended_s > LATE_S).sum()),
+    )
+
+
+def goodput(window: Window, bound_s: float) -> float:
+    """Requests a second that were answered within the bound."""
+    return sum(sample <= bound_s for sample in window.samples_s) / window.wall_s
+
+
+def _run_lanes(lanes: Sequence[Callable[[], None]], let_go: Callable[[], None]) -> None:
+    """Run all side by side; once one fails, the others are let go and its error is raised here."""
+    failures: list[SlipwayError] = []
+
+    def guarded(lane: Callable[[], None]) -> None:
+        try:
+            lane()
+        except threading.BrokenBarrierError:
+            pass  # another failed before the start
+        except SlipwayError as error:
+            failures.append(error)
+            let_go()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            failures.append(EngineError(f"{type(error).__name__}: {one_line(error)}"))
+            let_go()
+
+    threads = [threading.Thread(target=guarded, args=(lane,), daemon=True) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]

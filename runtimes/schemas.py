@@ -1,0 +1,36 @@
+"""The pieces of a JSON Schema (2020-12) that requests are made of."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Schema = dict[str, Any]
+
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+
+
+def real(low: float, high: float) -> Schema:
+    return {"type": "number", "minimum": low, "maximum": high}
+
+
+def whole(low: int, high: int | None = None) -> Schema:
+    return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
+
+
+def choice(values: Sequence[str]) -> Schema:
+    return {"enum": list(values)}
+
+
+def array(items: Schema, least: int = 0, most: int | None = None) -> Schema:
+    return {"type": "array", "items": items, "minItems": least} | ({} if most is None else {"maxItems": most})
+
+
+def record(needed: Mapping[str, Schema], more: Mapping[str, Schema] | None = None) -> Schema:
+    """An object with all of `needed`, some or none of `more` (null is none), and nothing else."""
+    optional = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in (more or {}).items()}
+    return {
+        "type": "object",
+        "properties": {**needed, **optional},
+        "required": list(needed),
+        "additionalProperties": False,
+    }

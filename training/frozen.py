@@ -1,0 +1,73 @@
+"""Frozen models, taken as they come from Hugging Face and never trained: what all models that have some share."""
+
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from runtimes.artifact import sha256_json
+from runtimes.errors import InputError, one_line
+from training.checkpoint import array, sha256_tensor
+
+MASKED = -1e4  # added to attention scores of what may not be seen; fits float16, and a row of nothing else stays finite
+EAGER = {"attn_implementation": "eager"}  # the smallest graph: sdpa is exported with a check for NaN in every layer
+
+
+class FrozenModule(nn.Module):
+    """A model that is never trained and always in eval mode."""
+
+    def train(self, mode: bool = True) -> "FrozenModule":
+        return super().train(False)
+
+
+def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
+    """`kind` (a class of transformers with from_pretrained) of a folder or hub id; `InputError` if there is none."""
+    no_bars_in_a_log()
+    try:
+        return kind.from_pretrained(source, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
+
+
+def without_pooler(model: Any) -> Any:
+    """The model without its pooler, which nobody reads: where a checkpoint lacks it, each start would draw another."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    return model
+
+
+def freeze(model: Any) -> Any:
+    return model.eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=4)
+def stored_tokenizer(source: str, revision: str) -> bytes:
+    """The tokenizer of a folder or hub id as a tokenizer.json."""
+    path = Path(source) / "tokenizer.json"
+    return path.read_bytes() if path.is_file() else fast_tokenizer(source, revision).backend_tokenizer.to_str().encode()
+
+
+def fast_tokenizer(source: str, revision: str) -> Any:
+    """The tokenizer as transformers holds it; `InputError` if it cannot be written as a tokenizer.json."""
+    from transformers import AutoTokenizer
+
+    tokenizer = pretrained(AutoTokenizer, source, revision)
+    if not tokenizer.is_fast:
+        raise InputError(f"{source}: expected a fast tokenizer (tokenizer.json), found a slow one")
+    return tokenizer
+
+
+@lru_cache(maxsize=4)
+def digest(module: nn.Module) -> str:
+    """sha256 over the names and values of all parameters and buffers; of a frozen module, so it is computed once."""
+    return sha256_json({name: sha256_tensor(array(tensor)) for name, tensor in module.state_dict().items()})
+
+
+def no_bars_in_a_log() -> None:
+    """Transformers draws its progress bars only where somebody sees them move."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
