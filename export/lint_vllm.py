@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from export.repository import model_path
+from export.hugging_face import POOLING
+from export.repository import engine_paths
 from export.triton_config import model_config
 from runtimes.artifact import Artifact, read_json
 from runtimes.errors import SlipwayError, require
 from runtimes.repository import number_of
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, task_of
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER, task_of
 
-EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json")
+FILES = (f"{CHECKPOINT}/config.json", f"{TOKENIZER}/tokenizer.json")
+EMBEDDING_FILES = (f"{CHECKPOINT}/modules.json", f"{CHECKPOINT}/{POOLING}/config.json")
 
 
 def check_entry(version: Path, artifact: Artifact, config: Any, mounted_at: Path) -> Iterator[str]:
@@ -55,15 +57,15 @@ def _check_arguments(version: Path, artifact: Artifact, mounted_at: Path) -> Ite
     if not isinstance(arguments, dict):
         yield f"{ENGINE_FILE}: expected an object of engine arguments, found {ascii(arguments)[:40]}"
         return
-    place = model_path(artifact, mounted_at, number_of(version))
-    if arguments.get("model") != place:
-        yield (
-            f"{ENGINE_FILE}: expected model '{place}', found '{arguments.get('model')}'; "
-            "export again, with --mounted-at if a container reads it elsewhere"
-        )
+    for name, place in engine_paths(artifact, mounted_at, number_of(version)).items():
+        if arguments.get(name) != place:
+            yield (
+                f"{ENGINE_FILE}: expected {name} '{place}', found '{arguments.get(name)}'; "
+                "export again, with --mounted-at if a container reads it elsewhere"
+            )
     embeds = task_of(artifact) == "embed"
     if (arguments.get("runner") == "pooling") != embeds:
         yield f"{ENGINE_FILE}: expected {'runner pooling' if embeds else 'no runner'}, found {arguments.get('runner')}"
-    for name in ("config.json", "tokenizer.json", *(EMBEDDING_FILES if embeds else ())):
-        if f"{CHECKPOINT}/{name}" not in artifact.files:
-            yield f"{CHECKPOINT}: expected {name} in the manifest, found none"
+    for name in (*FILES, *(EMBEDDING_FILES if embeds else ())):
+        if name not in artifact.files:
+            yield f"expected {name} in the manifest, found none"
