@@ -45,6 +45,7 @@ vllm: .venv-vllm/ready
 	$(PY) -m pip install --quiet torch==2.13.0
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	-$(PY) -m pip install --quiet --no-deps tensorrt-rtx-cu13==1.7.1.116
+	-$(PY) -m pip install --quiet --editable '.[dev,quantize]'
 	touch $@
 
 # The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.
