@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-fast check triton vllm peers clean
+.PHONY: export test test-vllm test-fast check triton vllm peers clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -11,7 +11,12 @@ export: .venv/ready
 	$(PY) -m export.all --target onnx --target torch
 
 test: .venv/ready .venv-triton/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not vllm"
+
+# Where vLLM cannot be installed, each test says so and is skipped.
+test-vllm: .venv/ready .venv-triton/ready
+	-$(MAKE) vllm
+	$(PY) -m pytest -m vllm -rs
 
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not slow"

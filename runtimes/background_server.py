@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import os
 import shutil
 import socket
 import subprocess
@@ -157,3 +158,14 @@ def answers(url: str, path: str) -> bool:
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):
             return False
+
+
+def find_venv(variable: str, name: str) -> Path:
+    """The virtual environment that `variable` names, or the one called `name` beside this package, program or folder.
+
+    The first of these places if there is none in any.
+    """
+    if named := os.environ.get(variable):
+        return Path(named).absolute()
+    candidates = [folder / name for folder in (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())]
+    return next((folder for folder in candidates if (folder / "bin" / "python3").exists()), candidates[0])

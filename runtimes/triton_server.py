@@ -12,12 +12,11 @@ import os
 import secrets
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports
+from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
 
 STAND_INS = {"onnxruntime": "engine", "openvino": "engine"}  # a backend's name, and the folder that stands in for it
@@ -83,13 +82,10 @@ class Bundle:
 
 def find_bundle() -> Bundle:
     """The bundled server; `MissingPackage` if there is none, `EngineError` if its environment cannot run models."""
-    beside = (PACKAGE.parent, Path(sys.prefix).parent, Path.cwd())
-    named = os.environ.get("SLIPWAY_TRITON_VENV")
-    candidates = [Path(named).absolute()] if named else [folder / ".venv-triton" for folder in beside]
-    venv = next((folder for folder in candidates if (folder / "bin" / "python3").exists()), None)
-    if venv is None:
+    venv = find_venv("SLIPWAY_TRITON_VENV", ".venv-triton")
+    if not (venv / "bin" / "python3").exists():
         raise MissingPackage(
-            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {candidates[0]}, found neither; "
+            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
             "run: make triton"
         )
     return probe(venv)

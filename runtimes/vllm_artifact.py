@@ -2,8 +2,11 @@
 
     checkpoint/     a whole Hugging Face folder: config, weights, tokenizer, generation config; where it embeds also the
                     modules of sentence-transformers (modules.json, 1_Pooling, 2_Dense, 3_Normalize)
-    model.json      arguments of vLLM's AsyncEngineArgs, as NVIDIA's Triton backend reads them; its `model` is the place
-                    of checkpoint/ in that server, ours is always the folder beside it
+    tokenizer/      tokenizer.json and tokenizer_config.json once more, without a config.json: where transformers 5
+                    knows the model's type, such as qwen2, it builds that type's own tokenizer and reads no more than
+                    the vocabulary, and a text has other tokens than in our pipelines
+    model.json      arguments of vLLM's AsyncEngineArgs, as NVIDIA's Triton backend reads them; its `model` and
+                    `tokenizer` are the places of these folders in that server, ours are always the ones beside it
     artifact.json   the manifest, whose `built_with` has the `task`: "generate" or "embed"
 
 Inputs are `input_ids` and `attention_mask`, int64 [batch, tokens], padded on either side.
@@ -20,7 +23,7 @@ from typing import Any
 from runtimes.artifact import Artifact, read_json
 from runtimes.errors import ArtifactError
 
-CHECKPOINT = "checkpoint"
+CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
 ENGINE_FILE = "model.json"
 TASK = "task"
 TASKS = ("generate", "embed")
@@ -36,8 +39,9 @@ def task_of(artifact: Artifact) -> str:
 
 
 def engine_arguments(version: Path) -> dict[str, Any]:
-    """The arguments in model.json, with the checkpoint beside it as the model."""
+    """The arguments in model.json, with the checkpoint and the tokenizer beside it where there are such folders."""
     arguments = read_json(version / ENGINE_FILE)
-    if not isinstance(arguments, dict):
-        raise ArtifactError(f"{version / ENGINE_FILE}: expected an object of engine arguments; export the model again")
-    return {**arguments, "model": str((version / CHECKPOINT).absolute())}
+    if not isinstance(arguments, dict) or "model" not in arguments:
+        raise ArtifactError(f"{version / ENGINE_FILE}: expected an object with a 'model', found none; export it again")
+    beside = {name: version.absolute() / folder for name, folder in (("model", CHECKPOINT), ("tokenizer", TOKENIZER))}
+    return {**arguments, **{name: str(folder) for name, folder in beside.items() if folder.is_dir()}}

@@ -5,18 +5,23 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import small_decoders
 import torch
 
 import export.all
 import training.models
+from runtimes.engines.vllm import VllmRuntime
 from runtimes.errors import MissingPackage
 from runtimes.triton_server import TritonServer, find_bundle
 from training.checkpoint import save_checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 TOY_MODEL = '''
 """A dense head over a frozen dense base that is read from a file."""
@@ -143,6 +148,24 @@ def server(repository: Path) -> Iterator[TritonServer]:
         pytest.skip(str(error))
     with TritonServer(repository) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def vllm_generator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmRuntime, "LlamaForCausalLM"]]:
+    """A small Llama in vLLM and in transformers."""
+    folder = tmp_path_factory.mktemp("vllm") / "generator"
+    module = small_decoders.make_generator(folder)
+    with small_decoders.opened(folder) as runtime:
+        yield runtime, module
+
+
+@pytest.fixture(scope="session")
+def vllm_embedder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmRuntime, small_decoders.Embedder]]:
+    """A small Qwen2 with pooling and projection, in vLLM and in torch."""
+    folder = tmp_path_factory.mktemp("vllm") / "embedder"
+    module = small_decoders.make_embedder(folder)
+    with small_decoders.opened(folder) as runtime:
+        yield runtime, module
 
 
 @pytest.fixture
