@@ -16,8 +16,13 @@ def texts(drawn: str) -> list[ElementTree.Element]:
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(0, 10, [0, 2, 4, 6, 8, 10]), (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]), (-3, 4, [-2, 0, 2, 4]), (98, 101, [98, 98.5, 99, 99.5, 100, 100.5, 101])],
-)  # fmt: skip
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 0.9, [0, 0.2, 0.4, 0.6, 0.8]),
+        (-3, 4, [-2, 0, 2, 4]),
+        (98, 101, [98, 98.5, 99, 99.5, 100, 100.5, 101]),
+    ],
+)
 def test_ticks_are_round_and_within_the_range(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
 

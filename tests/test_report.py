@@ -260,8 +260,3 @@ def test_the_matrix_is_put_between_its_marks_and_checked(
     assert readme.read_text().endswith("\nafter\n")
     readme.write_text("no marks")
     assert matrix.main(arguments) == 2
-
-
-def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
-    files = [str(RESULTS / "export.json"), str(RESULTS / "results.json")]
-    assert matrix.main([*files, "--readme", str(ROOT / "README.md"), "--check"]) == 0
