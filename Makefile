@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-vllm test-fast check triton vllm peers peer-optimum perf-analyzer clean
+.PHONY: export test test-vllm test-fast soak check triton vllm peers peer-optimum perf-analyzer clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -20,6 +20,10 @@ test-vllm: .venv/ready .venv-triton/ready
 
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not slow"
+
+# Ten minutes of right and wrong requests to every served model (README, "Under load").
+soak: .venv/ready .venv-triton/ready
+	$(PY) -m runtimes.soak --seconds 600
 
 check: .venv/ready
 	$(PY) -m ruff check .

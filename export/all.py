@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from export import parity
 from export.key import artifact_key, library_versions
-from export.repository import drafting, publish, publish_ensemble
+from export.repository import drafting, publish, publish_ensemble, reschedule
 from export.source import Source
 from export.target import Built, Target
+from export.triton_config import Scheduling
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
@@ -62,12 +63,14 @@ def main(argv: list[str] | None = None) -> int:
     """Fill the matrix of models and targets; one failing cell does not stop the rest."""
     arguments = _parser().parse_args(argv)
     cells = list(choose_cells(arguments.model, arguments.target, arguments.precision))
+    scheduling = Scheduling(instances=arguments.instances, queue=arguments.queue, timeout_ms=arguments.queue_timeout_ms)
     if not arguments.dry_run:
         arguments.repository.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
         bar.set_description(cell.label)
-        outcomes.append(fill(cell, arguments.checkpoints, arguments.repository, arguments.force, arguments.dry_run))
+        place = arguments.checkpoints, arguments.repository, scheduling
+        outcomes.append(fill(cell, *place, force=arguments.force, dry_run=arguments.dry_run))
     if arguments.json:
         print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
     else:
@@ -90,7 +93,9 @@ def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequ
                 yield Cell(spec=spec, target=target, precision=precision)
 
 
-def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: bool) -> Outcome:
+def fill(
+    cell: Cell, checkpoints: Path, repository: Path, scheduling: Scheduling, *, force: bool, dry_run: bool
+) -> Outcome:
     """What became of one cell. Nothing that was not proved is published; nothing is dropped without a reason."""
     outcome = Outcome(model=cell.spec.name, target=cell.target.name, precision=cell.precision, status="skipped")
     started = time.perf_counter()
@@ -103,10 +108,12 @@ def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: 
         key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint)
         found = newest(repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
         if found and not force and (artifact := reusable(found, key)):
+            if not dry_run:
+                reschedule(artifact, repository, scheduling)
             return _done(outcome, artifact, found, "reused", started)
         if dry_run:
             return replace(outcome, reason="dry run: would be exported")
-        artifact, folder = export_one(cell, checkpoint, key, repository)
+        artifact, folder = export_one(cell, checkpoint, key, repository, scheduling)
         return _done(outcome, artifact, folder, "ok", started)
     except _conversion_errors() as error:
         seconds = time.perf_counter() - started
@@ -139,14 +146,17 @@ def reusable(folder: Path, key: str) -> Artifact | None:
     return artifact
 
 
-def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -> tuple[Artifact, Path]:
+def export_one(
+    cell: Cell, checkpoint: Checkpoint, key: str, repository: Path, scheduling: Scheduling
+) -> tuple[Artifact, Path]:
     """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
     source = Source(cell.spec, checkpoint)
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
-        folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
-    if built.served and artifact.proved and cell.precision == cell.target.precisions[0]:
+        served = built.served and artifact.proved
+        folder = publish(draft, artifact, repository, served=served, scheduling=scheduling)
+    if served and cell.precision == cell.target.precisions[0]:
         publish_ensemble(artifact, repository)
     return artifact, folder
 
@@ -262,6 +272,9 @@ def _parser() -> Any:
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where to publish")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     result.add_argument("--force", action="store_true", help="convert again what could be reused")
+    result.add_argument("--instances", type=int, default=1, help="copies of a stateless model in Triton (default: 1)")
+    result.add_argument("--queue", type=int, default=0, help="requests that may wait for it; more are refused at once")
+    result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, ensemble_config, model_config, step_config
+from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config
 from runtimes.artifact import MANIFEST, Artifact, sha256_file
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
@@ -25,14 +25,16 @@ VERSIONS_KEPT = 2
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
 
-def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool = True) -> Path:
+def publish(
+    draft: Path, artifact: Artifact, repository: Path, *, served: bool = True, scheduling: Scheduling = UNLIMITED
+) -> Path:
     """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
 
     `served=False` keeps it where no Triton sees it. `ArtifactError` if the draft is not what its manifest says, or if
     the disk refuses; the repository is then as it was.
     """
     artifact.verify_files(draft)
-    config = model_config(artifact, artifact.runtime) if served else None
+    config = model_config(artifact, artifact.runtime, scheduling) if served else None
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
@@ -41,6 +43,16 @@ def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool =
         if served:  # a version that was kept aside until now is out of date
             _discard(versions(home_of(repository, False) / artifact.name), staging)
         return published
+
+
+def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
+    """The published artifact's config says this scheduling; a config that does already is not touched."""
+    model = repository / artifact.name
+    if versions(model):
+        with _publishing(artifact.name, repository) as staging:
+            config = model_config(artifact, artifact.runtime, scheduling)
+            with _config_replaced(model, config, staging):
+                _sync_one(model)
 
 
 def publish_ensemble(artifact: Artifact, repository: Path) -> None:

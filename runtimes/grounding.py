@@ -3,16 +3,19 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtimes.artifact import read_json
 from runtimes.errors import InputError, require
 from runtimes.schemas import TEXT, Schema, array, record, whole
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
 SENTENCE_END = re.compile(r"(?<=[.!?।])\s+|\n+")
+TOKENIZER, TEMPLATE = "tokenizer.json", "template.json"  # files beside an artifact
 JOINT = "\n\n"  # between contexts, and before the question
 EXAMPLE = {
     "contexts": ["The bridge was opened in 1932. It is 1,149 metres long and carries eight lanes of traffic."],
@@ -74,16 +77,8 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
         raise InputError(
             f"{where}: expected an object with 'contexts' or 'prompt' and 'answer'; found {_show(request)}"
         )
-    if ("prompt" in request) == ("contexts" in request) or ("prompt" in request and "question" in request):
-        raise InputError(
-            f"{where}: expected either 'prompt' or 'contexts' and 'question', found {_show(sorted(request))}"
-        )
+    prompt, regions = read_prompt(request, where)
     answer = _text(request["answer"], f"{where}, answer")
-    if "prompt" in request:
-        prompt = _text(request["prompt"], f"{where}, prompt")
-        regions: Spans = ((0, len(prompt)),)
-    else:
-        prompt, regions = _joined(request, where)
     given = _spans(request, "spans", answer, where)
     given_prompt = _spans(request, "prompt_spans", prompt, where)
     return Grounded(
@@ -94,12 +89,29 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
     )
 
 
+def read_prompt(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
+    """The prompt of a request and where its contexts lie in it; `InputError` if there is none or two."""
+    if ("prompt" in request) == ("contexts" in request) or ("prompt" in request and "question" in request):
+        raise InputError(
+            f"{where}: expected either 'prompt' or 'contexts' and 'question', found {_show(sorted(request))}"
+        )
+    if "contexts" in request:
+        return _joined(request, where)
+    prompt = _text(request["prompt"], f"{where}, prompt")
+    return prompt, ((0, len(prompt)),)
+
+
 def request_schema(most: tuple[int, int]) -> Schema:
     """What `read_request` reads, with at most so many spans of answer and prompt; where they may lie, it cannot say."""
     spans, prompt_spans = (array(array(whole(0), 2, 2), 1, count) for count in most)
     more = {"spans": spans, "prompt_spans": prompt_spans}
     asked = {"contexts": array(TEXT, 1), "answer": TEXT}
     return {"anyOf": [record({"prompt": TEXT, "answer": TEXT}, more), record(asked, {**more, "question": TEXT})]}
+
+
+def prompt_schema() -> Schema:
+    """What a request without an answer may be."""
+    return {"anyOf": [record({"prompt": TEXT}), record({"contexts": array(TEXT, 1)}, {"question": TEXT})]}
 
 
 def chunks(text: str, regions: Spans, characters: int, most: int) -> Spans:
@@ -165,6 +177,24 @@ class GroundedTokens:
         self._tokenizer.no_padding()
         self.template = template
         self.max_tokens, self.max_rows = max_tokens, max_rows
+
+    @classmethod
+    def load(cls, assets: Path, *, max_tokens: int, max_rows: int) -> "GroundedTokens":
+        """Those in a folder; `InputError` if one of the two files is missing."""
+        for name in (TOKENIZER, TEMPLATE):
+            if not (assets / name).is_file():
+                raise InputError(f"expected {name} in {assets}, found none; export the model again")
+        template = Template(**read_json(assets / TEMPLATE))
+        return cls((assets / TOKENIZER).read_bytes(), template, max_tokens=max_tokens, max_rows=max_rows)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What these tokens say, special ones left out."""
+        return str(self._tokenizer.decode(list(ids)))
+
+    def known(self, tokens: Sequence[str]) -> list[int]:
+        """The ids of those tokens that there are."""
+        found = map(self._tokenizer.token_to_id, tokens)
+        return [number for number in found if number is not None]
 
     def read(self, text: Grounded, where: str) -> Tokenized:
         """The tokens; a prompt too long is cut at its end, the answer never. `InputError` if no context is left."""

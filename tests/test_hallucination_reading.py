@@ -1,4 +1,4 @@
-"""How the decoder is held: quantised, compiled, spread out, by profile; and what AARF changes of what it generates."""
+"""How the decoder is held: quantised, compiled, spread out, by profile."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,8 @@ import torch
 from runtimes.device import gpu
 from runtimes.errors import InputError
 from training.models.hallucination.config import CONFIG, TINY, TRAINING
-from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import PROFILES, max_memory, open_decoder, with_profile
-from training.models.hallucination.mitigation import Mitigation, generate, reweighted
 from training.models.hallucination.reading import FeatureReader
 from training.run import main as run
 from training.spec import Config
@@ -24,7 +22,6 @@ TEXT = json.dumps(
     {"prompt": "The bridge was opened in 1932. It is red.", "answer": "It was opened in 1932. It is blue."}
 )
 IDS = torch.arange(4, 64)
-MITIGATION = Mitigation(heads=[(0, 1), (2, 3)], layers=[1, 3], tau=-1e9)
 
 
 def features(config: Config = TINY, **settings: Any) -> np.ndarray:
@@ -117,54 +114,6 @@ def test_the_automatic_profile_fits_the_memory_that_is_found() -> None:
 @pytest.mark.slow
 def test_a_profile_is_used_by_its_name(tmp_path: Path) -> None:
     assert run(["hallucination", "--profile", "auto", "--responses", "30", "--out", str(tmp_path)]) == 0
-
-
-# AARF ----------------------------------------------------------------------------------------------------------------
-
-
-def test_without_mitigation_generation_is_that_of_the_model() -> None:
-    decoder = Decoder("seeded:tiny", "main")
-    found = generate(decoder, IDS, (5, 50), max_new_tokens=8)
-    want = decoder.model.generate(IDS[None], attention_mask=torch.ones(1, len(IDS)), max_new_tokens=8, do_sample=False)
-    assert found.ids == want[0, len(IDS) :].tolist()
-    watched = generate(
-        decoder, IDS, (5, 50), max_new_tokens=8, mitigation=Mitigation(heads=[(0, 1)], layers=[1], tau=1e9)
-    )
-    assert watched.ids == found.ids, "a threshold that nothing reaches changes nothing"
-    assert watched.reweighted == [False] * len(found.ids)
-
-
-def test_heads_and_feed_forward_parts_are_scaled_and_nothing_else() -> None:
-    """Against the residual states: what a layer adds is the sum of its heads and its feed-forward part."""
-    decoder = Decoder("seeded:tiny", "main")
-    layer, mitigation = decoder.model.model.layers[1], Mitigation(heads=[(1, 2)], layers=[1], attend=5.0, know=0.2)
-    mixed = torch.randn(1, 3, layer.self_attn.o_proj.in_features)
-    fed = torch.randn(1, 3, 64)
-    plain = layer.self_attn.o_proj(mixed), layer.mlp(fed)
-    with torch.no_grad(), reweighted(decoder, mitigation):
-        attended, known = layer.self_attn.o_proj(mixed), layer.mlp(fed)
-    width = layer.self_attn.head_dim
-    more = 4 * mixed[..., 2 * width : 3 * width] @ layer.self_attn.o_proj.weight[:, 2 * width : 3 * width].T
-    torch.testing.assert_close(attended, plain[0] + more, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(known, 0.2 * plain[1])
-    torch.testing.assert_close(layer.mlp(fed), plain[1], msg="and it ends with the generation")
-
-
-def test_a_step_above_the_threshold_is_taken_again() -> None:
-    decoder = Decoder("seeded:tiny", "main")
-    found = generate(decoder, IDS, (5, 50), max_new_tokens=4, mitigation=MITIGATION)
-    assert found.reweighted == [True] * len(found.ids)
-    assert len(found.scores) == len(found.ids)
-    with torch.no_grad(), reweighted(decoder, MITIGATION):
-        first = int(decoder.model(IDS[None]).logits[0, -1].argmax())
-    assert found.ids[0] == first
-    assert found.ids != generate(decoder, IDS, (5, 50), max_new_tokens=4).ids
-
-
-@pytest.mark.parametrize(("changes", "message"), [({"heads": []}, "found none"), ({"know": 2.0}, "know in 0..1")])
-def test_a_mitigation_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Mitigation(**{"heads": [(0, 0)], "layers": [0], **changes})
 
 
 # A GPU ---------------------------------------------------------------------------------------------------------------

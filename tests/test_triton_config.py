@@ -8,9 +8,9 @@ import toys
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
-from export.triton_config import Word, ensemble_config, model_config, render, step_config
+from export.triton_config import Scheduling, Word, ensemble_config, model_config, render, step_config
 from runtimes.artifact import Artifact
-from runtimes.errors import ArtifactError
+from runtimes.errors import ArtifactError, InputError
 
 
 def parsed(text: str) -> schema.ModelConfig:
@@ -101,3 +101,23 @@ def test_text_is_quoted_and_words_are_not() -> None:
         render({"name": 'a "b"', "kind": Word("KIND_CPU"), "on": True})
         == 'name: "a \\"b\\""\nkind: KIND_CPU\non: true\n'
     )
+
+
+def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, running: Artifact) -> None:
+    limited = Scheduling(instances=3, queue=64, timeout_ms=250)
+    config = parsed(model_config(doubling, "onnxruntime", limited))
+    policy = config.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
+    assert policy.timeout_action == schema.ModelQueuePolicy.REJECT
+    assert config.instance_group[0].count == 3
+    recurrent = parsed(model_config(running, "onnxruntime", limited))  # Triton has no such limits for sequences
+    assert recurrent.instance_group[0].count == 1
+    assert recurrent.HasField("sequence_batching")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"instances": 0}, {"queue": -1}, {"timeout_ms": -1}, {"queue": 4}, {"timeout_ms": 4}]
+)
+def test_limits_with_which_triton_stalls_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError):
+        Scheduling(**wrong)

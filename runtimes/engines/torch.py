@@ -1,6 +1,6 @@
 """Exported programs of torch, eager or compiled, on CPU or CUDA: what the other engines are measured against."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,13 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.base import Runtime, refuse_device
-from runtimes.errors import EngineError, require
+from runtimes.errors import EngineError, InputError, require
+from runtimes.generation import Generated, Generator, Head
 from runtimes.tensors import Tensors
 
 PROGRAM_FILE = "program.pt2"
 STEP_FILE = "step.pt2"
+GENERATES = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
 SIZES_COMPILED = 64
 
 
@@ -53,14 +55,33 @@ class Torch(Runtime):
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")
+        outputs = self._call({name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()})
+        return {name: value.cpu().numpy() for name, value in outputs.items()}
+
+    def generate(self, ids: Sequence[int], prompt: tuple[int, int], **options: Any) -> Generated:
+        """What follows these tokens, each scored; `Generator.generate` names the options, of which AARF is one.
+
+        `InputError` if the artifact does not generate. Keys and values stay on the device from token to token.
+        """
+        if not {tensor.name for tensor in self.signature.inputs} >= GENERATES:
+            raise InputError(f"expected an artifact that generates (hallucination_aarf), found {self.artifact.name}")
+        heads: list[Head] = sorted(_pair(text) for text in set(self.artifact.config["heads"].split()))
+        layers = sorted(map(int, set(self.artifact.config["layers"].split())))
+        generator = Generator(step=self._call, signature=self.signature, heads=heads, layers=layers, device=self.device)
+        return generator.generate(ids, prompt, **options)
+
+    def _call(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs for tensors that lie on the device."""
+        import torch
+
         assert self._run is not None, "run() outside of the with block"
         step = self._step is not None and feeds[self._recurrent].shape[1] == 1
-        arguments = [torch.from_numpy(feeds[tensor.name]).to(self.device) for tensor in self.signature.inputs]
+        arguments = [feeds[tensor.name] for tensor in self.signature.inputs]
         with torch.inference_mode():
             outputs = self._step(*arguments) if step and self._step else self._run(*arguments)
         if self.compiled and not self._checked:
             self._check_compiled(torch)
-        return {tensor.name: value.cpu().numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
+        return {tensor.name: value for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         self._run = self._step = None
@@ -96,6 +117,11 @@ class Torch(Runtime):
         weights = [held[spec.target] for spec in program.graph_signature.input_specs if spec.target is not None]
         graph = torch.compile(program.graph_module, dynamic=False) if self.compiled else program.graph_module
         return lambda *inputs: graph(*weights, *inputs)
+
+
+def _pair(text: str) -> Head:
+    layer, _, head = text.partition(".")
+    return int(layer), int(head)
 
 
 RUNTIME = Torch

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 
 from runtimes.answer_cache import AnswerCache
-from runtimes.artifact import read_json
 from runtimes.errors import EngineError, InputError
-from runtimes.grounding import EXAMPLE, GroundedTokens, Spans, Template, Tokenized, read_request, request_schema
+from runtimes.grounding import EXAMPLE, GroundedTokens, Spans, Tokenized, read_request, request_schema
 from runtimes.pipeline import Pipeline
 from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 from runtimes.texts import Tokens
 
-TOKENIZER, ENCODER_TOKENIZER, TEMPLATE = "tokenizer.json", "encoder_tokenizer.json", "template.json"
+ENCODER_TOKENIZER = "encoder_tokenizer.json"
 LABELS = ("faithful", "hallucinated")
 
 
@@ -30,15 +29,7 @@ class HallucinationPipeline(Pipeline):
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         super().__init__(config, assets)
-        for name in (TOKENIZER, TEMPLATE):
-            if not (assets / name).is_file():
-                raise InputError(f"expected {name} in {assets}, found none; export the model again")
-        self.tokens = GroundedTokens(
-            (assets / TOKENIZER).read_bytes(),
-            Template(**read_json(assets / TEMPLATE)),
-            max_tokens=config["max_tokens"],
-            max_rows=config["max_rows"],
-        )
+        self.tokens = GroundedTokens.load(assets, max_tokens=config["max_tokens"], max_rows=config["max_rows"])
         self.by_chunk = config["level"] == "chunk"
         if self.by_chunk:
             self.chunk_tokens = Tokens.load(assets / ENCODER_TOKENIZER, config["chunk_tokens"])

@@ -68,10 +68,10 @@ class Decoder(FrozenModule):
             queries, keys, middle, states_BTD = self.run_layer(layer, states_BTD, cosines, sines)
             yield View(number, queries, keys, middle, states_BTD, float(layer.self_attn.scaling))
 
-    def rotation(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, C] of the rotary positions 0 to `length` - 1."""
+    def rotation(self, length: int, like: Tensor, start: int = 0) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, C] of `length` rotary positions from `start` on."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=like.device)
-        angles = torch.arange(length, device=like.device).float().unsqueeze(1) * frequencies
+        angles = (torch.arange(length, device=like.device) + start).float().unsqueeze(1) * frequencies
         angles = torch.cat([angles, angles], -1)
         return tuple((table * self.rope_scale).to(like.dtype) for table in (angles.cos(), angles.sin()))  # type: ignore[return-value]
 
@@ -88,6 +88,16 @@ class Decoder(FrozenModule):
 
 def layer_outputs(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(queries, keys, middle, after) of one layer."""
+    queries, keys, values = projected(layer, states, cosines, sines)
+    mixed = attend(queries, keys, values, float(layer.self_attn.scaling))
+    added = layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+    middle = beside(states, added) + added
+    added = layer.mlp(layer.post_attention_layernorm(middle))
+    return queries, keys, middle, beside(middle, added) + added
+
+
+def projected(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(queries [B, A, T, C], keys, values [B, K, T, C]) of one layer, queries and keys after rotation."""
     attention = layer.self_attn
     normed = layer.input_layernorm(states)
     queries, keys, values = (
@@ -95,12 +105,7 @@ def layer_outputs(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) ->
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     cosines, sines = beside(cosines, queries), beside(sines, queries)
-    queries, keys = rotated(queries, cosines, sines), rotated(keys, cosines, sines)
-    mixed = attend(queries, keys, values, float(attention.scaling))
-    added = attention.o_proj(mixed.transpose(1, 2).flatten(2))
-    middle = beside(states, added) + added
-    added = layer.mlp(layer.post_attention_layernorm(middle))
-    return queries, keys, middle, beside(middle, added) + added
+    return rotated(queries, cosines, sines), rotated(keys, cosines, sines), values
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:

@@ -89,9 +89,10 @@ def top_share(attention_BHRT: Tensor, range_B2: Tensor, percent: int, most: int)
     inside_BT = (places_T >= range_B2[:, :1]) & (places_T < range_B2[:, 1:])
     seen_BHRT = attention_BHRT.masked_fill(~inside_BT[:, None, None, :], NEVER)
     count_B = ((range_B2[:, 1] - range_B2[:, 0]) * percent // 100).clamp_min(1)
-    # One more than the share, for the first that is left out. torch.export sees only with room behind that it exists.
-    room = torch.nn.functional.pad(seen_BHRT, (0, most * percent // 100), value=NEVER)
-    best_BHRK = torch.topk(room, attention_BHRT.shape[-1] * percent // 100 + 1, -1).values
+    # More than the share, for the one that is always taken and the first left out. torch.export sees only with room
+    # behind that they exist.
+    room = torch.nn.functional.pad(seen_BHRT, (0, most * percent // 100 + 1), value=NEVER)
+    best_BHRK = torch.topk(room, attention_BHRT.shape[-1] * percent // 100 + 2, -1).values
     last_BHR1 = _at(best_BHRK, count_B - 1)
     next_BHR1 = _at(best_BHRK, count_B)
     gap_BHR = ((last_BHR1 - next_BHR1) / last_BHR1.clamp_min(SMALLEST)).squeeze(-1)

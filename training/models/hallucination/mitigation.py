@@ -1,164 +1,121 @@
-"""AARF: generation that listens more to the context wherever the detector would call the next token hallucinated.
+"""AARF: a step of generation that can listen more to the context and less to what the model knows by heart.
 
-At each step the token's score H is that of ReDeEP's equation 6 (PKS of the chosen layers less ECS of the chosen heads).
-Where it is above tau, the step is taken again with the chosen heads' outputs times `attend` and the chosen layers'
-feed-forward outputs times `know`. Source: Sun et al., ReDeEP, ICLR 2025, section 5; their code scales the output of the
-attention block where the paper, and this, scale that of the feed-forward part.
+A step reads new tokens behind those whose keys and values are kept, says what comes next and how it came to that (ECS
+and PKS of the last position, which a score is made of), and weighs the last position's heads and feed-forward parts by
+factors that it is given. Source: Sun et al., ReDeEP, ICLR 2025, section 5, whose equation weighs what is added at the
+position that predicts; their code scales the output of the attention block where the paper, and this, scale that of the
+feed-forward part.
 
-Shapes: T tokens so far, D width, A heads, C width of a head, V vocabulary.
+Shapes: B batch, T new tokens, P rows of the past, X = P + T, D width, L layers, A heads, K key heads, R questions to
+one key head, H scored heads, M scored layers, C width of a head, V vocabulary.
 """
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from runtimes.errors import InputError
-from training.models.hallucination.decoder import Decoder, View
-from training.models.hallucination.features import knowledge, resemblance, top_share
-from training.models.hallucination.units import Head
+from training.frozen import FrozenModule
+from training.models.hallucination.decoder import NOWHERE, beside, projected
+from training.models.hallucination.features import divergence, resemblance, top_share
+from training.models.hallucination.module import Detector
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Mitigation:
-    """What AARF does, with the paper's numbers for Llama-2 7B on RAGTruth.
+class MitigatedDecoder(FrozenModule):
+    """The detector's decoder as a generator that scores every token, one step at a time.
 
-    alpha, beta  weights of PKS and of ECS in the score of a token
+    Row 0 of the past is looked at by nobody, so that no axis is ever empty: the token at place p is row p + 1.
     """
 
-    heads: Sequence[Head]
-    layers: Sequence[int]
-    tau: float = 0.4
-    attend: float = 5.0
-    know: float = 0.2
-    alpha: float = 1.0
-    beta: float = 1.0
-    percent: int = 10
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.base = detector.base
+        self.chosen, self.lens_layers, self.jsd = detector.chosen, detector.lens_layers, detector.jsd
+        self.percent, self.most = detector.percent, detector.most
 
-    def __post_init__(self) -> None:
-        if not self.heads or not self.layers:
-            raise InputError("AARF: expected heads and layers to reweight, found none")
-        if self.attend < 1 or not 0 <= self.know <= 1:
-            raise InputError(f"AARF: expected attend >= 1 and know in 0..1, found {self.attend} and {self.know}")
+    def forward(
+        self,
+        token_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        finals: Tensor,
+        prompt_range: Tensor,
+        attend: Tensor,
+        know: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """(logits [B, V], ECS [B, H], PKS [B, M], gaps [B, H], and of the new tokens keys, values and final states)."""
+        base, model = self.base, self.base.model.model
+        states_BTD = model.embed_tokens(token_ids)
+        dtype, past = states_BTD.dtype, keys.shape[3]
+        cosines, sines = base.rotation(token_ids.shape[1], states_BTD, past - 1)
+        new_keys, new_values, chosen, gaps, pks = [], [], [], [], []
+        for number, layer in enumerate(model.layers):
+            queries_BATC, own_keys, own_values = projected(layer, states_BTD, cosines, sines)
+            keys_BKXC, values_BKXC = (
+                torch.cat([beside(kept[:, number].to(dtype), own), own], 2)
+                for kept, own in ((keys, own_keys), (values, own_values))
+            )
+            if heads := self.chosen.get(number):
+                weights_BH1X = last_row(queries_BATC, keys_BKXC, heads, float(layer.self_attn.scaling))
+                mask, gap = top_share(weights_BH1X, prompt_range + 1, self.percent, self.most)
+                chosen.append(mask)
+                gaps.append(gap)
+            mixed_BATC = look_back(queries_BATC, keys_BKXC, values_BKXC, float(layer.self_attn.scaling))
+            mixed_BATC = at_last(mixed_BATC, attend[:, number, :, None, None])
+            added = layer.self_attn.o_proj(mixed_BATC.transpose(1, 2).flatten(2))
+            middle_BTD = beside(states_BTD, added) + added
+            added = at_last(layer.mlp(layer.post_attention_layernorm(middle_BTD)), know[:, number, None, None])
+            states_BTD = beside(middle_BTD, added) + added
+            if number in self.lens_layers:
+                pks.append(self._changed(middle_BTD[:, -1], states_BTD[:, -1]))
+            new_keys.append(own_keys)
+            new_values.append(own_values)
+        own_finals_BTD = base.normed(states_BTD)
+        finals_BXD = torch.cat([finals.to(dtype), own_finals_BTD], 1)
+        return (
+            base.model.lm_head(own_finals_BTD[:, -1]).float(),
+            self._resemblance(chosen, finals_BXD),
+            torch.stack(pks, -1),
+            torch.cat(gaps, 1)[..., 0],
+            torch.stack(new_keys, 1).float(),
+            torch.stack(new_values, 1).float(),
+            own_finals_BTD.float(),
+        )
 
+    def _changed(self, middle_BD: Tensor, after_BD: Tensor) -> Tensor:
+        """PKS of a layer at the last position [B]."""
+        return divergence(self.base.logits(middle_BD), self.base.logits(after_BD), self.jsd, by_chunk=False)
 
-@dataclass(slots=True)
-class Generated:
-    """The new tokens, the score of each, and whether its step was taken again."""
-
-    ids: list[int] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    reweighted: list[bool] = field(default_factory=list)
-
-
-@torch.inference_mode()
-def generate(
-    decoder: Decoder,
-    ids_T: Tensor,
-    prompt: tuple[int, int],
-    *,
-    max_new_tokens: int,
-    mitigation: Mitigation | None = None,
-    choose: Callable[[Tensor], int] = lambda logits_V: int(logits_V.argmax()),
-) -> Generated:
-    """What follows the tokens `ids_T`, whose places `prompt` hold the context; greedy unless `choose` draws.
-
-    Without a mitigation nothing is scored and nothing is changed.
-    """
-    result = Generated()
-    model = decoder.model
-    ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    reading = Reading(decoder, ids_T, mitigation) if mitigation else None
-    for _ in range(max_new_tokens):
-        logits_V, score = reading.step(prompt) if reading else (_logits(model, ids_T), 0.0)
-        again = mitigation is not None and score > mitigation.tau
-        if again and mitigation:
-            with reweighted(decoder, mitigation):
-                logits_V = _logits(model, ids_T)
-        token = choose(logits_V)
-        ids_T = torch.cat([ids_T, ids_T.new_tensor([token])])
-        if reading:
-            reading.ids_T = ids_T
-        result.ids.append(token)
-        result.scores.append(score)
-        result.reweighted.append(again)
-        if token in ends:
-            break
-    return result
-
-
-class Reading:
-    """The text so far, read layer by layer for what the last position says next and how it came to that."""
-
-    def __init__(self, decoder: Decoder, ids_T: Tensor, mitigation: Mitigation) -> None:
-        self.decoder, self.ids_T, self.mitigation = decoder, ids_T, mitigation
-        self.chosen: dict[int, list[int]] = {}
-        for layer, head in mitigation.heads:
-            self.chosen.setdefault(layer, []).append(head)
-
-    def step(self, prompt: tuple[int, int]) -> tuple[Tensor, float]:
-        """(logits [V], score) of the last position."""
-        rows_11 = torch.tensor([[len(self.ids_T) - 1]], device=self.ids_T.device)
-        range_12 = torch.tensor([prompt], device=self.ids_T.device)
-        known, chosen, last = 0.0, [], None
-        for view in self.decoder.layers(self.ids_T[None], len(self.decoder.model.model.layers)):
-            if view.number in self.mitigation.layers:
-                known += float(knowledge(self.decoder, view, rows_11, "paper", by_chunk=False))
-            chosen += self._chosen(view, rows_11, range_12)
-            last = view.after
-        assert last is not None  # a model has layers
-        final_1TD = self.decoder.normed(last)
-        used = sum(float(resemblance(mask, final_1TD, rows_11).sum()) for mask in chosen)
-        logits_V = self.decoder.model.lm_head(final_1TD[0, -1]).float()
-        return logits_V, self.mitigation.alpha * known - self.mitigation.beta * used
-
-    def _chosen(self, view: View, rows_11: Tensor, range_12: Tensor) -> list[Tensor]:
-        heads = self.chosen.get(view.number)
-        if not heads:
-            return []
-        attention = view.attention(heads, rows_11)
-        return [top_share(attention, range_12, self.mitigation.percent, len(self.ids_T))[0]]
+    def _resemblance(self, chosen: list[Tensor], finals_BXD: Tensor) -> Tensor:
+        """ECS [B, H] at the last position."""
+        last_B1 = torch.ones_like(finals_BXD[:, :1, 0], dtype=torch.int64) * (finals_BXD.shape[1] - 1)
+        return torch.cat([resemblance(mask, finals_BXD, last_B1) for mask in chosen], 1)[..., 0]
 
 
-@contextmanager
-def reweighted(decoder: Decoder, mitigation: Mitigation) -> Iterator[None]:
-    """Within it, the model's chosen heads count `attend` times and its chosen feed-forward parts `know` times."""
-    layers = decoder.model.model.layers
-    with ExitStack() as hooks:
-        for number in sorted({layer for layer, _ in mitigation.heads}):
-            attention = layers[number].self_attn
-            own = [head for layer, head in mitigation.heads if layer == number]
-            scale_head = _scales_heads(own, attention.head_dim, mitigation.attend)
-            hooks.callback(attention.o_proj.register_forward_pre_hook(scale_head).remove)
-        for number in mitigation.layers:
-            hooks.callback(layers[number].mlp.register_forward_hook(_scales(mitigation.know)).remove)
-        yield
+def last_row(queries_BATC: Tensor, keys_BKXC: Tensor, heads: list[int], scaling: float) -> Tensor:
+    """float32 [B, H, 1, X]: where these heads look from the last position; never at row 0."""
+    groups = queries_BATC.shape[1] // keys_BKXC.shape[1]
+    keys_BHXC = keys_BKXC[:, [head // groups for head in heads]]
+    scores_BH1X = (queries_BATC[:, heads, -1:] @ keys_BHXC.transpose(2, 3)).float() * scaling
+    nobodys_X = torch.arange(keys_BKXC.shape[2], device=scores_BH1X.device) == 0
+    return torch.softmax(scores_BH1X.masked_fill(nobodys_X, NOWHERE), -1)
 
 
-def _scales_heads(heads: Sequence[int], width: int, factor: float) -> Any:
-    """A hook before the output projection, whose input has the heads side by side."""
-
-    def scale(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        mixed = given[0].clone()
-        for head in heads:
-            mixed[..., head * width : (head + 1) * width] *= factor
-        return (mixed, *given[1:])
-
-    return scale
-
-
-def _scales(factor: float) -> Any:
-    def scale(_: Any, given: Any, out: Tensor) -> Tensor:
-        return out * factor
-
-    return scale
+def look_back(queries_BATC: Tensor, keys_BKXC: Tensor, values_BKXC: Tensor, scaling: float) -> Tensor:
+    """Attention [B, A, T, C] of the new tokens to those before them and to themselves; never to row 0."""
+    tokens, rows = queries_BATC.shape[2], keys_BKXC.shape[2]
+    groups = queries_BATC.shape[1] // keys_BKXC.shape[1]
+    places_X = torch.arange(rows, device=queries_BATC.device)
+    own_T = torch.arange(tokens, device=queries_BATC.device) + (rows - tokens)
+    seen_TX = (places_X > 0) & (places_X <= own_T.unsqueeze(1))
+    # Heads that share keys ask as more rows of one head, so that no key is copied.
+    queries_BKRC = queries_BATC.unflatten(1, (-1, groups)).flatten(2, 3)
+    seen_RX = seen_TX.expand(groups, -1, -1).flatten(0, 1)
+    mixed_BKRC = F.scaled_dot_product_attention(queries_BKRC, keys_BKXC, values_BKXC, attn_mask=seen_RX, scale=scaling)
+    return mixed_BKRC.unflatten(2, (groups, -1)).flatten(1, 2)
 
 
-def _logits(model: Any, ids_T: Tensor) -> Tensor:
-    """[V]: what the model says next."""
-    logits: Tensor = model(ids_T[None], use_cache=False, logits_to_keep=1).logits[0, -1].float()
-    return logits
+def at_last(values: Tensor, factor: Tensor) -> Tensor:
+    """[..., T, C] with the last of T times `factor` [..., 1, 1]."""
+    places_T1 = torch.arange(values.shape[-2], device=values.device).unsqueeze(-1)
+    factor = beside(factor.to(values.dtype), values)
+    return torch.where(places_T1 == values.shape[-2] - 1, values * factor, values)

@@ -42,6 +42,8 @@ class Detector(nn.Module):
         self.lens_layers = layers_of(config)
         self.jsd: str = config["jsd"]
         self.mean = config["chunk_sum"] == "mean"
+        self.percent: int = config["top_percent"]
+        self.most: int = config["max_tokens"]
 
     def lens(self, view: View, rows_BR: Tensor, by_chunk: bool) -> list[Tensor]:
         """[PKS [B, R]] of a layer that the scorer reads, or nothing."""
@@ -61,11 +63,6 @@ class Detector(nn.Module):
 
 class TokenDetector(Detector):
     """By token: what a head attends to is the top share of single tokens; a chunk is the mean of its tokens."""
-
-    def __init__(self, config: Mapping[str, Any], base: Decoder | None = None) -> None:
-        super().__init__(config, base)
-        self.percent: int = config["top_percent"]
-        self.most: int = config["max_tokens"]
 
     def forward(
         self, token_ids: Tensor, rows: Tensor, prompt_range: Tensor, row_spans: Tensor, characters: Tensor

@@ -3,6 +3,7 @@
 hallucination         tokens in: the features of a frozen decoder and the scorer's verdict, fused
 hallucination_scorer  the scorer over features that are known already, such as those of a public score log
 hallucination_generator  the frozen decoder alone, as the language model that wrote the answers
+hallucination_aarf    the same token by token, scored and, where the score is high, reweighted
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.pipelines.hallucination import ENCODER_TOKENIZER, TEMPLATE, TOKENIZER
+from runtimes.grounding import TEMPLATE, TOKENIZER
+from runtimes.pipelines.hallucination import ENCODER_TOKENIZER
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.hallucination import generator
+from training.models.hallucination import generator, mitigated
 from training.models.hallucination.config import CONFIG, SCORER, TINY, TRAINING, check, heads_of, layers_of, settle
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
 
@@ -305,5 +307,26 @@ SPECS = (
             ("onnx", "openvino", "tensorrt", "torch"), "a generator runs where keys are cached: --target vllm"
         ),
         language_model=generator.language_model,
+    ),
+    ModelSpec(
+        name="hallucination_aarf",
+        pipeline="hallucination_aarf",
+        checkpoint="hallucination",
+        part=mitigated.part,
+        presets={"tiny": Preset(config=TINY, training=TRAINING), "full": Preset(config=CONFIG, training=TRAINING)},
+        signature=mitigated.signature,
+        build=build,
+        feeds=mitigated.feeds,
+        settled=mitigated.settled,
+        agreement=mitigated.agreement,
+        tolerance={name: TOLERANCE[name] for name in ("fp32", "fp16", "bf16")},
+        recipe=recipe,
+        frozen=frozen,
+        settle=settle,
+        assets=assets,
+        skips={
+            **dict.fromkeys(("onnx", "openvino", "tensorrt"), "AARF is an option of the torch runtime: --target torch"),
+            "vllm": "its engine shows no attention and reweights no heads: --target torch",
+        },
     ),
 )

@@ -1,0 +1,183 @@
+"""Generation token by token by a program that keeps keys and values; AARF is its option.
+
+The program (`hallucination_aarf`) reads new tokens behind a past and gives, of the last position, the logits and the
+features of ReDeEP. A token's score is PKS less ECS (equation 6). Where it is above tau, the step of that token is taken
+again with the chosen heads' outputs times `attend` and the chosen layers' feed-forward outputs times `know`; the keys
+and values that are kept are those of the plain reading, so that no later score depends on it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtimes.errors import InputError, require
+from runtimes.tensors import Signature
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Head = tuple[int, int]
+Step = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
+KEPT = {"keys": 3, "values": 3, "finals": 1}  # what is kept of every token, and the axis of the tokens in it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mitigation:
+    """What AARF does, with the paper's numbers for Llama-2 7B on RAGTruth.
+
+    tau          scores above it are those of hallucinations
+    attend       factor of the chosen heads, know of the chosen layers' feed-forward parts
+    alpha, beta  weights of PKS and of ECS in the score
+    heads        (layer, head) that are scored and reweighted, and layers; None is all that the model scores
+    """
+
+    tau: float = 0.4
+    attend: float = 5.0
+    know: float = 0.2
+    alpha: float = 1.0
+    beta: float = 1.0
+    heads: Sequence[Head] | None = None
+    layers: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.attend < 1 or not 0 <= self.know <= 1:
+            raise InputError(f"AARF: expected attend >= 1 and know in 0..1, found {self.attend} and {self.know}")
+        if self.heads == [] or self.layers == []:
+            raise InputError("AARF: expected heads and layers to reweight, found none")
+
+
+@dataclass(slots=True)
+class Generated:
+    """The new tokens, the score of each, and whether its step was taken again."""
+
+    ids: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    reweighted: list[bool] = field(default_factory=list)
+
+
+def likeliest(logits: np.ndarray) -> int:
+    return int(logits.argmax())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generator:
+    """A program's `step` with the heads and layers whose features it gives, in order."""
+
+    step: Step
+    signature: Signature
+    heads: Sequence[Head]
+    layers: Sequence[int]
+    device: str = "cpu"
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        prompt: tuple[int, int],
+        *,
+        max_new_tokens: int,
+        mitigation: Mitigation | None = None,
+        ends: Sequence[int] = (),
+        choose: Callable[[np.ndarray], int] = likeliest,
+    ) -> Generated:
+        """What follows `ids`, whose places `prompt` hold the context, up to one of `ends`.
+
+        Every token is scored; none is reweighted without a mitigation. `choose` takes the next token from the logits.
+        """
+        torch = require("torch", extra="export")
+        self._refuse_too_long(len(ids), prompt, max_new_tokens)
+        watched = mitigation or Mitigation(tau=float("inf"))
+        plain, again, weights = self._factors(watched, weighted=False), self._factors(watched), self._weights(watched)
+        given = {"prompt_range": torch.tensor([prompt], device=self.device)}
+        kept = Kept(self.signature, len(ids) + max_new_tokens, self.device)
+        result, new = Generated(), list(ids)
+        for _ in range(max_new_tokens):
+            tokens = torch.tensor([new], device=self.device)
+            said = self.step({"token_ids": tokens, **kept.rows(), **given, **plain})
+            score = float(said["pks"][0] @ weights["pks"] - said["ecs"][0] @ weights["ecs"])
+            kept.add(said)
+            taken_again = score > watched.tau
+            if taken_again:
+                said = self.step({"token_ids": tokens[:, -1:], **kept.rows(but=1), **given, **again})
+            new = [choose(said["logits"][0].float().cpu().numpy())]
+            result.ids += new
+            result.scores.append(score)
+            result.reweighted.append(taken_again)
+            if new[0] in ends:
+                break
+        return result
+
+    def _factors(self, mitigation: Mitigation, *, weighted: bool = True) -> dict[str, "Tensor"]:
+        """What heads and feed-forward parts are multiplied by: 1, or for the chosen ones the mitigation's factors."""
+        torch = require("torch", extra="export")
+        shapes = {tensor.name: tensor.resolve({"batch": 1}) for tensor in self.signature.inputs[-2:]}
+        result = {name: torch.ones(shape, device=self.device) for name, shape in shapes.items()}
+        if weighted:
+            for layer, head in self._chosen("head", mitigation.heads, self.heads):
+                result["attend"][0, layer, head] = mitigation.attend
+            for layer in self._chosen("layer", mitigation.layers, self.layers):
+                result["know"][0, layer] = mitigation.know
+        return result
+
+    def _weights(self, mitigation: Mitigation) -> dict[str, "Tensor"]:
+        """What each feature counts in a token's score."""
+        torch = require("torch", extra="export")
+        heads = self._chosen("head", mitigation.heads, self.heads)
+        layers = self._chosen("layer", mitigation.layers, self.layers)
+        ecs = [mitigation.beta * (head in heads) for head in self.heads]
+        pks = [mitigation.alpha * (layer in layers) for layer in self.layers]
+        return {
+            name: torch.tensor(list(map(float, row)), device=self.device) for name, row in (("ecs", ecs), ("pks", pks))
+        }
+
+    @staticmethod
+    def _chosen(what: str, wanted: Sequence[Any] | None, known: Sequence[Any]) -> Sequence[Any]:
+        if wanted is None:
+            return known
+        unknown = [each for each in wanted if each not in known]
+        if unknown:
+            raise InputError(
+                f"AARF: expected {what}s that the model scores ({_listed(known)}), found {_listed(unknown)}; "
+                f"fit it with --{what}s that include them"
+            )
+        return wanted
+
+    def _refuse_too_long(self, length: int, prompt: tuple[int, int], new: int) -> None:
+        most = min(self.signature.axis("past").max, self.signature.axis("tokens").max)
+        if new < 1 or not length >= 1 or length + new > most:
+            raise InputError(
+                f"expected 1 or more tokens and 1 or more new ones, together at most {most}; found {length} and {new}"
+            )
+        if not 0 <= prompt[0] < prompt[1] <= length:
+            raise InputError(f"expected a context inside the {length} tokens, found places {prompt[0]} to {prompt[1]}")
+
+
+class Kept:
+    """Keys, values and final states of the tokens so far, behind a row that nobody looks at."""
+
+    def __init__(self, signature: Signature, tokens: int, device: str) -> None:
+        torch = require("torch", extra="export")
+        sizes = {"batch": 1, "past": tokens + 1}
+        self.length = 1
+        self.held = {
+            tensor.name: torch.zeros(tensor.resolve(sizes), device=device)
+            for tensor in signature.inputs
+            if tensor.name in KEPT
+        }
+
+    def rows(self, *, but: int = 0) -> dict[str, "Tensor"]:
+        """What is kept, without its last `but` tokens."""
+        return {name: held.narrow(KEPT[name], 0, self.length - but) for name, held in self.held.items()}
+
+    def add(self, said: Mapping[str, "Tensor"]) -> None:
+        """Keep what a step said of its new tokens."""
+        new = said["new_finals"].shape[1]
+        for name, held in self.held.items():
+            held.narrow(KEPT[name], self.length, new).copy_(said[f"new_{name}"])
+        self.length += new
+
+
+def _listed(names: Sequence[Any], most: int = 4) -> str:
+    shown = ", ".join(".".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names[:most])
+    return f"{shown}, ..." if len(names) > most else shown
