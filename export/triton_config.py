@@ -8,13 +8,14 @@ from typing import Any
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, InputError
 from runtimes.tensors import BATCH, TensorSpec
+from runtimes.vllm_artifact import ENGINE_FILE, task_of
 
 # What the newest version folder must hold for a Triton backend; the runtime of an artifact is the backend's name.
 MODEL_FILES = {
     "onnxruntime": "model.onnx",
     "openvino": "model.xml",
     "tensorrt": "model.plan",
-    "vllm": "model.json",
+    "vllm": ENGINE_FILE,
 }
 STEPS = ("encode", "decode")
 REQUEST, ANSWER = "request", "answer"
@@ -25,6 +26,24 @@ TYPES = {
     "int32": "TYPE_INT32",
     "uint8": "TYPE_UINT8",
     "bool": "TYPE_BOOL",
+}
+
+# What NVIDIA's vllm backend takes and gives (its src/model.py), but images.
+TEXT_INPUT = "text_input"
+OPTIONAL_TEXT_INPUTS = {
+    "stream": "TYPE_BOOL",
+    "sampling_parameters": "TYPE_STRING",
+    "exclude_input_in_output": "TYPE_BOOL",
+    "return_finish_reason": "TYPE_BOOL",
+    "return_num_input_tokens": "TYPE_BOOL",
+    "return_num_output_tokens": "TYPE_BOOL",
+}
+EMBEDDING_INPUTS = {"embedding_request": "TYPE_STRING"}
+TEXT_OUTPUTS = {
+    "text_output": ("TYPE_STRING", (-1,)),
+    "finish_reason": ("TYPE_STRING", (-1,)),
+    "num_input_tokens": ("TYPE_UINT32", (1,)),
+    "num_output_tokens": ("TYPE_UINT32", (-1,)),
 }
 
 SEQUENCE_IDLE_US = 60_000_000
@@ -80,8 +99,8 @@ def model_config(artifact: Artifact, backend: str, scheduling: Scheduling = UNLI
             f"{artifact.name}: expected a Triton backend of {', '.join(MODEL_FILES)}, found '{backend}'; "
             "publish it as not served"
         )
-    if backend == "vllm":  # it completes its own config
-        return render({"name": artifact.name, "backend": backend, "instance_group": instances("MODEL")})
+    if backend == "vllm":
+        return render(language_model_config(artifact))
     served_by = {"platform": "tensorrt_plan"} if backend == "tensorrt" else {"backend": backend}
     on_gpu = backend == "tensorrt" or "gpu" in artifact.built_with
     recurrent = bool(artifact.signature.state)
@@ -98,6 +117,27 @@ def model_config(artifact: Artifact, backend: str, scheduling: Scheduling = UNLI
     if backend == "onnxruntime" and not on_gpu:
         message["parameters"] = parameters(intra_op_thread_count="1", inter_op_thread_count="1")
     return render(message)
+
+
+def language_model_config(artifact: Artifact) -> Message:
+    """Text in, text out, in as many responses as the client asks for; vLLM makes the batches and picks the device.
+
+    The tensors are NVIDIA's, whose vllm backend would complete them; the bundled core completes nothing.
+    """
+    embeds = task_of(artifact) == "embed"
+    given = {**OPTIONAL_TEXT_INPUTS, **(EMBEDDING_INPUTS if embeds else {})}
+    optional = [{"name": name, "data_type": Word(kind), "dims": [1], "optional": True} for name, kind in given.items()]
+    made = [{"name": name, "data_type": Word(kind), "dims": list(size)} for name, (kind, size) in TEXT_OUTPUTS.items()]
+    return {
+        "name": artifact.name,
+        "backend": "vllm",
+        "max_batch_size": 0,
+        "model_transaction_policy": {"decoupled": True},
+        "input": [text(TEXT_INPUT), *optional],
+        "output": made,
+        "version_policy": NEWEST,
+        "instance_group": instances("MODEL"),
+    }
 
 
 def step_config(artifact: Artifact, step: str) -> str:

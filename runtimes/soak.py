@@ -53,13 +53,13 @@ class Question:
 
     def __init__(self, client: TritonClient, model: str, request: bytes) -> None:
         self.client, self.model, self.request = client, model, request
-        self.expected = self._ask(request)
+        self.expected = self.answer(request)
 
     def ask(self, tally: Tally) -> None:
         """Ask, and count what came of it."""
         started = time.perf_counter()
         try:
-            what = RIGHT if self._ask(self.request) == self.expected else WRONGLY
+            what = RIGHT if self.answer(self.request) == self.expected else WRONGLY
         except Overloaded:
             what = BUSY
         except (InputError, EngineError):
@@ -70,7 +70,7 @@ class Question:
         """Send what is no request of this model, and count whether it is refused as such."""
         started = time.perf_counter()
         try:
-            self._ask(request)
+            self.answer(request)
             what = TAKEN
         except InputError:
             what = DECLINED
@@ -78,7 +78,8 @@ class Question:
             what = BROKEN
         tally.add(what, time.perf_counter() - started)
 
-    def _ask(self, request: bytes) -> bytes:
+    def answer(self, request: bytes) -> bytes:
+        """What the ensemble says to this request; `InputError` where it declines it."""
         tensors = {"request": np.array([[request]], np.object_)}
         whole: dict[str, Any] = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
         answer: bytes = self.client.send(self.model, tensors, ["answer"], **whole)()["answer"].item()

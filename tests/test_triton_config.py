@@ -71,9 +71,19 @@ def test_an_onnx_model_runs_where_it_was_built_for(doubling: Artifact) -> None:
     assert parsed(model_config(for_gpu, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
-def test_vllm_completes_its_own_config(doubling: Artifact) -> None:
-    config = parsed(model_config(doubling, "vllm"))
-    assert (config.backend, len(config.input)) == ("vllm", 0)
+@pytest.mark.parametrize(("task", "more"), [("generate", set()), ("embed", {"embedding_request"})])
+def test_vllm_takes_text_and_sends_what_it_writes_piece_by_piece(doubling: Artifact, task: str, more: set[str]) -> None:
+    """As NVIDIA's vllm backend completes its own config."""
+    config = parsed(model_config(dataclasses.replace(doubling, built_with={"task": task}), "vllm"))
+    assert (config.backend, config.max_batch_size) == ("vllm", 0)
+    assert config.model_transaction_policy.decoupled
+    assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_MODEL
+    required = [each.name for each in config.input if not each.optional]
+    optional = {each.name for each in config.input if each.optional}
+    assert required == ["text_input"]
+    assert {"stream", "sampling_parameters", "exclude_input_in_output"} | more <= optional
+    assert {"embedding_request"} & optional == more
+    assert (config.output[0].name, config.output[0].data_type) == ("text_output", schema.TYPE_STRING)
 
 
 def test_a_backend_that_triton_lacks_is_refused(doubling: Artifact) -> None:
