@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-vllm test-fast check triton vllm peers clean
+.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -21,6 +21,14 @@ test-vllm: .venv/ready .venv-triton/ready
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not slow"
 
+# Ten thousand nearly right requests to the ensembles that were exported.
+fuzz: .venv/ready .venv-triton/ready
+	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/test_triton_fuzz.py -s
+
+# Ten minutes of right and wrong requests to every served model (README, "Under load").
+soak: .venv/ready .venv-triton/ready
+	$(PY) -m runtimes.soak --seconds 600
+
 check: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -37,6 +45,7 @@ vllm: .venv-vllm/ready
 	$(PY) -m pip install --quiet torch==2.13.0
 	$(PY) -m pip install --quiet --editable '.[dev]'
 	-$(PY) -m pip install --quiet --no-deps tensorrt-rtx-cu13==1.7.1.116
+	-$(PY) -m pip install --quiet --editable '.[dev,quantize]'
 	touch $@
 
 # The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.

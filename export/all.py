@@ -12,10 +12,12 @@ from typing import Any
 from tqdm import tqdm
 
 from export import parity
+from export.calibration_texts import CalibrationTexts, read_texts
 from export.key import artifact_key, library_versions
-from export.repository import drafting, publish, publish_ensemble
+from export.repository import drafting, publish, publish_again, publish_ensemble, reschedule
 from export.source import Source
 from export.target import Built, Target
+from export.triton_config import UNLIMITED, Scheduling
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
@@ -23,8 +25,10 @@ from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
 from runtimes.repository import home_of, newest, published
 from training.checkpoint import Checkpoint, exists
+from training.language_model import NotADecoder
 from training.spec import ModelSpec, all_specs, find_spec
 
+TEXTS = CalibrationTexts()
 UNTOUCHED = Facts(built=False, deserialized=False, ran=False, compared=False)
 
 
@@ -39,6 +43,22 @@ class Cell:
     @property
     def label(self) -> str:
         return f"{self.spec.name} {self.target.name} {self.precision}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What all cells of a run have in common.
+
+    mounted_at  where the repository lies for the server that reads it; where it lies here, if None
+    """
+
+    checkpoints: Path
+    repository: Path
+    texts: CalibrationTexts
+    scheduling: Scheduling = UNLIMITED
+    mounted_at: Path | None = None
+    force: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,12 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     """Fill the matrix of models and targets; one failing cell does not stop the rest."""
     arguments = _parser().parse_args(argv)
     cells = list(choose_cells(arguments.model, arguments.target, arguments.precision))
-    if not arguments.dry_run:
-        arguments.repository.mkdir(parents=True, exist_ok=True)
+    options = read_options(arguments)
+    if not options.dry_run:
+        options.repository.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
         bar.set_description(cell.label)
-        outcomes.append(fill(cell, arguments.checkpoints, arguments.repository, arguments.force, arguments.dry_run))
+        outcomes.append(fill(cell, options))
     if arguments.json:
         print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
     else:
@@ -90,24 +111,29 @@ def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequ
                 yield Cell(spec=spec, target=target, precision=precision)
 
 
-def fill(cell: Cell, checkpoints: Path, repository: Path, force: bool, dry_run: bool) -> Outcome:
+def fill(cell: Cell, options: Options) -> Outcome:
     """What became of one cell. Nothing that was not proved is published; nothing is dropped without a reason."""
     outcome = Outcome(model=cell.spec.name, target=cell.target.name, precision=cell.precision, status="skipped")
     started = time.perf_counter()
     try:
-        if reason := why_skipped(cell, checkpoints):
+        if reason := why_skipped(cell, options.checkpoints):
             return replace(outcome, reason=reason)
-        checkpoint = Checkpoint.load(checkpoints / cell.spec.checkpoint)
+        checkpoint = Checkpoint.load(options.checkpoints / cell.spec.checkpoint)
         if reason := cell.spec.absent(checkpoint.config):
             return replace(outcome, reason=reason)
-        key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint)
-        found = newest(repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
-        if found and not force and (artifact := reusable(found, key)):
+        key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint, options.texts)
+        found = newest(options.repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
+        if found and not options.force and (artifact := reusable(found, key)):
+            if not options.dry_run:
+                found = publish_again(found, artifact, options.repository, mounted_at=options.mounted_at)
+                reschedule(artifact, options.repository, options.scheduling)
             return _done(outcome, artifact, found, "reused", started)
-        if dry_run:
+        if options.dry_run:
             return replace(outcome, reason="dry run: would be exported")
-        artifact, folder = export_one(cell, checkpoint, key, repository)
+        artifact, folder = export_one(cell, checkpoint, key, options)
         return _done(outcome, artifact, folder, "ok", started)
+    except NotADecoder as error:
+        return replace(outcome, reason=one_line(error))
     except _conversion_errors() as error:
         seconds = time.perf_counter() - started
         return replace(outcome, status="failed", reason=one_line(error), seconds=seconds)
@@ -139,14 +165,22 @@ def reusable(folder: Path, key: str) -> Artifact | None:
     return artifact
 
 
-def export_one(cell: Cell, checkpoint: Checkpoint, key: str, repository: Path) -> tuple[Artifact, Path]:
+def export_one(cell: Cell, checkpoint: Checkpoint, key: str, options: Options) -> tuple[Artifact, Path]:
     """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
-    source = Source(cell.spec, checkpoint)
+    source, repository = Source(cell.spec, checkpoint, options.texts), options.repository
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
-        folder = publish(draft, artifact, repository, served=built.served and artifact.proved)
-    if built.served and artifact.proved and leads(artifact, repository):
+        served = built.served and artifact.proved
+        folder = publish(
+            draft,
+            artifact,
+            repository,
+            served=served,
+            scheduling=options.scheduling,
+            mounted_at=options.mounted_at,
+        )
+    if served and built.speaks_tensors and leads(artifact, repository):
         publish_ensemble(artifact, repository)
     return artifact, folder
 
@@ -196,21 +230,24 @@ def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact
 def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:
     """The artifact with its proof, saved; `ParityError` if it does not say what the original says.
 
-    Where this machine cannot run it, what it was built from is compared instead; that is not a proof of the artifact.
+    Where this machine cannot run it, an engine that reads the same numbers is compared instead; that is not a proof of
+    the artifact.
     """
+    parity.require_proof(built.checks)
     if built.idle is None:
         candidate = open_runtime(draft, device=built.device)
         facts, prefix = Facts(built=True, deserialized=True, ran=True, compared=True), ""
     elif built.stand_in:
         candidate = open_runtime(draft, engine=built.stand_in)
         facts, prefix = artifact.facts, f"{built.stand_in}_"
-        artifact = replace(artifact, note=f"{artifact.note}; the ONNX it is built from is proved in {built.stand_in}")
+        artifact = replace(artifact, note=f"{artifact.note}; what it was made of is proved in {built.stand_in}")
     else:
         return artifact
     with candidate:
         checks = parity.prove(candidate, source, artifact.precision)
     parity.require_proof(checks)
-    proved = replace(artifact, parity={f"{prefix}{name}": check for name, check in checks.items()}, facts=facts)
+    found = {f"{prefix}{name}": check for name, check in checks.items()}
+    proved = replace(artifact, parity={**built.checks, **found}, facts=facts)
     proved.save(draft)
     return proved
 
@@ -265,6 +302,29 @@ def _conversion_errors() -> tuple[type[Exception], ...]:
     return (*own, *built_in, TorchDynamoException, SpecViolationError, OnnxExporterError)
 
 
+def read_options(arguments: Any) -> Options:
+    """`InputError` for texts that are none, or a mount that is no whole path."""
+    mounted_at = arguments.mounted_at
+    if mounted_at is not None and not mounted_at.is_absolute():
+        raise InputError(f"--mounted-at: expected a whole path such as /models, found '{mounted_at}'")
+    texts = CalibrationTexts(
+        file=arguments.calibration, samples=arguments.calibration_samples, tokens=arguments.calibration_tokens
+    )
+    if texts.file is not None and not any(True for _ in read_texts(texts.file)):
+        raise InputError(f"{texts.file}: expected texts to quantize on, found none")
+    return Options(
+        checkpoints=arguments.checkpoints,
+        repository=arguments.repository,
+        texts=texts,
+        scheduling=Scheduling(
+            instances=arguments.instances, queue=arguments.queue, timeout_ms=arguments.queue_timeout_ms
+        ),
+        mounted_at=mounted_at,
+        force=arguments.force,
+        dry_run=arguments.dry_run,
+    )
+
+
 def _parser() -> Any:
     result = parser(
         "export.all",
@@ -277,8 +337,16 @@ def _parser() -> Any:
     result.add_argument("--precision", action="append", default=[], help="fp32, fp16, ... (default: the target's own)")
     result.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of checkpoints")
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where to publish")
+    result.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it")
+    group = result.add_argument_group("texts that language models are quantized on")
+    group.add_argument("--calibration", type=Path, help=".txt or .jsonl (default: the checkpoint's own)")
+    group.add_argument("--calibration-samples", type=int, default=TEXTS.samples, help="texts (default: %(default)s)")
+    group.add_argument("--calibration-tokens", type=int, default=TEXTS.tokens, help="of each (default: %(default)s)")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     result.add_argument("--force", action="store_true", help="convert again what could be reused")
+    result.add_argument("--instances", type=int, default=1, help="copies of a stateless model in Triton (default: 1)")
+    result.add_argument("--queue", type=int, default=0, help="requests that may wait for it; more are refused at once")
+    result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result
 

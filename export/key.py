@@ -8,6 +8,7 @@ from pathlib import Path
 import export
 import runtimes
 import training
+from export.calibration_texts import CalibrationTexts
 from export.target import Target
 from runtimes.artifact import sha256_file, sha256_json
 from runtimes.device import gpu
@@ -15,8 +16,10 @@ from training.checkpoint import Checkpoint
 from training.spec import ModelSpec
 
 
-def artifact_key(spec: ModelSpec, target: Target, precision: str, checkpoint: Checkpoint) -> str:
-    """sha256 of checkpoint, exporter code, precision, library versions and GPU architecture."""
+def artifact_key(
+    spec: ModelSpec, target: Target, precision: str, checkpoint: Checkpoint, texts: CalibrationTexts
+) -> str:
+    """sha256 of checkpoint, exporter code, precision, library versions, GPU architecture, and texts that are read."""
     found = gpu()
     return sha256_json(
         {
@@ -26,6 +29,7 @@ def artifact_key(spec: ModelSpec, target: Target, precision: str, checkpoint: Ch
             "precision": precision,
             "libraries": library_versions(target.packages),
             "gpu": found.architecture if found else None,
+            **({"texts": texts.identity} if target.reads_texts else {}),
         }
     )
 
@@ -47,9 +51,10 @@ def code_files(spec: ModelSpec, target: Target) -> Iterator[tuple[Path, Path]]:
     model = Path(inspect.getfile(spec.build)).parent
     target_file = Path(inspect.getfile(target.convert))
     exporter = [
-        Path(export.__file__).parent / name for name in ("source.py", "lowering.py", "calibration.py", "parity.py")
+        Path(export.__file__).parent / f"{name}.py"
+        for name in ("source", "lowering", "calibration", "calibration_texts", "quantization", "hugging_face", "parity")
     ]
-    trainer = [Path(training.__file__).parent / name for name in ("scan.py", "cells.py")]
+    trainer = [Path(training.__file__).parent / name for name in ("scan.py", "cells.py", "language_model.py")]
     runtime = Path(runtimes.__file__).parent
     runner = [runtime / "tensors.py", runtime / "base.py", runtime / "pipelines" / f"{spec.pipeline}.py"]
     for path in sorted([*exporter, target_file, *trainer, *model.glob("*.py"), *runner]):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from export.lint_vllm import check_entry
 from export.repository import CONFIG
 from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, dims
 from runtimes import plugins
@@ -19,8 +20,11 @@ Kind = tuple[str, tuple[int, ...]]  # data type, dims without the batch
 Configs = Mapping[str, Any]
 
 
-def lint(repository: Path) -> list[str]:
-    """One line for each thing in the repository that is not as its artifacts say, "model: expected X, found Y"."""
+def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
+    """One line for each thing in the repository that is not as its artifacts say, "model: expected X, found Y".
+
+    `mounted_at` is the repository's path for the server that reads it, where that is another.
+    """
     problems: list[str] = []
     configs: dict[str, Any] = {}
     for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
@@ -29,7 +33,8 @@ def lint(repository: Path) -> list[str]:
         except SlipwayError as error:
             problems.append(f"{folder.name}: {error}")
     for name, config in configs.items():
-        problems += (f"{name}: {problem}" for problem in _check(repository / name, config, configs))
+        found = _check(repository / name, config, configs, repository if mounted_at is None else mounted_at)
+        problems += (f"{name}: {problem}" for problem in found)
     return problems
 
 
@@ -50,7 +55,7 @@ def backend_of(config: Any) -> str:
     return PLATFORMS.get(config.platform, config.platform) if config.platform else config.backend
 
 
-def _check(model: Path, config: Any, configs: Configs) -> Iterator[str]:
+def _check(model: Path, config: Any, configs: Configs, mounted_at: Path) -> Iterator[str]:
     if config.name not in ("", model.name):
         yield f"expected the name of its folder, found '{config.name}'"
     present = versions(model)
@@ -61,10 +66,10 @@ def _check(model: Path, config: Any, configs: Configs) -> Iterator[str]:
     elif config.backend == "python":
         yield from _check_step(present[-1], config)
     else:
-        yield from _check_versions(present, config)
+        yield from _check_versions(present, config, mounted_at)
 
 
-def _check_versions(present: list[Path], config: Any) -> Iterator[str]:
+def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Iterator[str]:
     """Every version is whole; the newest, which is the one served, is what the config says."""
     for version in present:
         try:
@@ -77,8 +82,11 @@ def _check_versions(present: list[Path], config: Any) -> Iterator[str]:
             yield f"version {version.name}: expected artifact {version.parent.name}, found {artifact.name}"
         if version == present[-1]:
             yield from _check_backend(version, artifact, config)
-            yield from _check_interface(artifact, config)
-            yield from _check_state(artifact, config)
+            if artifact.runtime == "vllm":
+                yield from check_entry(version, artifact, config, mounted_at)
+            else:
+                yield from _check_interface(artifact, config)
+                yield from _check_state(artifact, config)
 
 
 def _check_backend(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
@@ -91,8 +99,6 @@ def _check_backend(version: Path, artifact: Artifact, config: Any) -> Iterator[s
 
 
 def _check_interface(artifact: Artifact, config: Any) -> Iterator[str]:
-    if artifact.runtime == "vllm":  # it completes its own config
-        return
     yield from _check_batch(artifact, config)
     yield from _compare("input", kinds(artifact.signature.free_inputs), declared(config.input))
     yield from _compare("output", kinds(artifact.signature.visible_outputs), declared(config.output))

@@ -10,13 +10,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, ensemble_config, model_config, step_config
-from runtimes.artifact import MANIFEST, Artifact, sha256_file
+from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config
+from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE
 
 CONFIG = "config.pbtxt"
 STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
@@ -25,22 +27,78 @@ VERSIONS_KEPT = 2
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
 
-def publish(draft: Path, artifact: Artifact, repository: Path, *, served: bool = True) -> Path:
+def publish(
+    draft: Path,
+    artifact: Artifact,
+    repository: Path,
+    *,
+    served: bool = True,
+    scheduling: Scheduling = UNLIMITED,
+    mounted_at: Path | None = None,
+) -> Path:
     """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
 
-    `served=False` keeps it where no Triton sees it. `ArtifactError` if the draft is not what its manifest says, or if
-    the disk refuses; the repository is then as it was.
+    `served=False` keeps it where no Triton sees it. `mounted_at` is the repository's path for the server that reads it,
+    where that is another. `ArtifactError` if the draft is not what its manifest says, or if the disk refuses; the
+    repository is then as it was.
     """
     artifact.verify_files(draft)
-    config = model_config(artifact, artifact.runtime) if served else None
+    config = model_config(artifact, artifact.runtime, scheduling) if served else None
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
+        address(draft, artifact, model_path(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
             _discard(versions(home_of(repository, False) / artifact.name), staging)
         return published
+
+
+def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_at: Path | None = None) -> Path:
+    """`found`, or a new version with the same files if the paths in it are not those of its server."""
+    where = repository if mounted_at is None else mounted_at
+    if found.parent.parent.absolute() != repository.absolute() or is_addressed(found, artifact, where):
+        return found
+    with drafting(repository) as draft:
+        shutil.copytree(found, draft, copy_function=os.link, dirs_exist_ok=True)
+        return publish(draft, artifact, repository, mounted_at=mounted_at)
+
+
+def model_path(artifact: Artifact, repository: Path, number: int) -> str:
+    """Where vLLM is to look for the checkpoint of version `number` in a repository that lies there."""
+    return str(repository.absolute() / artifact.name / str(number) / CHECKPOINT)
+
+
+def is_addressed(version: Path, artifact: Artifact, repository: Path) -> bool:
+    """Whether what a version says of its own place is right for a server that has the repository there."""
+    if artifact.runtime != "vllm":
+        return True
+    return read_json(version / ENGINE_FILE).get("model") == model_path(artifact, repository, number_of(version))
+
+
+def address(draft: Path, artifact: Artifact, path: str) -> None:
+    """The draft's model.json, if it has one, and the manifest name the checkpoint by this path.
+
+    NVIDIA's vllm backend hands `model` to vLLM as it stands, and would take a relative one from its working directory.
+    """
+    if artifact.runtime != "vllm":
+        return
+    arguments = read_json(draft / ENGINE_FILE)
+    (draft / ENGINE_FILE).unlink()  # it may be a link to that of another version
+    write_json(draft / ENGINE_FILE, {**arguments, "model": path})
+    files = {**artifact.files, ENGINE_FILE: sha256_file(draft / ENGINE_FILE)}
+    replace(artifact, files=files).save(draft)
+
+
+def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
+    """The published artifact's config says this scheduling; a config that does already is not touched."""
+    model = repository / artifact.name
+    if versions(model):
+        with _publishing(artifact.name, repository) as staging:
+            config = model_config(artifact, artifact.runtime, scheduling)
+            with _config_replaced(model, config, staging):
+                _sync_one(model)
 
 
 def publish_ensemble(artifact: Artifact, repository: Path) -> None:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from export.calibration_texts import CalibrationTexts
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint, restore
+from training.language_model import NotADecoder
 from training.scan import Form, scan_form
 from training.spec import ModelSpec
 
@@ -16,14 +18,17 @@ if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
 
+    from training.language_model import LanguageModel
+
 OPERATOR = Form(kind="operator")
 
 
 class Source:
     """The original: a checkpoint of a model, ready to answer and to be traced."""
 
-    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, texts: CalibrationTexts | None = None) -> None:
         self.spec = spec
+        self.texts = texts or CalibrationTexts()
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.signature = spec.signature(checkpoint.config)
@@ -37,6 +42,13 @@ class Source:
     @cached_property
     def probe(self) -> Tensors:
         return self.checkpoint.probe()
+
+    @cached_property
+    def language_model(self) -> "LanguageModel":
+        """The decoder inside the module; `NotADecoder` where this checkpoint has none."""
+        if self.spec.language_model is None:
+            raise NotADecoder(f"{self.spec.name}: not a decoder language model")
+        return self.spec.language_model(self.config, self.module, self.probe)
 
     def feeds(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
         """Realistic inputs of these sizes, without state."""

@@ -1,10 +1,11 @@
 """Target: one way of converting a model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.source import Source
+from runtimes.artifact import Check
 from training.spec import ModelSpec
 
 
@@ -16,7 +17,9 @@ class Built:
     device      where the artifact is to be run and proved
     idle        the reason why this machine cannot run it, or None
     served      whether Triton has a backend for these files
-    stand_in    the engine that runs the ONNX file the artifact was built from; used where the artifact is idle
+    stand_in    the engine that runs what the artifact was built from, or holds; used where the artifact is idle
+    checks      what was measured of the files themselves, such as their size; a failed one ends the cell
+    speaks_tensors  whether its backend in Triton takes and gives the signature's tensors, as an ensemble needs
     """
 
     built_with: dict[str, str]
@@ -24,6 +27,8 @@ class Built:
     idle: str | None = None
     served: bool = True
     stand_in: str | None = None
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    speaks_tensors: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +40,7 @@ class Target:
     packages    the libraries whose versions the bytes depend on
     convert     writes the artifact's files for (source, precision) into an empty folder
     refuse      the reason why a model cannot be converted, or None
+    reads_texts whether the bytes depend on the texts that language models are quantized on
     """
 
     name: str
@@ -43,3 +49,4 @@ class Target:
     packages: Sequence[str]
     convert: Callable[[Source, str, Path], Built]
     refuse: Callable[[ModelSpec], str | None] = lambda spec: None
+    reads_texts: bool = False

@@ -2,18 +2,20 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from runtimes.artifact import Artifact
-from runtimes.errors import ArtifactError
+from runtimes.errors import ArtifactError, InputError
 from runtimes.tensors import BATCH, TensorSpec
+from runtimes.vllm_artifact import ENGINE_FILE, task_of
 
 # What the newest version folder must hold for a Triton backend; the runtime of an artifact is the backend's name.
 MODEL_FILES = {
     "onnxruntime": "model.onnx",
     "openvino": "model.xml",
     "tensorrt": "model.plan",
-    "vllm": "model.json",
+    "vllm": ENGINE_FILE,
 }
 STEPS = ("encode", "decode")
 REQUEST, ANSWER = "request", "answer"
@@ -24,6 +26,24 @@ TYPES = {
     "int32": "TYPE_INT32",
     "uint8": "TYPE_UINT8",
     "bool": "TYPE_BOOL",
+}
+
+# What NVIDIA's vllm backend takes and gives (its src/model.py), but images.
+TEXT_INPUT = "text_input"
+OPTIONAL_TEXT_INPUTS = {
+    "stream": "TYPE_BOOL",
+    "sampling_parameters": "TYPE_STRING",
+    "exclude_input_in_output": "TYPE_BOOL",
+    "return_finish_reason": "TYPE_BOOL",
+    "return_num_input_tokens": "TYPE_BOOL",
+    "return_num_output_tokens": "TYPE_BOOL",
+}
+EMBEDDING_INPUTS = {"embedding_request": "TYPE_STRING"}
+TEXT_OUTPUTS = {
+    "text_output": ("TYPE_STRING", (-1,)),
+    "finish_reason": ("TYPE_STRING", (-1,)),
+    "num_input_tokens": ("TYPE_UINT32", (1,)),
+    "num_output_tokens": ("TYPE_UINT32", (-1,)),
 }
 
 SEQUENCE_IDLE_US = 60_000_000
@@ -37,17 +57,53 @@ class Word(str):
     """An enum's value, written without quotes."""
 
 
-def model_config(artifact: Artifact, backend: str) -> str:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scheduling:
+    """How many requests a stateless model takes at once, and how many may wait and for how long before it refuses.
+
+    instances   copies of the model that work side by side
+    queue       requests that may wait; 0 is any number
+    timeout_ms  how long one may wait; 0 is for ever
+
+    `InputError` for a limit with a single instance: Triton's batcher then sleeps for half a second when a request
+    arrives while the instance works, and nothing wakes it (triton-inference-server/server#8870; measured with 2.51).
+    """
+
+    instances: int = 1
+    queue: int = 0
+    timeout_ms: int = 0
+
+    def __post_init__(self) -> None:
+        if self.instances < 1 or self.queue < 0 or self.timeout_ms < 0:
+            raise InputError(f"expected 1 or more instances and limits of 0 or more, found {self}")
+        if (self.queue or self.timeout_ms) and self.instances == 1:
+            raise InputError(
+                "expected 2 or more --instances with a limit on waiting, found 1: Triton stalls for 500 ms with one"
+            )
+
+    def policy(self) -> Message:
+        """What the dynamic batcher is told; nothing where there is no limit."""
+        limits: Message = {"max_queue_size": self.queue} if self.queue else {}
+        if self.timeout_ms:
+            limits |= {"timeout_action": Word("REJECT"), "default_timeout_microseconds": self.timeout_ms * 1000}
+        return {"default_queue_policy": limits} if limits else {}
+
+
+UNLIMITED = Scheduling()
+
+
+def model_config(artifact: Artifact, backend: str, scheduling: Scheduling = UNLIMITED) -> str:
     """config.pbtxt for an artifact served by `backend`; `ArtifactError` for a backend that Triton does not have."""
     if backend not in MODEL_FILES:
         raise ArtifactError(
             f"{artifact.name}: expected a Triton backend of {', '.join(MODEL_FILES)}, found '{backend}'; "
             "publish it as not served"
         )
-    if backend == "vllm":  # it completes its own config
-        return render({"name": artifact.name, "backend": backend, "instance_group": instances("MODEL")})
+    if backend == "vllm":
+        return render(language_model_config(artifact))
     served_by = {"platform": "tensorrt_plan"} if backend == "tensorrt" else {"backend": backend}
     on_gpu = backend == "tensorrt" or "gpu" in artifact.built_with
+    recurrent = bool(artifact.signature.state)
     message = {
         "name": artifact.name,
         **served_by,
@@ -55,12 +111,33 @@ def model_config(artifact: Artifact, backend: str) -> str:
         "input": [tensor(spec) for spec in artifact.signature.free_inputs],
         "output": [tensor(spec) for spec in artifact.signature.visible_outputs],
         "version_policy": NEWEST,
-        **(sequences(artifact) if artifact.signature.state else batches(artifact)),
-        "instance_group": instances("GPU" if on_gpu else "CPU"),
+        **(sequences(artifact) if recurrent else batches(artifact, scheduling)),
+        "instance_group": instances("GPU" if on_gpu else "CPU", 1 if recurrent else scheduling.instances),
     }
     if backend == "onnxruntime" and not on_gpu:
         message["parameters"] = parameters(intra_op_thread_count="1", inter_op_thread_count="1")
     return render(message)
+
+
+def language_model_config(artifact: Artifact) -> Message:
+    """Text in, text out, in as many responses as the client asks for; vLLM makes the batches and picks the device.
+
+    The tensors are NVIDIA's, whose vllm backend would complete them; the bundled core completes nothing.
+    """
+    embeds = task_of(artifact) == "embed"
+    given = {**OPTIONAL_TEXT_INPUTS, **(EMBEDDING_INPUTS if embeds else {})}
+    optional = [{"name": name, "data_type": Word(kind), "dims": [1], "optional": True} for name, kind in given.items()]
+    made = [{"name": name, "data_type": Word(kind), "dims": list(size)} for name, (kind, size) in TEXT_OUTPUTS.items()]
+    return {
+        "name": artifact.name,
+        "backend": "vllm",
+        "max_batch_size": 0,
+        "model_transaction_policy": {"decoupled": True},
+        "input": [text(TEXT_INPUT), *optional],
+        "output": made,
+        "version_policy": NEWEST,
+        "instance_group": instances("MODEL"),
+    }
 
 
 def step_config(artifact: Artifact, step: str) -> str:
@@ -124,15 +201,14 @@ def text(name: str) -> Message:
     return {"name": name, "data_type": Word("TYPE_STRING"), "dims": [1]}
 
 
-def batches(artifact: Artifact) -> Message:
+def batches(artifact: Artifact, scheduling: Scheduling) -> Message:
     """Requests that wait while a batch runs are the next batch.
 
-    No delay and no preferred sizes: on two cores they cost latency and won nothing. No queue policy either: any timeout
-    or size limit makes Triton 2.51 stop for 500 ms now and then (triton-inference-server/server#8870).
+    No delay and no preferred sizes: on two cores they cost latency and won nothing.
     """
     batch = artifact.signature.axis(BATCH)
     return {
-        "dynamic_batching": {},
+        "dynamic_batching": scheduling.policy(),
         "model_warmup": [warmup(artifact, size) for size in sorted({1, batch.opt, batch.max})],
     }
 
@@ -190,8 +266,8 @@ def ensemble_step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, s
     }
 
 
-def instances(kind: str) -> Message:
-    return {"count": 1, "kind": Word(f"KIND_{kind}")}
+def instances(kind: str, count: int = 1) -> Message:
+    return {"count": count, "kind": Word(f"KIND_{kind}")}
 
 
 def parameters(**values: str) -> list[Message]:

@@ -16,11 +16,12 @@ def main(argv: list[str] | None = None) -> int:
     """Print every artifact with what was proved of it, and every problem; status 1 if there is one."""
     result = parser("export.verify", __doc__.partition(":")[0] + ".", "", "--repository model_repository --json")
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
+    result.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it")
     result.add_argument("--json", action="store_true", help="print JSON only")
     arguments = result.parse_args(argv)
     repository = existing_folder(arguments.repository, "published artifacts")
 
-    rows, problems = [], lint(repository)
+    rows, problems = [], lint(repository, arguments.mounted_at)
     for folder in published(repository):
         try:
             artifact = Artifact.load(folder)

@@ -133,6 +133,11 @@ def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = 
     return runtime_class(root, artifact, **options)
 
 
+def serving_engine(artifact: Artifact) -> str:
+    """The engine that asks a Triton server for an artifact: most are asked in tensors, vLLM's in texts."""
+    return "triton_vllm" if artifact.runtime == "vllm" else "triton"
+
+
 def refuse_device(engine: str, device: str, allowed: Iterable[str]) -> None:
     """`EngineError` if `device` is none of those an engine has here."""
     allowed = tuple(allowed)

@@ -28,6 +28,10 @@ class EngineError(SlipwayError):
     """An engine cannot open or run an artifact on this machine."""
 
 
+class Overloaded(EngineError):
+    """A server refuses a request because too many wait already, or because it waited too long."""
+
+
 class ParityError(SlipwayError):
     """A converted model does not say what the original says."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
+from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.schemas import Schema
 
@@ -35,6 +36,10 @@ class Pipeline(ABC):
     @abstractmethod
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         """One JSON-serialisable answer per row of the outputs."""
+
+    def respond(self, runtime: Runtime, requests: Sequence[Any]) -> list[Any]:
+        """The answers of an open runtime to a batch of requests; a recurrent model starts from zero."""
+        return self.decode(runtime.fresh(self.encode(requests)))
 
     @abstractmethod
     def example(self) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import Artifact, artifact_name, require_plain
-from runtimes.base import open_runtime
+from runtimes.base import open_runtime, serving_engine
 from runtimes.caching import Store
 from runtimes.command import command, parser
 from runtimes.errors import InputError, one_line
@@ -37,13 +37,15 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(pipeline.example() if arguments.example else pipeline.schema(), indent=1))
         return 0
     requests = [parse_request(_request(arguments), str(arguments.input))]
-    options = {"engine": "triton", "url": arguments.url} if arguments.url else {"device": arguments.device}
+    options = {"device": arguments.device}
+    if arguments.url:
+        options = {"engine": serving_engine(Artifact.load(root)), "url": arguments.url}
     with open_runtime(root, **options) as runtime:
         pipeline = open_pipeline(runtime.artifact, root)
         if arguments.store:
             answers = _answer_from_store(pipeline, requests, arguments, {"target": target, "precision": precision})
         else:
-            answers = pipeline.decode(runtime.fresh(pipeline.encode(requests)))
+            answers = pipeline.respond(runtime, requests)
     print(write_answer(answers[0]).decode())
     return 0
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError, one_line, require
+from runtimes.errors import EngineError, InputError, Overloaded, one_line, require
 from runtimes.tensors import Tensors
 
+BUSY = ("maximum queue size", "timeout expired")  # in the words of Triton's batcher
 REFUSED = ("400", "StatusCode.INVALID_ARGUMENT")
 UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
 
@@ -23,7 +24,8 @@ Answer = Callable[[], Tensors]
 class TritonClient(ABC):
     """A connection to the server at `url` ("host:port"), opened by the first call.
 
-    Every call raises `InputError` if the server refuses it, `EngineError` if it fails or takes longer than `timeout_s`.
+    Every call raises `InputError` if the server refuses it, `Overloaded` if it has too many already, `EngineError` if
+    it fails or takes longer than `timeout_s`.
     """
 
     protocol: str
@@ -96,6 +98,8 @@ class TritonClient(ABC):
         try:
             yield
         except self.utils.InferenceServerException as error:
+            if any(sign in str(error.message()) for sign in BUSY):
+                raise Overloaded(f"Triton at {self.url} is busy: {one_line(error)}; ask again later") from error
             if error.status() in UNREACHABLE:
                 raise self._unreachable(error) from error
             kind = InputError if error.status() in REFUSED else EngineError

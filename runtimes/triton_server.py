@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -19,7 +20,10 @@ from pathlib import Path
 from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
 
-STAND_INS = {"onnxruntime": "engine", "openvino": "engine"}  # a backend's name, and the folder that stands in for it
+# A backend's name, and the folder that stands in for it.
+STAND_INS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
+VLLM_ENTRY = re.compile(r'^\s*backend\s*:\s*"vllm"', re.MULTILINE)
+START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
 # What would let a client change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
@@ -70,14 +74,13 @@ class Bundle:
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
         }
 
-    def arguments(self, backends: Path) -> list[str]:
-        """What the core must be told beyond what NVIDIA's container needs."""
-        return [
-            f"--backend-directory={backends}",
-            f"--cache-directory={self.core / 'caches'}",
-            "--allow-gpu-metrics=false",
-            "--disable-auto-complete-config",  # launches every stub once instead of twice; our configs are complete
-        ]
+    def arguments(self, backends: Path, complete: bool) -> Iterator[str]:
+        """What the core must be told beyond what NVIDIA's container needs; `complete` is what the configs are."""
+        yield f"--backend-directory={backends}"
+        yield f"--cache-directory={self.core / 'caches'}"
+        yield "--allow-gpu-metrics=false"
+        if complete:
+            yield "--disable-auto-complete-config"  # launches every stub once instead of twice
 
 
 def find_bundle() -> Bundle:
@@ -134,9 +137,10 @@ class TritonServer(BackgroundServer):
         strict: bool = True,
         open_to_all: bool = False,
         log: Path | None = None,
-        start_timeout_s: float = 60.0,
+        start_timeout_s: float | None = None,
     ) -> None:
-        super().__init__(log=log, start_timeout_s=start_timeout_s)
+        usual_s = VLLM_START_TIMEOUT_S if has_vllm(repository) else START_TIMEOUT_S
+        super().__init__(log=log, start_timeout_s=usual_s if start_timeout_s is None else start_timeout_s)
         self.repository = repository
         self.host = host
         self.ports = (http_port, grpc_port, metrics_port)
@@ -177,7 +181,7 @@ class TritonServer(BackgroundServer):
             bundle = find_bundle()
             bundle.copy_backends(folder)
             environment |= bundle.environment()
-            command = [str(bundle.server), *bundle.arguments(folder)]
+            command = [str(bundle.server), *bundle.arguments(folder, complete=not has_vllm(self.repository))]
         self.start([*command, *self._arguments(ports, folder.name)], environment)
 
     def is_ready(self) -> bool:
@@ -189,7 +193,8 @@ class TritonServer(BackgroundServer):
             yield f"--{service}-address={self.host}"
             yield f"--{service}-port={port}"
         yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
-        yield "--exit-timeout-secs=5"  # the default waits 30 s for a stub that hangs
+        # The default waits 30 s for a stub that hangs; vLLM takes some seconds to stop.
+        yield f"--exit-timeout-secs={12 if has_vllm(self.repository) else 5}"
         if self.control_key:
             restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
             yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
@@ -202,3 +207,8 @@ class TritonServer(BackgroundServer):
         if not self.strict:
             yield "--exit-on-error=false"
             yield "--strict-readiness=false"
+
+
+def has_vllm(repository: Path) -> bool:
+    """Whether an entry is for the vllm backend, which completes its config itself and takes a minute to start."""
+    return any(VLLM_ENTRY.search(config.read_text("utf-8", "replace")) for config in repository.glob("*/config.pbtxt"))

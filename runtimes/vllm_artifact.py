@@ -17,11 +17,14 @@ Inputs are `input_ids` and `attention_mask`, int64 [batch, tokens], padded on ei
                     first token of a row has the logprob 0, for nothing stands before it
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runtimes.artifact import Artifact, read_json
-from runtimes.errors import ArtifactError
+from runtimes.errors import ArtifactError, InputError
 
 CHECKPOINT, TOKENIZER = "checkpoint", "tokenizer"
 ENGINE_FILE = "model.json"
@@ -45,3 +48,12 @@ def engine_arguments(version: Path) -> dict[str, Any]:
         raise ArtifactError(f"{version / ENGINE_FILE}: expected an object with a 'model', found none; export it again")
     beside = {name: version.absolute() / folder for name, folder in (("model", CHECKPOINT), ("tokenizer", TOKENIZER))}
     return {**arguments, **{name: str(folder) for name, folder in beside.items() if folder.is_dir()}}
+
+
+def real_rows(feeds: Mapping[str, np.ndarray]) -> list[list[int]]:
+    """The token ids of every row without its padding; `InputError` for a row of nothing else."""
+    mask = feeds["attention_mask"].astype(bool)
+    rows: list[list[int]] = [ids[real].tolist() for ids, real in zip(feeds["input_ids"], mask, strict=True)]
+    if not all(rows):
+        raise InputError("expected at least one real token in every row, found a row of padding")
+    return rows

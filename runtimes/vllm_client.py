@@ -100,7 +100,7 @@ class VllmClient:
             connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
             response = connection.getresponse()
             if response.status != 200:
-                raise _refusal(response.status, response.read())
+                raise _refusal(path, response.status, response.read())
             yield response
         except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise EngineError(f"vLLM at {self.url}: expected an answer, found {one_line(error)}") from error
@@ -150,7 +150,9 @@ def _unless_error(answer: Any) -> Any:
     return answer
 
 
-def _refusal(status: int, body: bytes) -> InputError | EngineError:
+def _refusal(path: str, status: int, body: bytes) -> InputError | EngineError:
+    if status == 404:  # it serves what its model can do
+        return InputError(f"vLLM refuses the request: its model does not do what {path} asks for")
     try:
         said = _message(json.loads(body))
     except (ValueError, KeyError, TypeError):

@@ -145,7 +145,7 @@ def finish(folder: Path, task: str, model: str, outputs: Sequence[TensorSpec], e
         target="vllm",
         runtime="vllm",
         precision="fp32",
-        pipeline="statements",
+        pipeline={"generate": "hallucination_generator", "embed": "statements"}[task],
         config={"max_tokens": MAX_TOKENS},
         signature=Signature(inputs=INPUTS, outputs=tuple(outputs), axes=AXES),
         files=digests(folder),

@@ -1,5 +1,7 @@
 """The detector's generator alone: what it says to every token, and as the language model that others run."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,11 @@ from runtimes.errors import InputError
 from runtimes.pipelines.hallucination_generator import GeneratorPipeline
 from runtimes.tensors import Tensors
 from runtimes.vllm_artifact import NEXT_IDS, TOKEN_LOGPROBS
+from runtimes.vllm_client import Completion
 from training.language_model import check_vocabulary
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.generator import agreement
+from training.seeded import byte_tokenizer
 from training.spec import Tolerance, find_spec
 
 SPEC = find_spec("hallucination_generator")
@@ -96,3 +100,34 @@ def test_a_vocabulary_that_does_not_fit_is_refused(module: torch.nn.Module, prob
     smaller = type(language_model.model.config)(vocab_size=200)
     with pytest.raises(InputError, match=r"expected a tokenizer with ids below 200, .* found id 259"):
         check_vocabulary("somewhere", language_model.tokenizer, smaller)
+
+
+class Writer:
+    """A runtime that writes what it was asked for."""
+
+    engine = "writer"
+
+    def complete(self, prompts: list[str], **sampling: Any) -> list[Completion]:
+        return [Completion(text=f"{prompt} {sampling}", token_ids=(), finish_reason="length") for prompt in prompts]
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> GeneratorPipeline:
+    (tmp_path / "tokenizer.json").write_bytes(byte_tokenizer(single="$A"))
+    return GeneratorPipeline({"max_tokens": 16}, tmp_path)
+
+
+def test_a_request_with_a_length_is_written_on(pipeline: GeneratorPipeline) -> None:
+    answers = pipeline.respond(Writer(), [{"text": "a", "max_tokens": 2, "seed": None}])  # type: ignore[arg-type]
+    assert answers == [{"text": "a {'temperature': 0, 'max_tokens': 2}", "finish_reason": "length"}]
+
+
+@pytest.mark.parametrize("request_", [{"text": "a", "max_tokens": 2, "n": 3}, {"max_tokens": 2}])
+def test_a_request_to_write_on_says_no_more_than_it_may(pipeline: GeneratorPipeline, request_: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        pipeline.respond(Writer(), [request_])  # type: ignore[arg-type]
+
+
+def test_an_engine_that_only_scores_does_not_write(pipeline: GeneratorPipeline) -> None:
+    with pytest.raises(InputError, match=r"expected an engine that generates .* found scorer; use --target vllm"):
+        pipeline.respond(SimpleNamespace(engine="scorer"), [{"text": "a", "max_tokens": 2}])  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ import toys
 import runtimes.pipelines
 from export import all as export_all
 from export.lint import lint
-from export.repository import drafting, publish, publish_ensemble
+from export.repository import drafting, publish, publish_ensemble, reschedule
+from export.triton_config import Scheduling
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError
 from runtimes.repository import newest, published
@@ -295,3 +296,15 @@ def test_a_planted_fault_is_found(repository: Path, plant: Callable[[Path], None
     plant(repository)
     assert any(expected in line for line in lint(repository)), lint(repository)
     assert all("\n" not in line for line in lint(repository))
+
+
+def test_another_scheduling_changes_the_config_and_no_version(repository: Path) -> None:
+    version = publish_toy(repository)
+    before = snapshot(repository)
+    reschedule(Artifact.load(version), repository, Scheduling())
+    assert snapshot(repository) == before
+    reschedule(Artifact.load(version), repository, Scheduling(instances=2, queue=9))
+    changed = {path for path, stat in snapshot(repository).items() if before[path] != stat}
+    assert changed == {"doubling_onnx/config.pbtxt"}
+    assert "max_queue_size: 9" in (repository / "doubling_onnx" / "config.pbtxt").read_text()
+    assert lint(repository) == []

@@ -8,9 +8,9 @@ import toys
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
-from export.triton_config import Word, ensemble_config, model_config, render, step_config
+from export.triton_config import Scheduling, Word, ensemble_config, model_config, render, step_config
 from runtimes.artifact import Artifact
-from runtimes.errors import ArtifactError
+from runtimes.errors import ArtifactError, InputError
 
 
 def parsed(text: str) -> schema.ModelConfig:
@@ -71,9 +71,19 @@ def test_an_onnx_model_runs_where_it_was_built_for(doubling: Artifact) -> None:
     assert parsed(model_config(for_gpu, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
-def test_vllm_completes_its_own_config(doubling: Artifact) -> None:
-    config = parsed(model_config(doubling, "vllm"))
-    assert (config.backend, len(config.input)) == ("vllm", 0)
+@pytest.mark.parametrize(("task", "more"), [("generate", set()), ("embed", {"embedding_request"})])
+def test_vllm_takes_text_and_sends_what_it_writes_piece_by_piece(doubling: Artifact, task: str, more: set[str]) -> None:
+    """As NVIDIA's vllm backend completes its own config."""
+    config = parsed(model_config(dataclasses.replace(doubling, built_with={"task": task}), "vllm"))
+    assert (config.backend, config.max_batch_size) == ("vllm", 0)
+    assert config.model_transaction_policy.decoupled
+    assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_MODEL
+    required = [each.name for each in config.input if not each.optional]
+    optional = {each.name for each in config.input if each.optional}
+    assert required == ["text_input"]
+    assert {"stream", "sampling_parameters", "exclude_input_in_output"} | more <= optional
+    assert {"embedding_request"} & optional == more
+    assert (config.output[0].name, config.output[0].data_type) == ("text_output", schema.TYPE_STRING)
 
 
 def test_a_backend_that_triton_lacks_is_refused(doubling: Artifact) -> None:
@@ -101,3 +111,23 @@ def test_text_is_quoted_and_words_are_not() -> None:
         render({"name": 'a "b"', "kind": Word("KIND_CPU"), "on": True})
         == 'name: "a \\"b\\""\nkind: KIND_CPU\non: true\n'
     )
+
+
+def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, running: Artifact) -> None:
+    limited = Scheduling(instances=3, queue=64, timeout_ms=250)
+    config = parsed(model_config(doubling, "onnxruntime", limited))
+    policy = config.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
+    assert policy.timeout_action == schema.ModelQueuePolicy.REJECT
+    assert config.instance_group[0].count == 3
+    recurrent = parsed(model_config(running, "onnxruntime", limited))  # Triton has no such limits for sequences
+    assert recurrent.instance_group[0].count == 1
+    assert recurrent.HasField("sequence_batching")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"instances": 0}, {"queue": -1}, {"timeout_ms": -1}, {"queue": 4}, {"timeout_ms": 4}]
+)
+def test_limits_with_which_triton_stalls_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError):
+        Scheduling(**wrong)

@@ -47,7 +47,8 @@ def whole_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision: s
     """Hugging Face's tokenizer around the very tokenizer.json that our pipelines read.
 
     Special tokens and chat template are those of `source`; where it has none, the special tokens that the model's
-    config names by id.
+    config names by id. AutoTokenizer alone will not do: transformers 5.17 takes of a Qwen2 tokenizer.json the
+    vocabulary and puts its own rules around it.
     """
     tokenizers = require("tokenizers", extra="train")
     from transformers import PreTrainedTokenizerFast

@@ -167,6 +167,18 @@ class Recipe(ABC):
         """Training and validation datasets; `lanes` is the number of rows a step takes over all devices."""
         raise NotImplementedError
 
+    def parameter_groups(self, module: "nn.Module") -> list[dict[str, Any]] | None:
+        """The optimizer's groups with their own `lr` and `weight_decay`; None, and the Trainer makes its usual two."""
+        return None
+
+    def judge(self, module: "nn.Module") -> Metrics | None:
+        """What an epoch is judged by, with `loss` to be made small; None, and it is the loss of the trainee."""
+        return None
+
+    def report(self) -> Metrics:
+        """What training shows about itself since the last report; told beside the loss."""
+        return {}
+
     @abstractmethod
     def evaluate(self, module: "nn.Module") -> "Evaluation":
         """How good `module` is on the validation part."""

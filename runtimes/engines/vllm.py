@@ -10,7 +10,15 @@ from runtimes.artifact import Artifact, read_json
 from runtimes.base import Runtime, refuse_device
 from runtimes.errors import ArtifactError, EngineError, InputError
 from runtimes.tensors import Tensors
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, NEXT_IDS, TOKEN_LOGPROBS, engine_arguments, task_of
+from runtimes.vllm_artifact import (
+    CHECKPOINT,
+    ENGINE_FILE,
+    NEXT_IDS,
+    TOKEN_LOGPROBS,
+    engine_arguments,
+    real_rows,
+    task_of,
+)
 from runtimes.vllm_client import Completion, Prompt
 from runtimes.vllm_model import VllmModel
 from runtimes.vllm_server import Reported
@@ -49,10 +57,7 @@ class VllmRuntime(Runtime):
         self._model = model
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        mask = feeds["attention_mask"].astype(bool)
-        rows = [ids[real].tolist() for ids, real in zip(feeds["input_ids"], mask, strict=True)]
-        if not all(rows):
-            raise InputError("expected at least one real token in every row, found a row of padding")
+        rows, mask = real_rows(feeds), feeds["attention_mask"].astype(bool)
         if self.task == "embed":
             return {self.signature.outputs[0].name: self.model.embed(rows)}
         outputs: Tensors = {TOKEN_LOGPROBS: np.zeros(mask.shape, np.float32), NEXT_IDS: np.zeros(mask.shape, np.int64)}

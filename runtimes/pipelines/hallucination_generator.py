@@ -1,16 +1,28 @@
-"""The generator behind the hallucination detector: a text in, how likely it holds each of its tokens out."""
+"""The generator behind the hallucination detector: how likely it holds each token of a text, or how it goes on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError
+from runtimes.schemas import TEXT, Schema, real, record, whole
 from runtimes.tensors import Tensors
 from runtimes.texts import TextPipeline, padded, read_texts
 from runtimes.vllm_artifact import TOKEN_LOGPROBS
+from runtimes.vllm_client import Completion
 
 TOKENS_MIN = 2  # of the model's axis
+LENGTH = "max_tokens"
+SAMPLING: dict[str, Schema] = {LENGTH: whole(1), "temperature": real(0, 2), "top_p": real(0, 1), "seed": whole(0)}
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """A runtime that writes on after a text."""
+
+    def complete(self, prompts: Sequence[str], **sampling: Any) -> list[Completion]: ...
 
 
 class GeneratorPipeline(TextPipeline):
@@ -18,6 +30,9 @@ class GeneratorPipeline(TextPipeline):
 
     The first token of a text has no log-probability: nothing comes before it. Of a longer text, the first `max_tokens`
     less one are read.
+
+    With `max_tokens` in the request, and perhaps `temperature` (0 if it is left out), `top_p` and `seed`, the answer is
+    what the generator writes after the text: `{"text": ..., "finish_reason": ...}`.
     """
 
     tokenizer = "tokenizer.json"
@@ -37,6 +52,29 @@ class GeneratorPipeline(TextPipeline):
         if not np.isfinite(scores).all():
             raise EngineError("expected finite log-probabilities, found NaN or infinity; run export.verify")
         return [_answer(np.trim_zeros(row)) for row in scores]  # zero is what nothing predicts, and padding
+
+    def respond(self, runtime: Runtime, requests: Sequence[Any]) -> list[Any]:
+        if not any(isinstance(request, dict) and LENGTH in request for request in requests):
+            return super().respond(runtime, requests)
+        if not isinstance(runtime, Generates):
+            raise InputError(
+                f"expected an engine that generates for a request with {LENGTH}, found {runtime.engine}; "
+                "use --target vllm"
+            )
+        return [self.continuation(runtime, request) for request in requests]
+
+    def continuation(self, runtime: Generates, request: Any) -> Any:
+        """What the model writes after the text of a request; `InputError` for a request that is not of that kind."""
+        sampling = {name: value for name, value in request.items() if name != "text" and value is not None}
+        text = read_texts([{name: value for name, value in request.items() if name == "text"}])[0]
+        if LENGTH not in sampling or not sampling.keys() <= SAMPLING.keys():
+            expected = f"text, {LENGTH} and any of {', '.join(name for name in SAMPLING if name != LENGTH)}"
+            raise InputError(f"expected a request with {expected}; found {', '.join(sorted(request))}")
+        (completion,) = runtime.complete([text], **{"temperature": 0, **sampling})
+        return {"text": completion.text, "finish_reason": completion.finish_reason}
+
+    def schema(self) -> Schema:
+        return record({"text": TEXT}, SAMPLING)
 
     def example(self) -> Any:
         return {"text": "The bridge was opened in 1932. It is 1,149 metres long."}

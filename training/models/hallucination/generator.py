@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "attention_mask")
 SMALLEST_VOCABULARY = (4, 260)  # ids that are neither special nor beyond it
-# Of what a tolerance allows a single log-probability: what all of them may be off by on average, and what their mean
-# may be worse by. The mean is what perplexity is made of.
-MEAN_SHARE, WORSE_SHARE = 0.1, 0.05
+# What follows from what a tolerance allows a single log-probability, in nats: how far all may be off on average, by how
+# much their mean, the logarithm of perplexity, may be worse, and how large a share of likeliest tokens may be others.
+MEAN_SHARE, WORSE_SHARE, OTHER_SHARE = 0.1, 0.02, 0.25
+FEWEST_JUDGED = 100  # tokens
 
 
 def signature(config: Config) -> Signature:
@@ -97,8 +98,13 @@ def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """Perplexity over the original's, the mean shift of a log-probability, the share of likeliest tokens alike."""
+    """Perplexity over the original's, the mean shift of a log-probability, the share of likeliest tokens alike.
+
+    Of too few tokens they say nothing.
+    """
     predicted = want[TOKEN_LOGPROBS] != 0
+    if predicted.sum() < FEWEST_JUDGED:
+        return {}
     found, own = (values[TOKEN_LOGPROBS][predicted].astype(np.float64) for values in (got, want))
     same = float((got[NEXT_IDS] == want[NEXT_IDS])[predicted].mean())
     allowed = tolerance.absolute
@@ -107,7 +113,7 @@ def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Ch
             value=float(np.exp((own - found).mean())), limit=float(np.exp(WORSE_SHARE * allowed))
         ),
         "mean_shift": Check(value=float(np.abs(found - own).mean()), limit=MEAN_SHARE * allowed),
-        "next_token": Check(value=same, limit=max(0.0, 1 - allowed / 5), at_least=True),
+        "next_token": Check(value=same, limit=max(0.0, 1 - OTHER_SHARE * allowed), at_least=True),
     }
 
 
@@ -134,7 +140,9 @@ TOLERANCE = {
     "fp32": Tolerance(absolute=2e-2, relative=1e-3),
     "bf16": Tolerance(absolute=0.2, relative=2e-2),
     "w8a16_gptq": Tolerance(absolute=0.2, relative=2e-2),
-    "w4a16_awq": Tolerance(absolute=1.0, relative=0.2),
-    "w4a16_gptq": Tolerance(absolute=1.0, relative=0.2),
-    "w3a16_gptq": Tolerance(absolute=3.0, relative=0.5),
+    "w8a8_gptq": Tolerance(absolute=0.4, relative=5e-2),
+    # Random weights, which the tiny preset has, are harder to round than trained ones. Perplexity: at most 1.05 times.
+    "w4a16_awq": Tolerance(absolute=2.5, relative=0.2),
+    "w4a16_gptq": Tolerance(absolute=2.5, relative=0.2),
+    "w3a16_gptq": Tolerance(absolute=3.0, relative=0.3),
 }

@@ -1,0 +1,229 @@
+"""Leave a real server under load for a while, right and wrong requests mixed, and look at what becomes of it."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtimes.artifact import Artifact
+from runtimes.command import command, existing_folder, parser, table
+from runtimes.errors import EngineError, InputError, Overloaded
+from runtimes.pipeline import open_pipeline
+from runtimes.repository import home_of, published
+from runtimes.sampler import tree
+from runtimes.scenarios import arriving, poisson_arrivals, side_by_side
+from runtimes.statistics import knee, percentile
+from runtimes.triton_client import CLIENTS, TritonClient, new_sequence
+from runtimes.triton_server import TritonServer
+
+LANES = (1, 2, 4, 8, 16)
+KNEE_S = 2.0
+CLIENTS_MAX = 256  # requests that can be on their way at once
+WRONG = (b"{", b"\xff", b"null", b"[]", b'{"text": 7}', b'{"frames": [[1, 2]]}', b'{"turns": []}', b"[" * 5000)
+RIGHT, BUSY, DECLINED = "answered rightly", "refused, too many", "no request, declined"
+WRONGLY, FAILED, TAKEN, BROKEN = "answered wrongly", "failed", "no request, yet answered", "no request, failed"
+FAULTS = (WRONGLY, FAILED, TAKEN, BROKEN)
+OUTCOMES = (RIGHT, BUSY, DECLINED, *FAULTS)
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    """What became of the requests to a server, and how many seconds each took; filled by several threads."""
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {what: [] for what in OUTCOMES})
+
+    def add(self, what: str, seconds: float) -> None:
+        self.seconds[what].append(seconds)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {what: len(times) for what, times in self.seconds.items() if times}
+
+
+class Question:
+    """A request to an ensemble whose right answer is known: what it says while nothing else is asked."""
+
+    def __init__(self, client: TritonClient, model: str, request: bytes) -> None:
+        self.client, self.model, self.request = client, model, request
+        self.expected = self.answer(request)
+
+    def ask(self, tally: Tally) -> None:
+        """Ask, and count what came of it."""
+        started = time.perf_counter()
+        try:
+            what = RIGHT if self.answer(self.request) == self.expected else WRONGLY
+        except Overloaded:
+            what = BUSY
+        except (InputError, EngineError):
+            what = FAILED
+        tally.add(what, time.perf_counter() - started)
+
+    def ask_wrongly(self, tally: Tally, request: bytes) -> None:
+        """Send what is no request of this model, and count whether it is refused as such."""
+        started = time.perf_counter()
+        try:
+            self.answer(request)
+            what = TAKEN
+        except InputError:
+            what = DECLINED
+        except EngineError:
+            what = BROKEN
+        tally.add(what, time.perf_counter() - started)
+
+    def answer(self, request: bytes) -> bytes:
+        """What the ensemble says to this request; `InputError` where it declines it."""
+        tensors = {"request": np.array([[request]], np.object_)}
+        whole = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
+        answer: bytes = self.client.send(self.model, tensors, ["answer"], **whole)()["answer"].item()
+        return answer
+
+
+class Memory:
+    """Resident bytes of a server and its processes, sampled in a thread twice a second."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self.server, self.samples = server, list[int]()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self.samples.append(sum(map(resident, tree(self.server.pid))))
+
+    def growth(self) -> tuple[float, float]:
+        """MB at the end of the first tenth, and what the last tenth lies above it: both medians."""
+        tenth = max(1, len(self.samples) // 10)
+        early, late = np.median(self.samples[tenth : 2 * tenth]), np.median(self.samples[-tenth:])
+        return float(early) / 1e6, float(late - early) / 1e6
+
+
+def resident(process: int) -> int:
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Status 1 if an answer was wrong, a right request failed, or a wrong one was answered or failed."""
+    arguments = _parser().parse_args(argv)
+    repository = existing_folder(arguments.repository, "published artifacts")
+    requests = examples(repository, arguments.model)
+    if not requests:
+        raise InputError(f"expected served models in {repository}, found none; run: python -m export.all --target onnx")
+    with TritonServer(repository, poll_s=1, strict=False, log=arguments.log) as server:
+        client = CLIENTS["grpc"](server.grpc_url, arguments.timeout_s)
+        questions = [Question(client, model, request) for model, request in requests.items()]
+        with Memory(server) as memory:
+            if arguments.overload:
+                tally, facts = overload(questions[0], arguments.overload, arguments.seconds)
+            else:
+                tally, facts = soak(questions, arguments.seconds, arguments.lanes), {}
+        client.close()
+    early, more = memory.growth()
+    facts |= {"memory at first, MB": f"{early:.0f}", "memory more at the end, MB": f"{more:+.1f}"}
+    print(json.dumps({"counts": tally.counts, **facts}) if arguments.json else report(tally, facts))
+    return int(any(what in FAULTS for what in tally.counts))
+
+
+def examples(repository: Path, models: Sequence[str]) -> dict[str, bytes]:
+    """The example request of every ensemble that is published, or of those named."""
+    found = {}
+    for root in published(repository):
+        artifact = Artifact.load(root)
+        ensemble = (repository / artifact.model / "config.pbtxt").is_file()
+        if ensemble and root.is_relative_to(home_of(repository, True)) and (not models or artifact.model in models):
+            found[artifact.model] = json.dumps(open_pipeline(artifact, root).example()).encode()
+    return found
+
+
+def soak(questions: Sequence[Question], seconds: float, lanes: int) -> Tally:
+    """Every model in turn, from several clients at once; each fifth request is a wrong one."""
+    tally = Tally()
+    calls = [lane(questions, tally, offset) for offset in range(lanes)]
+    side_by_side(calls, seconds)
+    return tally
+
+
+def lane(questions: Sequence[Question], tally: Tally, offset: int) -> Callable[[], None]:
+    turn = iter(range(offset, sys.maxsize))
+
+    def call() -> None:
+        i = next(turn)
+        question = questions[i % len(questions)]
+        if i % 5 == 4:
+            question.ask_wrongly(tally, WRONG[i // 5 % len(WRONG)])
+        else:
+            question.ask(tally)
+
+    return call
+
+
+def overload(question: Question, factor: float, seconds: float) -> tuple[Tally, dict[str, str]]:
+    """`factor` times as many requests as at the knee, at random times that wait for no answer."""
+    rates = []
+    for lanes in LANES:
+        window = side_by_side([lambda: question.ask(Tally())] * lanes, KNEE_S)
+        rates.append((len(window.samples_s) / window.wall_s, float(np.median(window.samples_s))))
+    best = knee(rates)
+    rate = factor * rates[best][0]
+    tally = Tally()
+    arrivals = poisson_arrivals(rate, seconds, [0])
+    window = arriving([lambda: question.ask(tally)] * CLIENTS_MAX, arrivals, queued=False)
+    return tally, {
+        "model": question.model,
+        "requests a second at the knee": f"{rates[best][0]:.0f}, {LANES[best]} side by side",
+        "sent a second": f"{len(arrivals) / seconds:.0f}",
+        "answered rightly a second": f"{len(tally.seconds[RIGHT]) / window.wall_s:.0f}",
+        "sent late": f"{window.late / len(arrivals):.1%}",
+    }
+
+
+def report(tally: Tally, facts: dict[str, str]) -> str:
+    """What came of the requests, with how long it took."""
+    rows = []
+    for what, count in tally.counts.items():
+        times = [percentile(tally.seconds[what], p) for p in (50, 99)]
+        cells = ["-" if time_ is None else f"{time_ * 1e3:.1f}" for time_ in times]
+        rows.append((what, count, *cells, f"{max(tally.seconds[what]) * 1e3:.1f}"))
+    lines = [f"{name}: {value}" for name, value in facts.items()]
+    return "\n".join([table(["requests", "count", "p50 ms", "p99 ms", "most ms"], rows), "", *lines])
+
+
+def _parser() -> Any:
+    result = parser(
+        "runtimes.soak",
+        __doc__.strip(),
+        "--seconds 600",
+        "--overload 2 --model strategy --seconds 60",
+    )
+    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
+    result.add_argument("--model", action="append", default=[], help="one model (default: every ensemble there is)")
+    result.add_argument("--seconds", type=float, default=600, help="how long (default: 600)")
+    result.add_argument("--lanes", type=int, default=4, help="clients at once (default: 4)")
+    result.add_argument("--overload", type=float, help="send this many times what the knee takes, to the first model")
+    result.add_argument("--timeout-s", type=float, default=5, help="deadline of a request (default: 5)")
+    result.add_argument("--log", type=Path, help="keep the server's own log in this file")
+    result.add_argument("--json", action="store_true", help="print JSON only")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

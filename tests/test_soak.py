@@ -1,0 +1,96 @@
+"""A server under load is watched by someone who would notice a wrong answer."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import toys
+
+import runtimes.pipelines
+from export.repository import drafting, publish, publish_ensemble
+from export.triton_config import Scheduling
+from runtimes import soak
+from runtimes.artifact import Artifact
+from runtimes.errors import EngineError, InputError, Overloaded
+from runtimes.triton_client import CLIENTS
+from runtimes.triton_server import TritonServer
+
+pytestmark = toys.needs_server()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Both toys with their ensembles, the stateless one with limits; the toy pipeline here and in the server."""
+    repository = tmp_path_factory.mktemp("soaked") / "model_repository"
+    for signature in (toys.DOUBLING, toys.RUNNING):
+        with drafting(repository) as draft:
+            limits = Scheduling(instances=2, queue=1)
+            version = publish(draft, toys.make(draft, signature), repository, scheduling=limits)
+        publish_ensemble(Artifact.load(version), repository)
+    checkout = toys.checkout_with_pipeline(tmp_path_factory.mktemp("checkout"))
+    runtimes.pipelines.__path__.append(str(checkout / "runtimes" / "pipelines"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLIPWAY_PATH", str(checkout))
+        yield repository
+    runtimes.pipelines.__path__.pop()
+    sys.modules.pop("runtimes.pipelines.toy", None)
+
+
+def test_right_requests_are_answered_and_wrong_ones_declined(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert soak.main(["--repository", str(repository), "--seconds", "2", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["counts"]
+    assert counts.keys() == {soak.RIGHT, soak.DECLINED}
+    assert min(counts.values()) > 10
+
+
+def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(repository: Path) -> None:
+    """The model itself is asked, without its steps: they would let through no more than it can take."""
+    with TritonServer(repository) as server:
+        client = CLIENTS["grpc"](server.grpc_url, 20)
+        right = refused = 0
+        for _ in range(50):  # how many arrive at once, the machine decides
+            if right and refused:
+                break
+            values = np.arange(500, dtype=np.float32)
+            answers = [client.send("doubling_onnx", {"x": np.full((1, 16, 3), value)}, ["y"]) for value in values]
+            for value, answer in zip(values, answers, strict=True):
+                try:
+                    np.testing.assert_array_equal(answer()["y"], np.full((1, 16, 3), 2 * value))
+                    right += 1
+                except Overloaded:
+                    refused += 1
+        client.close()
+    assert right
+    assert refused
+
+
+class Deaf:
+    """A client that answers or fails as it was told."""
+
+    def __init__(self, *answers: bytes | Exception) -> None:
+        self.answers = list(answers)
+
+    def send(self, *_: object, **__: object) -> object:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return lambda: {"answer": np.array([[answer]], object)}
+
+
+def test_every_fault_is_counted_as_what_it_is() -> None:
+    client = Deaf(
+        b"1", b"1", b"2", Overloaded(""), EngineError(""), InputError(""), InputError(""), b"1", EngineError("")
+    )
+    question, tally = soak.Question(client, "toy", b"{}"), soak.Tally()
+    for _ in range(5):
+        question.ask(tally)
+    for _ in range(3):
+        question.ask_wrongly(tally, b"{")
+    assert tally.counts == {
+        soak.RIGHT: 1, soak.WRONGLY: 1, soak.BUSY: 1, soak.FAILED: 2, soak.DECLINED: 1, soak.TAKEN: 1, soak.BROKEN: 1
+    }  # fmt: skip
