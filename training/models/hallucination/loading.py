@@ -30,16 +30,19 @@ PROFILES: dict[str, Config] = {name: dict(machine.holding) for name, machine in 
 def with_profile(training: Config, config: Config, memory_bytes: int | None = None) -> Config:
     """The settings with those of `profile`, `auto` being made from the memory that is found; "" changes nothing.
 
+    `profile` is then "": what it meant on this machine has been said, and what is set by hand later stays.
     A profile sets how features are read, never what they are: it cannot raise the model's own max_tokens.
     """
     name = training["profile"]
     if name == "":
         return training
-    if name == "auto":
-        return {**training, **_automatic(config, memory_bytes if memory_bytes is not None else _memory_bytes())}
-    if name not in PROFILES:
+    if name != "auto" and name not in PROFILES:
         raise InputError(f"--profile: expected one of {', '.join(PROFILES)}, auto; found '{name}'")
-    return {**training, **PROFILES[name]}
+    if name == "auto":
+        own = _automatic(config, memory_bytes if memory_bytes is not None else _memory_bytes())
+    else:
+        own = PROFILES[name]
+    return {**training, **own, "profile": ""}
 
 
 def _automatic(config: Config, memory_bytes: int) -> Config:
