@@ -47,7 +47,7 @@ def publish(
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
-        address(draft, artifact, engine_paths(artifact, repository if mounted_at is None else mounted_at, number))
+        address(draft, artifact, places(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
@@ -65,8 +65,8 @@ def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_
         return publish(draft, artifact, repository, mounted_at=mounted_at)
 
 
-def engine_paths(artifact: Artifact, repository: Path, number: int) -> dict[str, str]:
-    """Where vLLM is to look for the folders of version `number` in a repository that lies there, by argument."""
+def places(artifact: Artifact, repository: Path, number: int) -> dict[str, str]:
+    """Where vLLM is to look for the folders of version `number` in a repository that lies there."""
     version = repository.absolute() / artifact.name / str(number)
     return {"model": str(version / CHECKPOINT), "tokenizer": str(version / TOKENIZER)}
 
@@ -75,13 +75,13 @@ def is_addressed(version: Path, artifact: Artifact, repository: Path) -> bool:
     """Whether what a version says of its own place is right for a server that has the repository there."""
     if artifact.runtime != "vllm":
         return True
-    return read_json(version / ENGINE_FILE).items() >= engine_paths(artifact, repository, number_of(version)).items()
+    return places(artifact, repository, number_of(version)).items() <= read_json(version / ENGINE_FILE).items()
 
 
 def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
-    """The draft's model.json, if it has one, has these paths, and the manifest its digest.
+    """The draft's model.json, if it has one, and the manifest name checkpoint and tokenizer by these paths.
 
-    NVIDIA's vllm backend hands them to vLLM as they stand: relative ones would start from its working directory.
+    NVIDIA's vllm backend hands them to vLLM as they stand, which would take relative ones from its working directory.
     """
     if artifact.runtime != "vllm":
         return

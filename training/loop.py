@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,24 @@ from training.spec import Config, ModelSpec, Recipe
 # What every model understands besides its own settings; a preset may have other defaults.
 COMMON: Config = {
     "accumulate": 1,  # batches whose gradients are added up before a step
+    "beta2": 0.999,  # of Adam
     "clip": 1.0,  # largest norm of the gradient
     "device": "auto",  # or cpu
     "gradient_checkpointing": False,
     "optimizer": "adamw_torch",  # or another of the Trainer's, such as adamw_bnb_8bit
     "patience": 0,  # epochs without a better validation loss before the end; 0 is never
     "precision": "fp32",  # or bf16 or fp16: mixed precision
-    "scheduler": "cosine",
+    "scheduler": "cosine",  # or trapezoid (rises, stays, falls in straight lines), plateau, or one of the Trainer's
     "seed": 0,
     "warmup": 0.05,  # below 1 a share of all steps, else a number of steps
     "weight_decay": 0.0,
     "workers": 0,  # processes that make batches ahead of time
+}
+TRAPEZOID_FALL = 0.1  # of all steps
+# Our names of what the Trainer calls otherwise; it makes no trapezoid, so `_trainer` does.
+SCHEDULERS: dict[str, Config] = {
+    "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 0.5, "patience": 1}},
+    "trapezoid": {"lr_scheduler_type": "constant"},
 }
 CHOICES = {"device": ("auto", "cpu"), "precision": ("fp32", "bf16", "fp16")}
 POSITIVE = ("lr", "batch", "epochs", "accumulate", "clip")
@@ -67,7 +75,14 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def trapezoid(step: int, warmup: int, steps: int) -> float:
+    """The share of the learning rate at a step counted from 0, of `steps`; above 0 at the first and the last."""
+    fall = max(1, round(TRAPEZOID_FALL * steps))
+    return max(0.0, min(1.0, (step + 1) / (warmup + 1), (steps - step) / fall))
+
+
 def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
+    from torch.optim.lr_scheduler import LambdaLR
     from torch.utils.data import SequentialSampler
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
 
@@ -76,13 +91,40 @@ def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if state.is_world_process_zero:
-                print(" ".join(f"{name}={value}" for name, value in (logs or {}).items()), file=sys.stderr)
+                told = {**(logs or {}), **(recipe.report() if "loss" in (logs or {}) else {})}
+                print(" ".join(f"{name}={_short(value)}" for name, value in told.items()), file=sys.stderr)
 
     class InOrder(Trainer):
         """The datasets order their own rows (a permutation by formula), so samplers only count."""
 
         def _get_train_sampler(self, *_: Any) -> Any:
             return SequentialSampler(train_data)
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            groups = recipe.parameter_groups(module)
+            if groups is None:
+                return super().create_optimizer(model)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, None)
+            self.optimizer = kind(groups, **options)
+            return self.optimizer
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            if recipe.training["scheduler"] != "trapezoid":
+                return super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            share = partial(trapezoid, warmup=warmup, steps=num_training_steps)
+            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, share)  # type: ignore[arg-type]
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+        def evaluate(self, *arguments: Any, **more: Any) -> Any:
+            judged = recipe.judge(module)
+            if judged is None:
+                return super().evaluate(*arguments, **more)
+            metrics = {f"eval_{name}": value for name, value in judged.items()}
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
 
     arguments = _arguments(recipe.training, states, keep)
     train_data, valid_data = recipe.datasets(arguments.train_batch_size * arguments.world_size)
@@ -100,6 +142,10 @@ def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
     return trainer
 
 
+def _short(value: Any) -> Any:
+    return f"{value:.5g}" if isinstance(value, float) else value
+
+
 def _arguments(training: Config, states: Path, keep: bool) -> Any:
     from torch.cuda import is_available
     from transformers import TrainingArguments
@@ -114,7 +160,8 @@ def _arguments(training: Config, states: Path, keep: bool) -> Any:
             learning_rate=training["lr"],
             optim=training["optimizer"],
             weight_decay=training["weight_decay"],
-            lr_scheduler_type=training["scheduler"],
+            adam_beta2=training["beta2"],
+            **SCHEDULERS.get(training["scheduler"], {"lr_scheduler_type": training["scheduler"]}),
             warmup_steps=training["warmup"],
             max_grad_norm=training["clip"],
             bf16=training["precision"] == "bf16",

@@ -1,6 +1,6 @@
 """Linear recurrences h_t = a_t h_(t-1) + b_t in several forms that agree, and the choice among them.
 
-Shapes: B batch, T time, D channels, N state size.
+Shapes: B batch, T time, D channels, N state size; H heads and P channels of a head.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Kind = Literal["loop", "doubling", "operator", "kernel"]
+PIECE = 64  # positions whose mutual influence is one matrix; fastest for training on a CPU among 32, 64, 128
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +26,8 @@ class Form:
     doubling  Hillis-Steele: log2(T) passes without a loop; what TensorRT builds well
     operator  torch's scan operator, which becomes one ONNX Scan; what ONNX Runtime runs well
     kernel    mamba-ssm's CUDA kernel
+
+    A recurrence whose decay is one number a head is matrix products in all of these but `loop`.
     """
 
     kind: Kind
@@ -57,6 +60,76 @@ def selective_scan(
     if form.kind == "doubling":
         return _doubling(*arguments, length=form.length)
     return {"loop": _loop, "operator": _operator, "kernel": _kernel}[form.kind](*arguments)
+
+
+def decayed_sums(
+    x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y_t = S_t C_t with S_t = exp(decay_t) S_(t-1) + x_t B_t^T, and the last S. `in` is B, `out` is C, decay <= 0.
+
+    Source: Dao and Gu, Transformers are SSMs (2024), sections 6 and 7: inside a piece of the sequence a masked product
+    of C and B, from piece to piece the state. While a model is traced, the whole sequence is one piece.
+    """
+    form = _form.get()
+    if form and form.kind == "loop":
+        return _decayed_loop(x_BTHP, decay_BTH, in_BTN, out_BTN, state_BHPN)
+    if form and form.kind != "kernel":
+        return _decayed_piece(x_BTHP, decay_BTH, in_BTN, out_BTN, state_BHPN)
+    outputs = []
+    for start in range(0, x_BTHP.shape[1], PIECE):
+        piece = slice(start, start + PIECE)
+        now = (x_BTHP[:, piece], decay_BTH[:, piece], in_BTN[:, piece], out_BTN[:, piece])
+        y_BTHP, state_BHPN = _decayed_piece(*now, state_BHPN)
+        outputs.append(y_BTHP)
+    return torch.cat(outputs, 1), state_BHPN
+
+
+def decayed_step(
+    x_BHP: Tensor, decay_BH: Tensor, in_BN: Tensor, out_BN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One position of `decayed_sums`: (y [B, H, P], the state after it)."""
+    state_BHPN = torch.exp(decay_BH)[..., None, None] * state_BHPN + x_BHP[..., None] * in_BN[:, None, None, :]
+    return (state_BHPN @ out_BN[:, None, :, None])[..., 0], state_BHPN
+
+
+def _decayed_piece(
+    x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    reach_BHT, kept_BHTT = decay_BTH.cumsum(1).mT, torch.exp(_decay_between(decay_BTH))
+    weights_BHTT = kept_BHTT * (out_BTN @ in_BTN.mT)[:, None]
+    x_BHTP = x_BTHP.transpose(1, 2)
+    y_BHTP = weights_BHTT @ x_BHTP
+    y_BHTP = y_BHTP + (out_BTN[:, None] @ state_BHPN.mT) * torch.exp(reach_BHT)[..., None]
+    added_BHPN = (x_BHTP * kept_BHTT[..., -1, :, None]).mT @ in_BTN[:, None]
+    last_BHPN = torch.exp(reach_BHT[..., -1])[..., None, None] * state_BHPN + added_BHPN
+    return y_BHTP.transpose(1, 2), last_BHPN
+
+
+def _decay_between(decay_BTH: Tensor) -> Tensor:
+    """[B, H, T, T]: what decays from position s (last) to t, the sum of decay over s+1..t; minus infinity if t < s.
+
+    A difference of sums from the start would lose to rounding what a strong decay before s has added to both: the sums
+    are float64, but for TensorRT, which has none, so that every sum is made by itself.
+    """
+    place_T = torch.arange(decay_BTH.shape[1], device=decay_BTH.device)
+    past_TT = place_T[:, None] >= place_T
+    if (form := _form.get()) and form.kind == "doubling":
+        later_TT = place_T[:, None] > place_T
+        between_BHTT = torch.where(later_TT, decay_BTH.mT[..., None], 0.0).cumsum(-2)
+    else:
+        reach_BHT = decay_BTH.double().cumsum(1).mT
+        between_BHTT = (reach_BHT[..., :, None] - reach_BHT[..., None, :]).float()
+    return between_BHTT.masked_fill(~past_TT, -torch.inf)
+
+
+def _decayed_loop(
+    x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(x_BTHP.shape[1]):
+        y_BHP, state_BHPN = decayed_step(x_BTHP[:, t], decay_BTH[:, t], in_BTN[:, t], out_BTN[:, t], state_BHPN)
+        outputs.append(y_BHP)
+    return torch.stack(outputs, 1), state_BHPN
 
 
 def _loop(

@@ -52,8 +52,8 @@ def convert(source: Source, precision: str, out: Path) -> Built:
             model.save_pretrained(folder)
     if precision != "fp32":
         store_as(folder, torch.bfloat16)
-    write_tokenizer(language_model, folder)
-    write_tokenizer(language_model, out / TOKENIZER)
+    for place in (folder, out / TOKENIZER):
+        write_tokenizer(language_model, place)
     if language_model.task == "embed":
         write_embedding_modules(language_model, folder)
     write_json(out / ENGINE_FILE, engine_arguments(language_model, precision))
@@ -68,10 +68,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
 
 
 def engine_arguments(language_model: "LanguageModel", precision: str) -> dict[str, Any]:
-    """What AsyncEngineArgs is to be called with; the folders become whole paths when it is published.
-
-    Beside a config of Qwen2, transformers 5 takes any tokenizer for one of Qwen2's: hence a folder without it.
-    """
+    """What AsyncEngineArgs is to be called with; `model` and `tokenizer` become whole paths when they are published."""
     arguments = {
         "model": CHECKPOINT,
         "tokenizer": TOKENIZER,

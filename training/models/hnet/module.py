@@ -1,0 +1,207 @@
+"""H-Net: bytes in, what comes next and where segments begin out; for whole texts and one byte after another.
+
+Module names are those of the public checkpoints (goombalab/hnet), so that their weights load.
+Shapes: B batch, T bytes, K chunks, D width, S stages, V vocabulary (256).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.models.hnet.arch import VOCABULARY, Arch, check, integer_states, state_shapes
+from training.models.hnet.blocks import Isotropic, State
+from training.models.hnet.precision import in_float32
+from training.models.hnet.routing import (
+    Router,
+    begins,
+    confidence_gate,
+    divide,
+    downsample,
+    smooth,
+    smooth_step,
+    upsample,
+)
+
+INNER = "main_"  # before the names of the states of what lies inside a stage
+Decisions = tuple[list[Tensor], list[Tensor]]  # p and b of every stage, the outermost first
+
+
+class HNet(nn.Module):
+    """A stage: an encoder, a router, a narrower view of the sequence for what lies inside, and a decoder.
+
+    The innermost is its layers alone. A stage wider than the one around it fills up with `pad_dimension`.
+    """
+
+    pad_dimension: nn.Parameter | None
+
+    def __init__(self, config: Mapping[str, Any], arch: Arch, widths: list[int], around: int | None = None) -> None:
+        super().__init__()
+        width = widths[0]
+        added = 0 if around is None else width - around
+        self.register_parameter("pad_dimension", nn.Parameter(torch.zeros(added)) if added else None)
+        if not arch.stages:
+            self.main_network: nn.Module = Isotropic(arch.main, width, config["d_state"], config["attention_capacity"])
+            return
+        reach = config["attention_window"] + 1
+        self.encoder = Isotropic(arch.encoders[0], width, config["d_state"], reach)
+        self.routing_module = Router(width)
+        self.residual_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.residual_proj.weight)
+        self.main_network = HNet(config, arch.inner, widths[1:], around=width)
+        self.decoder = Isotropic(arch.decoders[0], width, config["d_state"], reach)
+
+    def draw_weights(self, branches: int = 0) -> None:
+        """Draw dense weights; `branches` counts the residual branches of the stages around this one."""
+        if isinstance(self.main_network, Isotropic):
+            self.main_network.draw_weights(branches + self.main_network.branches)
+            return
+        branches += self.encoder.branches + self.decoder.branches
+        self.encoder.draw_weights(branches)
+        self.decoder.draw_weights(branches)
+        assert isinstance(self.main_network, HNet)
+        self.main_network.draw_weights(branches)
+
+    def forward(self, x_BTD: Tensor, real_BT: Tensor, closed_BT: Tensor | None) -> tuple[Tensor, Decisions]:
+        """What the stage says at every position, and the decisions of it and all inside, for its own positions.
+
+        Nothing begins where a position is not `real` or is `closed`, but the first of a row.
+        """
+        around = x_BTD.shape[-1]
+        x_BTD = self._widen(x_BTD)
+        if isinstance(self.main_network, Isotropic):
+            return self.main_network(x_BTD)[..., :around], ([], [])
+        x_BTD = self.encoder(x_BTD)
+        p_BT = _open(self.routing_module(x_BTD), closed_BT) * real_BT
+        b_BT = begins(p_BT)
+        chunks = divide(b_BT)
+        z_BKD, (p_inside, b_inside) = self.main_network(downsample(x_BTD, chunks), chunks.real, None)
+        z_BTD = upsample(smooth(z_BKD, p_BT.gather(1, chunks.starts)), chunks)
+        y_BTD = z_BTD * confidence_gate(p_BT, b_BT)[..., None] + self._residual(x_BTD)
+        # A chunk's decision is the decision at the position that begins it.
+        p_inside = [torch.where(b_BT, p_BK.gather(1, chunks.places), 0.0) for p_BK in p_inside]
+        b_inside = [b_BT & b_BK.gather(1, chunks.places) for b_BK in b_inside]
+        return self.decoder(y_BTD)[..., :around], ([p_BT, *p_inside], [b_BT, *b_inside])
+
+    def step(self, x_BD: Tensor, closed_B: Tensor | None, state: State) -> tuple[Tensor, Decisions, State]:
+        """One position of `forward` for every row, wherever each of them stands."""
+        around = x_BD.shape[-1]
+        x_BD = self._widen(x_BD)
+        if isinstance(self.main_network, Isotropic):
+            y_BD, state = self.main_network.step(x_BD, state)
+            return y_BD[..., :around], ([], []), state
+        x_BD, encoder = self.encoder.step(x_BD, part(state, "encoder_"))
+        p_B = _open(self.routing_module.step(x_BD, state["router"], state["started"]), closed_B, state["started"])
+        b_B = begins(p_B)
+        z_BD, inside, main = self._advance(x_BD, b_B, part(state, INNER))
+        smoothed_BD = torch.where(b_B[:, None], smooth_step(z_BD, p_B, state["average"]), state["average"])
+        y_BD, decoder = self.decoder.step(smoothed_BD + self._residual(x_BD), part(state, "decoder_"))
+        after = {
+            **named(encoder, "encoder_"),
+            "router": x_BD.float(),
+            "started": torch.ones_like(state["started"]),
+            **named(main, INNER),
+            "average": smoothed_BD,
+            **named(decoder, "decoder_"),
+        }
+        return y_BD[..., :around], ([p_B, *inside[0]], [b_B, *inside[1]]), after
+
+    def _advance(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
+        """What lies inside, run for the rows where a chunk begins and for no others; those keep their state."""
+        assert isinstance(self.main_network, HNet)
+        rows = b_B.nonzero()[:, 0]
+        stages = self.main_network.stages
+        z_BD = torch.zeros_like(x_BD)
+        p = [x_BD.new_zeros(len(x_BD), dtype=torch.float32) for _ in range(stages)]
+        b = [torch.zeros_like(b_B) for _ in range(stages)]
+        if not len(rows):
+            return z_BD, (p, b), state
+        now = {name: tensor[rows] for name, tensor in state.items()}
+        z, (p_rows, b_rows), after = self.main_network.step(x_BD[rows], None, now)
+        p = [all_.index_copy(0, rows, some) for all_, some in zip(p, p_rows, strict=True)]
+        b = [all_.index_copy(0, rows, some) for all_, some in zip(b, b_rows, strict=True)]
+        state = {name: tensor.index_copy(0, rows, after[name]) for name, tensor in state.items()}
+        return z_BD.index_copy(0, rows, z), (p, b), state
+
+    @property
+    def stages(self) -> int:
+        return 1 + self.main_network.stages if isinstance(self.main_network, HNet) else 0
+
+    def _widen(self, x: Tensor) -> Tensor:
+        if self.pad_dimension is None:
+            return x
+        return torch.cat([x, self.pad_dimension.to(x.dtype).expand(*x.shape[:-1], -1)], -1)
+
+    def _residual(self, x: Tensor) -> Tensor:
+        with in_float32(x):
+            layer = self.residual_proj
+            return nn.functional.linear(x.float(), layer.weight.float(), layer.bias.float())
+
+
+def _open(p: Tensor, closed: Tensor | None, started: Tensor | None = None) -> Tensor:
+    """p with nothing beginning where `closed`, but at the first position of a row."""
+    if closed is None:
+        return p
+    if started is not None:
+        return torch.where(closed & (started[:, 0] > 0), 0.0, p)
+    first = torch.arange(p.shape[1], device=p.device) == 0
+    return torch.where(closed & ~first, 0.0, p)
+
+
+def part(state: State, prefix: str) -> State:
+    """The states whose names begin so, without the beginning."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def named(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+class HNetForCausalLM(nn.Module):
+    """Embedded bytes through a stage to logits of the byte that follows."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        arch, widths = check(config)
+        self.align = config["align"] == "utf8"
+        self.shapes, self.integers = state_shapes(config), integer_states(config)
+        self.embeddings = nn.Embedding(VOCABULARY, widths[0])
+        self.backbone = HNet(config, arch, widths)
+        self.lm_head = nn.Linear(widths[0], VOCABULARY, bias=False)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
+        self.backbone.draw_weights()
+
+    def forward(self, byte_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits float32 [B, T, V]; of every stage p float32 and b bool [B, T, S], both at bytes.
+
+        A row's first `lengths` bytes are its own; what follows changes nothing before it and begins nothing. A byte
+        that begins no chunk of a stage begins none of those inside.
+        """
+        place_T = torch.arange(byte_ids_BT.shape[1], device=byte_ids_BT.device)
+        closed = is_continuation(byte_ids_BT) if self.align else None
+        x_BTD, (p, b) = self.backbone(self.embeddings(byte_ids_BT), place_T < lengths_B[:, None], closed)
+        p_BTS = torch.stack(p, -1) if p else x_BTD.new_zeros(*byte_ids_BT.shape, 0)
+        return self.lm_head(x_BTD).float(), p_BTS, torch.stack(b, -1) if b else p_BTS > 0
+
+    def step(self, byte_ids_B: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
+        """One byte of every row: logits [B, V], p and b [B, S], and the next state; the one given is not written to."""
+        closed = is_continuation(byte_ids_B) if self.align else None
+        x_BD, (p, b), state = self.backbone.step(self.embeddings(byte_ids_B), closed, state)
+        p_BS = torch.stack(p, -1) if p else x_BD.new_zeros(len(x_BD), 0)
+        return self.lm_head(x_BD).float(), p_BS, torch.stack(b, -1) if b else p_BS > 0, state
+
+    def zero_state(self, rows: int) -> State:
+        """The state of rows that have read nothing."""
+        device = self.embeddings.weight.device
+        return {
+            name: torch.zeros(
+                rows, *shape, dtype=torch.int64 if name in self.integers else torch.float32, device=device
+            )
+            for name, shape in self.shapes.items()
+        }
+
+
+def is_continuation(byte_ids: Tensor) -> Tensor:
+    """Where a byte is inside a UTF-8 code point: 10xxxxxx."""
+    return (byte_ids >= 0x80) & (byte_ids < 0xC0)

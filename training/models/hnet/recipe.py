@@ -1,0 +1,182 @@
+"""How an H-Net learns: the next byte and a wanted compression, each stage at its own rate; judged by both.
+
+Shapes: B pieces of a batch, T bytes, S stages.
+"""
+
+import time
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtimes.errors import InputError
+from runtimes.tensors import Tensors
+from training.models.hnet.arch import check
+from training.models.hnet.blocks import Isotropic
+from training.models.hnet.data import (
+    Batch,
+    Corpus,
+    Pieces,
+    batch_of,
+    check_compression,
+    read_corpora,
+    synthetic_corpora,
+)
+from training.models.hnet.losses import (
+    alpha_at,
+    decays,
+    learning_rate_multipliers,
+    ratio_loss,
+    stage_of,
+    stage_ratios,
+)
+from training.models.hnet.metrics import Tally, measure, next_byte_nats, positions
+from training.models.hnet.ngram import KneserNey, unigram_bits
+from training.models.hnet.spec import TIME_MAX
+from training.spec import Config, Evaluation, Metrics, Recipe
+
+NGRAM = 5
+PROBE_BYTES = 16_384
+WORST_BITS = 8.0  # a byte costs no more with a model that knows nothing
+
+
+class HNetRecipe(Recipe):
+    """Pieces of documents; documents are held out whole."""
+
+    @cached_property
+    def corpora(self) -> tuple[Corpus, Corpus]:
+        """Training and validation text."""
+        return self._read[:2]
+
+    @cached_property
+    def _read(self) -> tuple[Corpus, Corpus, list[str]]:
+        if self.data is None:
+            return *synthetic_corpora(self.training["seed"], self.training["texts"]), []
+        return read_corpora(self.data, self.training["unit"])
+
+    @cached_property
+    def n_compress(self) -> list[int]:
+        arch, _ = check(self.config)
+        return check_compression(self.training["n_compress"], arch.stages)
+
+    def summary(self) -> list[str]:
+        return self._read[2]
+
+    def trainee(self, module: nn.Module) -> "Trainee":
+        for name in ("alpha", "warmup_compression_epochs", "least_code_points"):
+            if self.training[name] < 0:
+                raise InputError(f"--set {name}: expected 0 or more, found {self.training[name]}")
+        self._trainee = Trainee(module, self.training, self.n_compress)
+        return self._trainee
+
+    def datasets(self, lanes: int) -> tuple[Pieces, Pieces]:
+        train, valid = self.corpora
+        common = {"lanes": lanes, "seed": self.training["seed"]}
+        most = self.training["max_bytes"]
+        return Pieces(train, most, **common, epoch_bytes=self.training["epoch_bytes"]), Pieces(valid, most, **common)
+
+    def parameter_groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """By stage, with its learning rate, and by whether weight decay is for it."""
+        arch, widths = check(self.config)
+        rates = (
+            learning_rate_multipliers(self.n_compress, widths) if self.training["lr_by_stage"] else [1.0] * len(widths)
+        )
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            groups.setdefault((stage_of(name, arch.stages), decays(name, parameter)), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": self.training["lr"] * rates[stage],
+                "weight_decay": self.training["weight_decay"] if decayed else 0.0,
+            }
+            for (stage, decayed), parameters in groups.items()
+        ]
+
+    def report(self) -> Metrics:
+        return self._trainee.report()
+
+    def judge(self, module: nn.Module) -> Metrics:
+        """Metrics on `judge_bytes` of the held-out text, from all over it."""
+        pieces = self.corpora[1].pieces(self.training["max_bytes"])
+        wanted = max(1, self.training["judge_bytes"] // self.training["max_bytes"])
+        spread = np.unique(np.linspace(0, len(pieces) - 1, min(wanted, len(pieces))).astype(int))
+        tally = measure(module, self.corpora[1], pieces[spread], self.training["batch"])
+        return {**tally.metrics(), "loss": self.criterion(tally)}
+
+    def criterion(self, tally: Tally) -> float:
+        """Bits per byte, and more by WORST_BITS times the share by which segments fall short of `least_code_points`.
+
+        Cross-entropy alone would choose the checkpoint that compresses least.
+        """
+        length, least = tally.code_points_per_chunk, self.training["least_code_points"]
+        short = max(0.0, 1 - length / least) if length is not None and least else 0.0
+        return tally.metrics()["bits_per_byte"] + WORST_BITS * short
+
+    def evaluate(self, module: nn.Module) -> Evaluation:
+        """All held-out text, beside byte n-grams that read every document whole."""
+        train, valid = self.corpora
+        tally = measure(module, valid, valid.pieces(self.training["max_bytes"]), self.training["batch"])
+        metrics = {"criterion": self.criterion(tally), **tally.metrics()}
+        bits = {"unigram": unigram_bits(train, valid), f"{NGRAM}gram": KneserNey.fit(train, NGRAM).bits(valid)}
+        baselines = {
+            name: {"bits_per_byte": float(each.mean()), "cross_entropy": float(each.mean() * np.log(2))}
+            for name, each in bits.items()
+        }
+        return Evaluation(metrics=metrics, baselines=baselines)
+
+    def probe(self) -> Tensors:
+        """byte_ids uint8 [pieces, time] of held-out text, each beginning with BOS; all as long."""
+        most = min(TIME_MAX, int(np.diff(self.corpora[1].offsets).max()))
+        pieces = self.corpora[1].pieces(most)
+        whole = pieces[np.argsort(pieces[:, 0] - pieces[:, 1], kind="stable")][: max(1, PROBE_BYTES // most)]
+        whole[:, 1] = whole[:, 0] + (whole[:, 1] - whole[:, 0]).min()
+        return {"byte_ids": batch_of(self.corpora[1], whole)["byte_ids"].numpy().astype(np.uint8)}
+
+
+class Trainee(nn.Module):
+    """An H-Net with its loss, and what it showed since it was last asked."""
+
+    def __init__(self, hnet: nn.Module, training: Config, n_compress: list[int]) -> None:
+        super().__init__()
+        self.hnet, self.settings, self.ratios = hnet, training, stage_ratios(n_compress)
+        self.since: float | None = None
+        self._begin()
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Called by the Trainer: from now on the activations of a block are made again instead of kept."""
+        for module in self.hnet.modules():
+            if isinstance(module, Isotropic):
+                module.checkpointing = True
+
+    def forward(self, byte_ids: Tensor, labels: Tensor, lengths: Tensor, epoch: Tensor) -> dict[str, Tensor]:
+        self.since = self.since or time.monotonic()  # what lies between two epochs is no training
+        logits, p_BTS, b_BTS = self.hnet(byte_ids, lengths)
+        nats = next_byte_nats(logits, labels, "mean")
+        alpha = alpha_at(int(epoch), self.settings["alpha"], self.settings["warmup_compression_epochs"])
+        seen = positions(labels >= 0, b_BTS).sum((0, 1))
+        loss = nats
+        for ratio, chosen, likely in zip(
+            self.ratios, (b_BTS.sum((0, 1)) / seen).unbind(), (p_BTS.sum((0, 1)) / seen).unbind(), strict=True
+        ):
+            loss = loss + alpha * ratio_loss(chosen, likely, ratio)
+        with torch.no_grad():
+            batch: Batch = {"byte_ids": byte_ids, "labels": labels}
+            self.tally.add(batch, nats * (labels >= 0).sum(), p_BTS, b_BTS)
+        return {"loss": loss}
+
+    def report(self) -> Metrics:
+        """Metrics of the training batches since the last report, and how many bytes a second were learned from."""
+        if self.since is None:
+            return {}
+        tally, seconds = self.tally, time.monotonic() - self.since
+        self._begin()
+        return {f"train_{name}": value for name, value in tally.metrics().items()} | {
+            "bytes_per_s": tally.bytes / seconds
+        }
+
+    def _begin(self) -> None:
+        self.tally = Tally(stages=len(self.ratios))
+        self.since = None

@@ -1,0 +1,121 @@
+"""Dynamic chunking: where segments begin, what stands for them, and how what was said about them comes back to bytes.
+
+Shapes: B batch, T positions, K chunks (the most of any row), D width.
+Source: Hwang, Wang and Gu, Dynamic Chunking for End-to-End Hierarchical Sequence Modeling (2025), section 2.2.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.models.hnet.precision import in_float32
+from training.scan import decayed_sums
+
+P_MIN = 1e-4  # of a boundary, where it smooths
+
+
+class Router(nn.Module):
+    """How likely a segment begins at a position: half of one minus the cosine between it and the position before.
+
+    As in the public weights, `q_proj_layer` sees the earlier position and `k_proj_layer` the later; the paper has it
+    the other way round. Both begin as the identity.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q_proj_layer = nn.Linear(width, width, bias=False)
+        self.k_proj_layer = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.q_proj_layer.weight)
+        nn.init.eye_(self.k_proj_layer.weight)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """p [B, T] in float32; 1 at the first position."""
+        time = x_BTD.shape[1]
+        # Cut after padding: cut before it, torch.export 2.13 asks for a time other than 2.
+        earlier_BTD = F.pad(self.q_proj_layer(x_BTD), (0, 0, 1, 0))[:, :time]
+        first_T = torch.arange(time, device=x_BTD.device) == 0
+        return torch.where(first_T, 1.0, _unlikeness(earlier_BTD, self.k_proj_layer(x_BTD)))
+
+    def step(self, x_BD: Tensor, earlier_BD: Tensor, started_B1: Tensor) -> Tensor:
+        """p [B] of one position after another; 1 for a row that has not `started`."""
+        earlier_BD = self.q_proj_layer(earlier_BD.to(x_BD.dtype))
+        return torch.where(started_B1[:, 0] > 0, _unlikeness(earlier_BD, self.k_proj_layer(x_BD)), 1.0)
+
+
+def _unlikeness(one: Tensor, other: Tensor) -> Tensor:
+    with in_float32(one):
+        cosine = (F.normalize(one.float(), dim=-1) * F.normalize(other.float(), dim=-1)).sum(-1)
+        return ((1 - cosine) / 2).clamp(0, 1)
+
+
+def begins(p: Tensor) -> Tensor:
+    """Where a segment begins. A tie begins one, as in the paper; goombalab's argmax says no."""
+    return p >= 0.5
+
+
+def confidence_gate(p: Tensor, boundary: Tensor) -> Tensor:
+    """1, through which the gradient reaches the probability of what was chosen (the straight-through estimator)."""
+    chosen = torch.where(boundary, p, 1 - p)
+    return 1 + (chosen - chosen.detach())
+
+
+class Chunks(NamedTuple):
+    """Where the chunks of every row start, the chunk of every position, and which chunks are real.
+
+    starts [B, K] and places [B, T] are int64, real is bool [B, K].
+    """
+
+    starts: Tensor
+    places: Tensor
+    real: Tensor
+
+
+def divide(boundary_BT: Tensor) -> Chunks:
+    """The chunks that begin where `boundary` says; every row has one at its first position."""
+    time = boundary_BT.shape[1]
+    number_BT = boundary_BT.long().cumsum(1)
+    chunks = _most(number_BT[:, -1], time)
+    position_BT = torch.arange(time, device=boundary_BT.device).expand_as(number_BT)
+    nowhere = torch.full_like(number_BT, time)  # a column for positions that begin nothing, cut off below
+    starts_BS = number_BT.new_zeros(number_BT.shape[0], time + 1)
+    starts_BS = starts_BS.scatter(1, torch.where(boundary_BT, number_BT - 1, nowhere), position_BT)
+    chunk_K = torch.arange(chunks, device=boundary_BT.device)
+    # Gathered and not sliced: the tracer would know the size of a slice only as a minimum of two others.
+    starts_BK = starts_BS.gather(1, chunk_K.expand(number_BT.shape[0], -1))
+    return Chunks(starts_BK, number_BT - 1, chunk_K < number_BT[:, -1:])
+
+
+def _most(count_B: Tensor, time: int) -> int:
+    """The most chunks of any row, at least 2: torch.export 2.13 asks of a size it cannot see whether it is 1."""
+    most = count_B.max().clamp_min(2).item()
+    torch._check(most >= 2)
+    torch._check(most <= time + 1)
+    return most  # type: ignore[return-value]
+
+
+def downsample(x_BTD: Tensor, chunks: Chunks) -> Tensor:
+    """What stands for each chunk [B, K, D]: the position that begins it."""
+    return x_BTD.gather(1, chunks.starts[..., None].expand(-1, -1, x_BTD.shape[-1]))
+
+
+def upsample(z_BKD: Tensor, chunks: Chunks) -> Tensor:
+    """To each position [B, T, D], what belongs to its chunk."""
+    return z_BKD.gather(1, chunks.places[..., None].expand(-1, -1, z_BKD.shape[-1]))
+
+
+def smooth(z_BKD: Tensor, p_BK: Tensor) -> Tensor:
+    """Over the chunks of a row, average_k = p_k z_k + (1 - p_k) average_(k-1), from zero; p kept off 0 and 1."""
+    with in_float32(z_BKD):
+        p_BK = p_BK.float().clamp(P_MIN, 1 - P_MIN)
+        one_BK1 = torch.ones_like(p_BK)[..., None]
+        x_BK1D = (p_BK[..., None] * z_BKD.float())[:, :, None]
+        zero_B1D1 = x_BK1D.new_zeros(z_BKD.shape[0], 1, z_BKD.shape[-1], 1)
+        return decayed_sums(x_BK1D, torch.log(1 - p_BK)[..., None], one_BK1, one_BK1, zero_B1D1)[0][:, :, 0]
+
+
+def smooth_step(z_BD: Tensor, p_B: Tensor, average_BD: Tensor) -> Tensor:
+    """One chunk of `smooth`."""
+    p_B1 = p_B.clamp(P_MIN, 1 - P_MIN)[:, None]
+    return p_B1 * z_BD.float() + (1 - p_B1) * average_BD
