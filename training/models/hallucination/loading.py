@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from runtimes.errors import InputError, require
+from runtimes.profiles import MACHINES
 from training.frozen import freeze, pretrained
 from training.models.hallucination.decoder import Decoder, layer_outputs
 from training.models.hallucination.frozen import decoder_config, load_decoder
@@ -24,37 +25,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOADINGS = (*DTYPES, "int8", "nf4", "stored")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}
 SHARE_FOR_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
-# A batch has padded_size // longest of the longest texts.
-PROFILES: dict[str, Config] = {
-    "kaggle-2xt4": {
-        "loading": "nf4",
-        "device_map": "balanced",
-        "max_memory": "0:12GiB 1:12GiB",
-        "longest": 6000,
-        "padded_size": 6000,
-    },
-    "colab-t4": {
-        "loading": "nf4",
-        "device_map": "auto",
-        "max_memory": "0:14GiB",
-        "longest": 4000,
-        "padded_size": 4000,
-    },
-    "colab-a100": {
-        "loading": "int8",
-        "device_map": "auto",
-        "max_memory": "0:35GiB",
-        "longest": 12_000,
-        "padded_size": 48_000,
-    },
-    "rtx-4090": {
-        "loading": "fp16",
-        "device_map": "auto",
-        "max_memory": "",
-        "longest": 16_000,
-        "padded_size": 128_000,
-    },
-}
+PROFILES: dict[str, Config] = {name: dict(machine.holding) for name, machine in MACHINES.items()}
 
 
 def with_profile(training: Config, config: Config, memory_bytes: int | None = None) -> Config:
