@@ -52,33 +52,35 @@ def load_cells(path: Path) -> list[Cell]:
 
 
 def matrix(cells: Sequence[Cell], rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
-    """A row for each model, a column for each target and precision that some model has, and why cells are empty."""
-    models = list(dict.fromkeys(cell["model"] for cell in cells))
-    columns = list(dict.fromkeys(_column(cell) for cell in cells if cell["status"] != "skipped"))
-    at = {(cell["model"], _column(cell)): cell for cell in cells}
+    """A row for each model, a column for each target, a line for each precision, and why places are empty."""
+    models, targets = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("model", "target"))
     reasons: dict[str, int] = {}
-    lines = [f"| model | {' | '.join(' '.join(column) for column in columns)} |", "|---" + "|---" * len(columns) + "|"]
+    lines = [f"| model | {' | '.join(targets)} |", "|---" * (1 + len(targets)) + "|"]
     for model in models:
-        texts = [cell_text(at.get((model, column)), rows, reasons) for column in columns]
-        lines.append(f"| {model} | {' | '.join(texts)} |")
-    if not columns:
-        raise InputError("expected cells that were exported, found none; run export.all without --dry-run")
+        places = ([cell for cell in cells if (cell["model"], cell["target"]) == (model, target)] for target in targets)
+        lines.append(f"| {model} | {' | '.join(place_text(place, rows, reasons) for place in places)} |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([*lines, "", legend(environment), *([""] if notes else []), *notes])
 
 
-def cell_text(cell: Cell | None, rows: Sequence[Row], reasons: dict[str, int]) -> str:
-    """`0.12 · 1.3 MB · 3.1x`, or what else became of a cell; a reason is numbered and explained once."""
-    if cell is None:
+def place_text(cells: Sequence[Cell], rows: Sequence[Row], reasons: dict[str, int]) -> str:
+    """A line for each precision; one for all where all are empty for the same reason."""
+    if not cells:
         return "–"
+    if {cell["status"] for cell in cells} == {"skipped"} and len({cell["reason"] for cell in cells}) == 1:
+        return cell_text(cells[0], rows, reasons)
+    return "<br>".join(f"{cell['precision']} {cell_text(cell, rows, reasons)}" for cell in cells)
+
+
+def cell_text(cell: Cell, rows: Sequence[Row], reasons: dict[str, int]) -> str:
+    """`0.12 · 1.3 MB · 3.1x`, or what else became of a cell; a reason is numbered and explained once."""
+    note = _note(cell["reason"].replace(cell["model"], "the model"), reasons) if cell["reason"] else ""
     if cell["status"] not in ("ok", "reused"):
-        return f"{'–' if cell['status'] == 'skipped' else 'failed'} {_note(cell['reason'], reasons)}"
-    facts = cell["facts"]
-    size = _megabytes(cell["bytes"])
-    if not facts["compared"]:
-        return f"built, not run {_note(cell['reason'], reasons)} · {size}"
+        return f"{'–' if cell['status'] == 'skipped' else 'failed'}{note}"
+    if not cell["facts"]["compared"]:
+        return f"built, not run{note} · {_megabytes(cell['bytes'])}"
     row = row_of(cell, rows)
-    parts = [_parity(cell["parity"], row), size, speed_of(row, rows)]
+    parts = [_parity(cell["parity"], row), _megabytes(cell["bytes"]), speed_of(row, rows)]
     return " · ".join(filter(None, parts))
 
 
@@ -130,10 +132,6 @@ def _parity(parity: Mapping[str, float], row: Row | None) -> str:
 
 def _note(reason: str, reasons: dict[str, int]) -> str:
     return f"<sup>{reasons.setdefault(reason, len(reasons) + 1)}</sup>"
-
-
-def _column(cell: Cell) -> tuple[str, str]:
-    return cell["target"], cell["precision"]
 
 
 def _megabytes(size: int) -> str:
