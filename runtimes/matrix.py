@@ -1,7 +1,8 @@
-"""The matrix of a README, made from results: python -m runtimes.matrix export.json results.json --readme README.md
+"""The matrix of a README, made from results: python -m runtimes.matrix benchmarks/matrix --readme README.md
 
-The first file is what `export.all --json` printed, the second what `runtimes.bench` wrote. A model or target that was
-not there before gets its row or column by being in them.
+The folder holds what `export.all --json` printed as export*.json, and what `runtimes.bench` wrote as results*.json. A model
+or target that was not there before gets its row or column by being in one of them; of two files with the same cell, the
+later by name counts.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import read_json
-from runtimes.command import command, parser
+from runtimes.command import command, existing_folder, parser
 from runtimes.errors import InputError
 from runtimes.results import BASELINE, Row, load_results, times_eager
 
@@ -25,8 +26,7 @@ Cell = Mapping[str, Any]
 def main(argv: list[str] | None = None) -> int:
     """Print the matrix; with --readme put it between the marks there, or with --check say whether it is there."""
     arguments = _parser().parse_args(argv)
-    results = load_results(arguments.results)
-    made = matrix(load_cells(arguments.exported), results["rows"], results["environment"])
+    made = matrix_of(existing_folder(arguments.folder, "results"))
     if not arguments.readme:
         print(made)
         return 0
@@ -40,6 +40,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     arguments.readme.write_text(wanted, encoding="utf-8")
     return 0
+
+
+def matrix_of(folder: Path) -> str:
+    """The matrix of the files in a folder; `InputError` unless there is one of each kind."""
+    exported, measured = (sorted(folder.glob(f"{kind}*.json")) for kind in ("export", "results"))
+    if not exported or not measured:
+        raise InputError(
+            f"expected export*.json and results*.json in {folder}, found {len(exported)} and {len(measured)}"
+        )
+    cells = {(cell["model"], cell["target"], cell["precision"]): cell for path in exported for cell in load_cells(path)}
+    results = [load_results(path) for path in measured]
+    rows = [row for each in reversed(results) for row in each["rows"]]  # whoever looks takes the first that fits
+    return matrix(list(cells.values()), rows, results[0]["environment"])
 
 
 def load_cells(path: Path) -> list[Cell]:
@@ -142,11 +155,10 @@ def _parser() -> Any:
     result = parser(
         "runtimes.matrix",
         "Makes the matrix of a README from results.",
-        "export.json results.json --readme README.md",
-        "export.json results.json --readme README.md --check",
+        "benchmarks/matrix --readme README.md",
+        "benchmarks/matrix --readme README.md --check",
     )
-    result.add_argument("exported", type=Path, help="what export.all --json printed")
-    result.add_argument("results", type=Path, help="what runtimes.bench wrote, with --out or --summary")
+    result.add_argument("folder", type=Path, help="folder with export*.json and results*.json")
     result.add_argument("--readme", type=Path, help="put it between the marks in this file")
     result.add_argument(
         "--check", action="store_true", help="change nothing; status 2 if it is not there as it should be"

@@ -80,18 +80,8 @@ def test_a_benchmark_on_cuda_has_times_of_the_device_and_memory_of_the_gpu(
     places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
     assert export_all.main(["--target", "torch", "--model", "policy_gru", *places]) == 0
     capsys.readouterr()
-    arguments = [
-        "--repository",
-        str(gru_repository),
-        "--device",
-        "cuda",
-        "--rounds",
-        "3",
-        "--target",
-        "torch",
-        "--json",
-    ]
-    assert bench.main(arguments) == 0
+    arguments = ["--repository", str(repository), "--device", "cuda", "--rounds", "3", "--target", "torch"]
+    assert bench.main([*arguments, "--json"]) == 0
     for row in json.loads(capsys.readouterr().out)["rows"]:
         assert 0 < row["device_p50_s"] <= row["p50_s"]
         assert "cuda" in row["provider"]

@@ -248,10 +248,10 @@ def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
 def test_the_matrix_is_put_between_its_marks_and_checked(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported, readme = tmp_path / "export.json", tmp_path / "README.md"
-    write_json(exported, {"cells": CELLS})
+    readme = tmp_path / "README.md"
+    write_json(tmp_path / "export.json", {"cells": CELLS})
     readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
-    arguments = [str(exported), str(results), "--readme", str(readme)]
+    arguments = [str(results.parent), "--readme", str(readme)]
     assert matrix.main([*arguments, "--check"]) == 2
     assert "found another" in capsys.readouterr().err
     assert matrix.main(arguments) == 0
@@ -260,3 +260,22 @@ def test_the_matrix_is_put_between_its_marks_and_checked(
     assert readme.read_text().endswith("\nafter\n")
     readme.write_text("no marks")
     assert matrix.main(arguments) == 2
+
+
+def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    write_json(tmp_path / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]})
+    faster = [row("onnx", 0.25)]
+    write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
+    made = matrix.matrix_of(tmp_path)
+    assert "fp32 0.12 · 9 MB · 16.0x<br>int8" in made
+    assert "| hnet |" in made
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main([str(tmp_path)]) == 2
+    assert "expected export*.json and results*.json" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
+    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0
