@@ -1,8 +1,8 @@
 """The matrix of a README, made from results: python -m runtimes.matrix benchmarks/matrix --readme README.md
 
 The folder holds what `export.all --json` printed as export*.json, and what `runtimes.bench` wrote as results*.json. A
-model or target that was not there before gets its row or column by being in one of them; of two files with the same cell,
-the later by name counts.
+model or target that was not there before gets its row or column by being in one of them; of two files with the same
+cell, the later by name counts.
 """
 
 import re
