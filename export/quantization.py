@@ -77,11 +77,13 @@ def quantize(model: Any, tokenizer: Any, texts: Sequence[np.ndarray], scheme: Sc
 
 
 def group_size(model: "nn.Module") -> int:
-    """The largest power of two up to GROUP_MAX that divides every width; `InputError` if none from GROUP_MIN does.
+    """The largest power of two from GROUP_MIN to GROUP_MAX that divides every width; `InputError` if there is none.
 
     vLLM reads the groups of a row as a whole number; widths of published models are multiples of 128.
     """
     widths = {name: layer.in_features for name, layer in quantized_layers(model)}
+    if not widths:
+        raise InputError(f"expected linear layers to quantize, found none in {type(model).__name__}")
     size = GROUP_MAX
     while size >= GROUP_MIN:
         if all(width % size == 0 for width in widths.values()):
