@@ -12,8 +12,6 @@ from runtimes import advise, matrix, report
 from runtimes.artifact import write_json
 from runtimes.results import SCHEMA
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "matrix"
 Row = dict[str, Any]
 
 
@@ -275,7 +273,3 @@ def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert matrix.main([str(tmp_path)]) == 2
     assert "expected export*.json and results*.json" in capsys.readouterr().err
-
-
-def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
-    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0
