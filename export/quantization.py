@@ -3,6 +3,7 @@
 AWQ: Lin et al. (2023). GPTQ: Frantar et al. (2022).
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -139,12 +140,17 @@ def pinning_left_out() -> Iterator[None]:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """llmcompressor logs to stdout at every step and looks for no model on a hub; its bars show on a terminal only."""
-    quiet = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    """llmcompressor logs no step to stdout and looks for no model on a hub; its bars show on a terminal only."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in quiet}
     os.environ.update(quiet)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that llmcompressor uses
     try:
         with bars_on_a_terminal_only(), redirect_stdout(sys.stderr):
+            require("llmcompressor", extra=EXTRA)  # which turns its log on
+            log = require("loguru", extra=EXTRA).logger
+            for package in ("llmcompressor", "compressed_tensors"):
+                log.disable(package)
             yield
     finally:
         for name, value in before.items():
