@@ -77,7 +77,8 @@ def matrix(cells: Sequence[Cell], rows: Sequence[Row], environment: Mapping[str,
 
 
 def place_text(cells: Sequence[Cell], rows: Sequence[Row], reasons: dict[str, int]) -> str:
-    """A line for each precision; one for all where all are empty for the same reason."""
+    """A line for each precision that the target has; one for all where all are empty for the same reason."""
+    cells = [cell for cell in cells if not cell["reason"].startswith(f"target {cell['target']} has no ")]
     if not cells:
         return "–"
     if {cell["status"] for cell in cells} == {"skipped"} and len({cell["reason"] for cell in cells}) == 1:
@@ -87,7 +88,7 @@ def place_text(cells: Sequence[Cell], rows: Sequence[Row], reasons: dict[str, in
 
 def cell_text(cell: Cell, rows: Sequence[Row], reasons: dict[str, int]) -> str:
     """`0.12 · 1.3 MB · 3.1x`, or what else became of a cell; a reason is numbered and explained once."""
-    note = _note(cell["reason"].replace(cell["model"], "the model"), reasons) if cell["reason"] else ""
+    note = _note(re.sub(rf"\b{cell['model']}\b", "the model", cell["reason"]), reasons) if cell["reason"] else ""
     if cell["status"] not in ("ok", "reused"):
         return f"{'–' if cell['status'] == 'skipped' else 'failed'}{note}"
     if not cell["facts"]["compared"]:
@@ -153,7 +154,7 @@ def _note(reason: str, reasons: dict[str, int]) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.3g} MB"
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.0f} kB"
 
 
 def _parser() -> Any:

@@ -12,6 +12,8 @@ from runtimes import advise, matrix, report
 from runtimes.artifact import write_json
 from runtimes.results import SCHEMA
 
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "matrix"
 Row = dict[str, Any]
 
 
@@ -227,6 +229,7 @@ CELLS = [
     cell("vllm", status="skipped", reason="not a decoder", model="new"),
     cell("onnx", status="skipped", reason="no checkpoint of new", model="new"),
     cell("vllm", "awq", model="new"),
+    cell("vllm", "int8", status="skipped", reason="target vllm has no int8, only awq", model="new"),
 ]
 
 
@@ -266,10 +269,14 @@ def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path
     faster = [row("onnx", 0.25)]
     write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
     made = matrix.matrix_of(tmp_path)
-    assert "fp32 0.12 · 9 MB · 16.0x<br>int8" in made
+    assert "fp32 0.12 · 9.0 MB · 16.0x<br>int8" in made
     assert "| hnet |" in made
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert matrix.main([str(tmp_path)]) == 2
     assert "expected export*.json and results*.json" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
+    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0
