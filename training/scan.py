@@ -47,6 +47,11 @@ def scan_form(form: Form) -> Iterator[None]:
         _form.reset(token)
 
 
+def current_form() -> Form | None:
+    """The form that is asked for; None outside of `scan_form`."""
+    return _form.get()
+
+
 def selective_scan(
     x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
 ) -> tuple[Tensor, Tensor]:

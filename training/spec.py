@@ -66,6 +66,8 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     settled      the candidate's outputs with the original's where the original itself hung on a near-tie; `agreement`
                  has to limit how much that is
+    sequence     (module, inputs) -> what the original says to whole sequences at once, from a state of zeros, without
+                 state; for a model whose own time axis is a single step
     trial        real inputs without state, from the probe, batch by batch; their outputs are compared as one batch
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
@@ -99,6 +101,7 @@ class ModelSpec:
     settle: Callable[[Config], Config] = dict
     implied: Callable[[Config, Config], Config] = lambda config, training: training
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    sequence: Callable[["nn.Module", Tensors], Tensors] | None = None
     trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
