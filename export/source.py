@@ -36,8 +36,8 @@ class Source:
 
     @cached_property
     def module(self) -> "torch.nn.Module":
-        """The restored module in float32, frozen for good: a trace of trainable parameters fails inside operators."""
-        return restore(self.checkpoint, self.spec).requires_grad_(False)
+        """What is exported, in float32, frozen for good: a trace of trainable parameters fails inside operators."""
+        return self.spec.exported(restore(self.checkpoint, self.spec)).requires_grad_(False)
 
     @cached_property
     def probe(self) -> Tensors:

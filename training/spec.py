@@ -78,6 +78,7 @@ class ModelSpec:
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
+    exported     what is traced of it: its answers, and what a pipeline needs beside them
     absent       the reason why a checkpoint of this config has no such part, or None
     embedder     opens a checkpoint for embedding whole collections, if the model does that
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
@@ -105,6 +106,7 @@ class ModelSpec:
     trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
+    exported: Callable[["nn.Module"], "nn.Module"] = whole
     absent: Callable[[Config], str | None] = lambda config: None
     embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None

@@ -65,13 +65,15 @@ def _bits(got: Tensors, want: Tensors) -> dict[str, Check]:
 
 def _flipped(got: Tensors, want: Tensors) -> np.ndarray:
     """bool [batch, time]: where any stage decides otherwise; a p that is no number decides nothing."""
-    return ((got["boundary"] != want["boundary"]) | ~np.isfinite(got["boundary_prob"])).any(-1)
+    differs = (got["boundary"] != want["boundary"]) | ~np.isfinite(got["boundary_prob"])
+    return np.asarray(differs.any(-1))
 
 
 def _near(want: Tensors, tolerance: Tolerance) -> np.ndarray:
     """bool [batch, time]: where p of any stage lies within twice the tolerance of one half."""
     margin = 2 * (tolerance.absolute + tolerance.relative / 2)
-    return (abs(want["boundary_prob"].astype(np.float64) - 0.5) <= margin).any(-1)
+    near = np.abs(want["boundary_prob"].astype(np.float64) - 0.5) <= margin
+    return np.asarray(near.any(-1))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

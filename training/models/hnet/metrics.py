@@ -93,7 +93,7 @@ def measure(module: nn.Module, corpus: Corpus, pieces: np.ndarray, rows: int) ->
     with torch.inference_mode():
         for batch in batches(corpus, pieces, rows):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            logits, p_BTS, b_BTS, *_ = module(batch["byte_ids"], batch["lengths"])
+            logits, p_BTS, b_BTS = module(batch["byte_ids"], batch["lengths"])
             tally.add(batch, next_byte_nats(logits, batch["labels"]), p_BTS, b_BTS)
     module.train(was_training)
     return tally

@@ -129,11 +129,15 @@ class HNet(nn.Module):
         return z_BD.index_copy(0, rows, z), (p, b), state
 
     def _advance_traced(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
-        names, stages = list(state), self.main_network.stages  # type: ignore[union-attr]
+        inside, names, stages = self.main_network, list(state), self.stages - 1
+        assert isinstance(inside, HNet)
 
         def run(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            z_BD, (p, b), after = self.main_network.step(x_BD, None, dict(zip(names, tensors, strict=True)))  # type: ignore[union-attr, operator]
-            moved = [torch.where(_wide(b_B, before), after[name], before) for name, before in zip(names, tensors, strict=True)]
+            z_BD, (p, b), after = inside.step(x_BD, None, dict(zip(names, tensors, strict=True)))
+            moved = [
+                torch.where(_wide(b_B, before), after[name], before)
+                for name, before in zip(names, tensors, strict=True)
+            ]
             return z_BD.contiguous(), *(p_B * b_B for p_B in p), *(b_B & inner_B for inner_B in b), *moved
 
         def stay(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -146,7 +150,7 @@ class HNet(nn.Module):
 
     def _stay(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
         """What is said where no chunk begins."""
-        stages = self.main_network.stages  # type: ignore[union-attr]
+        stages = self.stages - 1
         p = [x_BD.new_zeros(len(x_BD), dtype=torch.float32) for _ in range(stages)]
         return torch.zeros_like(x_BD), (p, [torch.zeros_like(b_B) for _ in range(stages)]), state
 

@@ -19,10 +19,6 @@ class HNetScorer(nn.Module):
         super().__init__()
         self.hnet = hnet
 
-    @property
-    def backbone(self) -> nn.Module:
-        return self.hnet.backbone
-
     def forward(self, byte_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, ...]:
         """Logits, p, b, the nats of each byte after the first [B, T], and the bytes [B, T], -1 for padding."""
         logits_BTV, p_BTS, b_BTS = self.hnet(byte_ids_BT, lengths_B)

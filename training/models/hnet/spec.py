@@ -49,7 +49,9 @@ def step_signature(config: Config) -> Signature:
 
     def state(suffix: str) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(name=f"{name}_{suffix}", dtype="int64" if name in integers else "float32", shape=("batch", *shape))
+            TensorSpec(
+                name=f"{name}_{suffix}", dtype="int64" if name in integers else "float32", shape=("batch", *shape)
+            )
             for name, shape in state_shapes(config).items()
         )
 
@@ -102,14 +104,18 @@ def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
 
 
 def scorer(module: "nn.Module") -> "nn.Module":
+    from training.models.hnet.module import HNetForCausalLM
     from training.models.hnet.serving import HNetScorer
 
+    assert isinstance(module, HNetForCausalLM)
     return HNetScorer(module)
 
 
 def step(module: "nn.Module") -> "nn.Module":
+    from training.models.hnet.module import HNetForCausalLM
     from training.models.hnet.serving import HNetStep
 
+    assert isinstance(module, HNetForCausalLM)
     return HNetStep(module)
 
 
@@ -117,6 +123,9 @@ def whole_texts(module: "nn.Module", feeds: Tensors) -> Tensors:
     """Logits, p and b of whole texts, by the forward pass that reads them at once."""
     import torch
 
+    from training.models.hnet.serving import HNetStep
+
+    assert isinstance(module, HNetStep)
     said = module.whole(torch.from_numpy(feeds["byte_ids"]))
     return {name: tensor.numpy() for name, tensor in zip(("logits", "boundary_prob", "boundary"), said, strict=True)}
 
@@ -171,7 +180,7 @@ SPECS = (
         presets=PRESETS,
         signature=signature,
         build=build,
-        part=scorer,
+        exported=scorer,
         feeds=feeds,
         trial=trial,
         agreement=agreement,
