@@ -310,7 +310,7 @@ def read_options(arguments: Any) -> Options:
     texts = CalibrationTexts(
         file=arguments.calibration, samples=arguments.calibration_samples, tokens=arguments.calibration_tokens
     )
-    if texts.file is not None and not any(True for _ in read_texts(texts.file)):
+    if texts.file is not None and not list(read_texts(texts.file)):
         raise InputError(f"{texts.file}: expected texts to quantize on, found none")
     return Options(
         checkpoints=arguments.checkpoints,

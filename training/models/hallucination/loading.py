@@ -5,7 +5,8 @@ Reading needs the weights, one layer's activations and two distributions over th
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,44 @@ def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Deco
         decoder = decoder.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if training["compile"]:
         decoder.run_layer = torch.compile(layer_outputs, dynamic=True)
+    if any(map(is_packed, decoder.model.modules())):
+        decoder.run_layer = unpacking(decoder.run_layer)
     return decoder
+
+
+def is_packed(module: Any) -> bool:
+    """Whether compressed-tensors holds this module's weights, as AWQ and GPTQ made them, in packed integers."""
+    return hasattr(module, "weight_packed")
+
+
+def unpacking(run_layer: Callable[..., Any]) -> Callable[..., Any]:
+    """`run_layer` with the weights of that one layer unpacked while it runs: the others stay as small as they are.
+
+    transformers would unpack all of them, and for good, at the first call of the whole model.
+    """
+
+    def run(layer: Any, *given: Any) -> Any:
+        with unpacked(layer):
+            return run_layer(layer, *given)
+
+    return run
+
+
+@contextmanager
+def unpacked(layer: Any) -> Iterator[None]:
+    """Within it, the layer has the weights that its packed integers stand for."""
+    compressors = require("compressed_tensors.compressors", extra="quantize")
+    packed = [module for module in layer.modules() if is_packed(module)]
+    kept = [(dict(module._parameters), module.quantization_status) for module in packed]
+    try:
+        for module in packed:
+            compressors.decompress_module(module)
+        yield
+    finally:
+        for module, (parameters, status) in zip(packed, kept, strict=True):
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.quantization_status = status
 
 
 def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
