@@ -86,7 +86,7 @@ def decayed_sums(
     outputs = []
     for start in range(0, x_BTHP.shape[1], PIECE):
         now = tuple(tensor[:, start : start + PIECE] for tensor in arguments)
-        y_BTHP, state_BHPN = _decayed_piece(*now, state_BHPN)  # type: ignore[call-arg, arg-type]
+        y_BTHP, state_BHPN = _decayed_piece(*now, state_BHPN)  # type: ignore[call-arg]
         outputs.append(y_BTHP)
     return torch.cat(outputs, 1), state_BHPN
 
