@@ -8,7 +8,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, 
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
 
 CONFIG = "config.pbtxt"
 STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
@@ -47,7 +47,7 @@ def publish(
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
-        address(draft, artifact, model_path(artifact, repository if mounted_at is None else mounted_at, number))
+        address(draft, artifact, places(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
@@ -65,28 +65,29 @@ def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_
         return publish(draft, artifact, repository, mounted_at=mounted_at)
 
 
-def model_path(artifact: Artifact, repository: Path, number: int) -> str:
-    """Where vLLM is to look for the checkpoint of version `number` in a repository that lies there."""
-    return str(repository.absolute() / artifact.name / str(number) / CHECKPOINT)
+def places(artifact: Artifact, repository: Path, number: int) -> dict[str, str]:
+    """Where vLLM is to look for the folders of version `number` in a repository that lies there."""
+    version = repository.absolute() / artifact.name / str(number)
+    return {"model": str(version / CHECKPOINT), "tokenizer": str(version / TOKENIZER)}
 
 
 def is_addressed(version: Path, artifact: Artifact, repository: Path) -> bool:
     """Whether what a version says of its own place is right for a server that has the repository there."""
     if artifact.runtime != "vllm":
         return True
-    return read_json(version / ENGINE_FILE).get("model") == model_path(artifact, repository, number_of(version))
+    return places(artifact, repository, number_of(version)).items() <= read_json(version / ENGINE_FILE).items()
 
 
-def address(draft: Path, artifact: Artifact, path: str) -> None:
-    """The draft's model.json, if it has one, and the manifest name the checkpoint by this path.
+def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
+    """The draft's model.json, if it has one, and the manifest name checkpoint and tokenizer by these paths.
 
-    NVIDIA's vllm backend hands `model` to vLLM as it stands, and would take a relative one from its working directory.
+    NVIDIA's vllm backend hands them to vLLM as they stand, which would take relative ones from its working directory.
     """
     if artifact.runtime != "vllm":
         return
     arguments = read_json(draft / ENGINE_FILE)
     (draft / ENGINE_FILE).unlink()  # it may be a link to that of another version
-    write_json(draft / ENGINE_FILE, {**arguments, "model": path})
+    write_json(draft / ENGINE_FILE, {**arguments, **paths})
     files = {**artifact.files, ENGINE_FILE: sha256_file(draft / ENGINE_FILE)}
     replace(artifact, files=files).save(draft)
 

@@ -67,6 +67,11 @@ class VllmModel:
         with self._client() as client:
             return client.metrics()
 
+    @property
+    def pid(self) -> int:
+        """The process above all of the server's."""
+        return self._serving().pid
+
     def _serving(self) -> VllmServer:
         """The server, started anew if it has died."""
         with self._changing:

@@ -50,15 +50,20 @@ def choose(names: Sequence[str]) -> Iterator[ModelSpec]:
 def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Config, Config]:
     """The preset's config and training settings with the user's changes; `InputError` for a setting neither has."""
     chosen = spec.preset(preset)
-    defaults = {**COMMON, **chosen.training}
-    known = chosen.config.keys() | defaults.keys()
-    known -= set(spec.fixed)
+    return changed(spec, chosen.config, {**COMMON, **chosen.training}, changes)
+
+
+def changed(spec: ModelSpec, config: Config, training: Config, changes: dict[str, str]) -> tuple[Config, Config]:
+    """A config and training settings with the user's changes, and with what follows from these."""
+    known = (config.keys() | training.keys()) - set(spec.fixed)
     for name in changes.keys() - known:
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
-    config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})
-    training = override(defaults, {name: text for name, text in changes.items() if name in defaults})
+    own = {name: text for name, text in changes.items() if name in config}
+    by_hand = {name: text for name, text in changes.items() if name in training}
+    config = spec.settle(override(config, own))
+    training = override(spec.implied(config, override(training, by_hand)), by_hand)
     check_training(training)
-    return spec.settle(config), training
+    return config, training
 
 
 def train(

@@ -72,6 +72,7 @@ class ModelSpec:
     exact        parts of the module that stay in float32 when the rest becomes int8
     fixed        what of the config makes the model what its name says, and cannot be set
     settle       completes a config with what follows from it, such as the width of the base it names
+    implied      the training settings that follow from others, such as those of a profile; what is set by hand wins
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
@@ -98,6 +99,7 @@ class ModelSpec:
     exact: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     settle: Callable[[Config], Config] = dict
+    implied: Callable[[Config, Config], Config] = lambda config, training: training
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
     trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
