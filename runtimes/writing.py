@@ -1,7 +1,7 @@
 """Texts that a byte language model goes on with: what may be asked, and many of them written together.
 
 A request is `{"text": prompt, "max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}`; all but `text` may be left
-out. What is written is UTF-8: a character is told when it is complete.
+out, and the prompt may be empty. What is written is UTF-8: a character is told when it is complete.
 """
 
 from collections.abc import Iterator
@@ -56,7 +56,7 @@ def read_wish(request: Any, where: str) -> Wish:
     if unknown := sorted(request.keys() - SCHEMA["properties"].keys()):
         raise InputError(f"{where}: expected fields {', '.join(SCHEMA['properties'])}; found {ascii(unknown[0])[:60]}")
     given = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
-    prompt = check_text(given.pop("text"), where, PROMPT_BYTES)
+    prompt = check_text(given.pop("text"), where, PROMPT_BYTES, least=0)
     for name, value in given.items():
         bounds = SCHEMA["properties"][name]["anyOf"][0]
         kinds = (int, float) if bounds["type"] == "number" else (int,)

@@ -169,7 +169,7 @@ def _decay_between(decay_TH: Tensor) -> Tensor:
         between_HTT = torch.where(later_TT, decay_TH.mT[..., None], 0.0).cumsum(-2)
     else:
         reach_HT = decay_TH.double().cumsum(-2).mT
-        between_HTT = (reach_HT[..., :, None] - reach_HT[..., None, :]).float()
+        between_HTT = (reach_HT[..., :, None] - reach_HT[..., None, :]).to(decay_TH.dtype)
     return between_HTT.masked_fill(~past_TT, -torch.inf)
 
 
