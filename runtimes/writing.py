@@ -72,16 +72,18 @@ def read_wish(request: Any, where: str) -> Wish:
 class Writing:
     """A text on its way: the byte to be read next, first of the prompt, then what was chosen.
 
-    `finish_reason` is None while it goes on, then `stop`, where the model ended the text, or `length`.
+    `finish_reason` is None while it goes on, then `stop`, where the model ended the text, or `length`. Each `row` of a
+    batch has random numbers of its own.
     """
 
-    def __init__(self, wish: Wish) -> None:
+    def __init__(self, wish: Wish, row: int = 0) -> None:
         self.wish = wish
+        self.row = row
         self.next = BOS
         self.finish_reason: str | None = None
         self._prompt = iter(wish.prompt)
         self._text = Utf8Writer(wish.max_bytes)
-        self._rng = np.random.default_rng((wish.seed, 0))
+        self._rng = np.random.default_rng((wish.seed, row))
 
     def take(self, logits: np.ndarray) -> str:
         """Choose what follows the byte that was just read; the character it completes, or nothing yet."""

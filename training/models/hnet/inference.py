@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtimes.bytetext import BOS, Utf8Writer, check_text, choose, padded_rows, segments
+from runtimes.bytetext import check_text, padded_rows, segments
 from runtimes.command import command, parser
 from runtimes.errors import InputError
+from runtimes.writing import Wish, Writing
 from training.checkpoint import Checkpoint, restore
 from training.models.hnet.metrics import NATS_A_BIT
 from training.models.hnet.module import HNetForCausalLM
@@ -81,56 +82,27 @@ def generate(
     if max_bytes < 1:
         raise InputError(f"max_bytes: expected 1 or more, found {max_bytes}")
     sampling = sampling or Sampling()
-    writers = [
-        _Writer(check_text(prompt, f"prompt {row}", BYTES_MAX, least=0), row, max_bytes, sampling)
-        for row, prompt in enumerate(prompts)
-    ]
-    return _generate(module, writers)
+    writings = []
+    for row, prompt in enumerate(prompts):
+        data = check_text(prompt, f"prompt {row}", BYTES_MAX, least=0)
+        writings.append(Writing(Wish(prompt=data, max_bytes=max_bytes, **asdict(sampling)), row))
+    return _generate(module, writings)
 
 
-def _generate(module: HNetForCausalLM, writers: list["_Writer"]) -> Iterator[tuple[int, str]]:
-    state = module.zero_state(len(writers))
-    while writers:
-        ids = torch.tensor([writer.next for writer in writers], device=_device(module))
+def _generate(module: HNetForCausalLM, writings: list[Writing]) -> Iterator[tuple[int, str]]:
+    state = module.zero_state(len(writings))
+    while writings:
+        ids = torch.tensor([writing.next for writing in writings], device=_device(module))
         with torch.inference_mode():
             logits, _, _, state = module.step(ids, state)
         scores = logits.cpu().numpy()
-        for writer, row_scores in zip(writers, scores, strict=True):
-            if text := writer.take(row_scores):
-                yield writer.row, text
-        if any(writer.ended for writer in writers):
-            going = [i for i, writer in enumerate(writers) if not writer.ended]
-            writers = [writers[i] for i in going]
+        for writing, row_scores in zip(writings, scores, strict=True):
+            if text := writing.take(row_scores):
+                yield writing.row, text
+        if any(writing.finish_reason for writing in writings):
+            going = [i for i, writing in enumerate(writings) if not writing.finish_reason]
+            writings = [writings[i] for i in going]
             state = {name: tensor[going] for name, tensor in state.items()}
-
-
-class _Writer:
-    """A row that is generated: the byte to be read next, first of its prompt and then of what it chose."""
-
-    def __init__(self, prompt: bytes, row: int, max_bytes: int, sampling: Sampling) -> None:
-        self.row, self.sampling = row, sampling
-        self.next, self._prompt, self.ended = BOS, iter(prompt), False
-        self._text, self._rng = Utf8Writer(max_bytes), np.random.default_rng((sampling.seed, row))
-
-    def take(self, logits: np.ndarray) -> str:
-        """Choose the next byte after the prompt was read; the code point it completes."""
-        given = next(self._prompt, None)
-        if given is not None:
-            self.next = given
-            return ""
-        self.next = choose(
-            logits,
-            self._text.allowed(),
-            self._rng,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-        )
-        if self._text.ends_with(self.next):
-            self.ended = True
-            return ""
-        text = self._text.write(self.next)
-        self.ended = self._text.full
-        return text
 
 
 def _device(module: HNetForCausalLM) -> torch.device:
