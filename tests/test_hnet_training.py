@@ -346,6 +346,7 @@ def test_ratio_loss_alone_brings_the_wanted_compression() -> None:
     assert trainee.report() == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
