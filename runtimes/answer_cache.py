@@ -13,7 +13,6 @@ from runtimes.caching import Store
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import find
 
-
 WRITE = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes an encoder at every call
 
 
