@@ -15,6 +15,7 @@ from training.run import configure, train
 from training.spec import ModelSpec, Sweep, find_spec
 
 ROWS, PLOT, TABLE = "sweep.json", "sweep.png", "sweep.txt"
+FAR = 1.25  # times the worst run: a baseline beyond is not plotted
 Row = dict[str, Any]
 
 
@@ -119,7 +120,10 @@ def plot(sweep: Sweep, rows: list[Row], path: Path) -> None:
             axes.plot(metrics[across], metrics[up], "o", color=color, label=row["name"])
         else:
             axes.axhline(metrics[up], color=color, linestyle="--", label=row["name"])
+    worst = max(row["metrics"][up] for row in rows)
     for name, metrics in _baselines(rows).items():
+        if metrics[up] > FAR * worst:
+            continue  # in the table; here it would press all others together
         axes.axhline(metrics[up], color="gray", linestyle=":")
         axes.annotate(name, (1, metrics[up]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     axes.set_xlabel(across.replace("_", " "))
