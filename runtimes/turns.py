@@ -163,7 +163,9 @@ def always(load: Load) -> Callable[[int, int], Load]:
 def joined(taken: Sequence[Taken]) -> Row:
     """One row for several runs of one point; the first failure is that of all."""
     first = taken[0]
-    head = {**head_of(first.subject.artifact, first.subject.label, first.scenario, first.sizes), **first.more}
+    device = first.subject.options.get("device", "cpu")
+    head = {**head_of(first.subject.artifact, first.subject.label, first.scenario, first.sizes), "device": device}
+    head |= first.more
     runs = [each.result for each in taken if isinstance(each.result, Measurement)]
     if len(runs) < len(taken):
         return {**head, "failed": next(each.result for each in taken if isinstance(each.result, str))}

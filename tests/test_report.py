@@ -227,31 +227,32 @@ CELLS = [
     cell("vllm", status="skipped", reason="not a decoder"),
     cell("openvino", status="failed", reason="it broke"),
     cell("vllm", status="skipped", reason="not a decoder", model="new"),
-    cell("onnx", status="skipped", reason="no checkpoint", model="new"),
+    cell("onnx", status="skipped", reason="no checkpoint of new", model="new"),
     cell("vllm", "awq", model="new"),
+    cell("vllm", "int8", status="skipped", reason="target vllm has no int8, only awq", model="new"),
 ]
 
 
 def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
     made = matrix.matrix(CELLS, ROWS, ENVIRONMENT).splitlines()
-    assert made[0] == "| model | torch fp32 | onnx fp32 | onnx int8 | tensorrt fp32 | openvino fp32 | vllm awq |"
+    assert made[0] == "| model | torch | onnx | tensorrt | vllm | openvino |"
     cells = [text.strip() for text in made[2].strip("|").split("|")]
-    assert re.fullmatch(r"0\.12 · 1\.3 MB · (3\.9|4|4\.\d+) ms", cells[1])
-    assert cells[2] == "0.12 · 1.3 MB · 4.0x"
-    assert cells[3] == "0.12 (0.970) · 1.3 MB · 8.0x"
-    assert cells[4:] == ["built, not run <sup>1</sup> · 1.3 MB", "failed <sup>2</sup>", "–"]
-    assert made[3].startswith("| new |")
-    assert made[3].endswith("| 0.12 · 1.3 MB |"), "a model that was exported and not yet measured"
-    assert made[-3:] == ["1. no GPU here", "2. it broke", "3. no checkpoint"]
+    assert re.fullmatch(r"fp32 0\.12 · 1\.3 MB · 4 ms", cells[1])
+    assert cells[2] == "fp32 0.12 · 1.3 MB · 4.0x<br>int8 0.12 (0.970) · 1.3 MB · 8.0x"
+    assert cells[3] == "fp32 built, not run<sup>1</sup> · 1.3 MB"
+    assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
+    unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
+    assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
+    assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
 
 
 def test_the_matrix_is_put_between_its_marks_and_checked(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exported, readme = tmp_path / "export.json", tmp_path / "README.md"
-    write_json(exported, {"cells": CELLS})
+    readme = tmp_path / "README.md"
+    write_json(tmp_path / "export.json", {"cells": CELLS})
     readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
-    arguments = [str(exported), str(results), "--readme", str(readme)]
+    arguments = [str(results.parent), "--readme", str(readme)]
     assert matrix.main([*arguments, "--check"]) == 2
     assert "found another" in capsys.readouterr().err
     assert matrix.main(arguments) == 0
@@ -260,3 +261,22 @@ def test_the_matrix_is_put_between_its_marks_and_checked(
     assert readme.read_text().endswith("\nafter\n")
     readme.write_text("no marks")
     assert matrix.main(arguments) == 2
+
+
+def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    write_json(tmp_path / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]})
+    faster = [row("onnx", 0.25)]
+    write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
+    made = matrix.matrix_of(tmp_path)
+    assert "fp32 0.12 · 9.0 MB · 16.0x<br>int8" in made
+    assert "| hnet |" in made
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main([str(tmp_path)]) == 2
+    assert "expected export*.json and results*.json" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
+    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0

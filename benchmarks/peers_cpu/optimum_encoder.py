@@ -50,6 +50,25 @@ VERSIONS = "from importlib.metadata import version as v; print(*(f'{p} {v(p)}' f
 PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
 
+class RightPadded(Source):
+    """The original, asked with padding at the end alone, as a tokenizer makes it.
+
+    Positions are counted otherwise by Hugging Face's own encoders where padding stands between tokens.
+    """
+
+    def feeds(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
+        return {name: right_padded(ids, self.pad) for name, ids in super().feeds(rng, sizes).items()}
+
+    @property
+    def pad(self) -> int:
+        return int(self.module.model.config.pad_token_id)
+
+
+def right_padded(ids: np.ndarray, pad: int) -> np.ndarray:
+    """The same tokens in each row, with the padding behind them."""
+    return np.take_along_axis(ids, np.argsort(ids == pad, axis=1, kind="stable"), axis=1)
+
+
 class Elsewhere(Runtime):
     """Runs an artifact in the environment of its engine, one process for all calls."""
 
@@ -129,7 +148,7 @@ def main() -> int:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     given: Any = parser.parse_args()
     try:
-        source = Source(find_spec(MODEL), Checkpoint.load(given.checkpoint))
+        source = RightPadded(find_spec(MODEL), Checkpoint.load(given.checkpoint))
         print(make(source, given.repository))
     except SlipwayError as error:
         print(f"error: {error}", file=sys.stderr)
