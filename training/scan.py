@@ -102,8 +102,9 @@ def decayed_step(
 def _decayed_piece(
     x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    last_BHPN = torch.exp(decay_BTH.sum(1))[..., None, None] * state_BHPN + _added(x_BTHP, decay_BTH, in_BTN)
-    return _said(x_BTHP, decay_BTH, in_BTN, out_BTN, state_BHPN), last_BHPN
+    kept_BHTT = torch.exp(_decay_between(decay_BTH))
+    last_BHPN = torch.exp(decay_BTH.sum(1))[..., None, None] * state_BHPN + _added(x_BTHP, kept_BHTT, in_BTN)
+    return _said(x_BTHP, decay_BTH, kept_BHTT, in_BTN, out_BTN, state_BHPN), last_BHPN
 
 
 def _decayed_pieces(
@@ -122,31 +123,32 @@ def _decayed_pieces(
         return torch.where(real_CQ, tensor[:, place_CQ.clamp_max(time - 1)], 0.0)
 
     x_BCQHP, decay_BCQH, in_BCQN, out_BCQN = cut(x_BTHP), cut(decay_BTH), cut(in_BTN), cut(out_BTN)
-    added_BCHPN = _added(x_BCQHP, decay_BCQH, in_BCQN)
+    kept_BCHQQ = torch.exp(_decay_between(decay_BCQH))
+    added_BCHPN = _added(x_BCQHP, kept_BCHQQ, in_BCQN)
     # The first of S states is the one before all pieces, and nothing decays before it.
     states_BSHPN = torch.cat([state_BHPN[:, None], added_BCHPN], 1)
     between_BHSS = torch.exp(_decay_between(F.pad(decay_BCQH.sum(2), (0, 0, 1, 0))))
     states_BSHPN = (
         (between_BHSS @ states_BSHPN.transpose(1, 2).flatten(3)).transpose(1, 2).unflatten(3, state_BHPN.shape[2:])
     )
-    y_BCQHP = _said(x_BCQHP, decay_BCQH, in_BCQN, out_BCQN, states_BSHPN[:, :-1])
+    y_BCQHP = _said(x_BCQHP, decay_BCQH, kept_BCHQQ, in_BCQN, out_BCQN, states_BSHPN[:, :-1])
     return y_BCQHP.flatten(1, 2)[:, torch.arange(time, device=device)], states_BSHPN[:, -1]
 
 
-def _said(x_THP: Tensor, decay_TH: Tensor, in_TN: Tensor, out_TN: Tensor, state_HPN: Tensor) -> Tensor:
-    """y [..., T, H, P] of pieces [..., T, H, P] that begin with these states."""
-    weights_HTT = torch.exp(_decay_between(decay_TH)) * (out_TN @ in_TN.mT)[..., None, :, :]
-    reach_HT = decay_TH.cumsum(-2).mT
+def _said(
+    x_THP: Tensor, decay_TH: Tensor, kept_HTT: Tensor, in_TN: Tensor, out_TN: Tensor, state_HPN: Tensor
+) -> Tensor:
+    """y [..., T, H, P] of pieces [..., T, H, P] that begin with these states; `kept` of s at t is in their matrix."""
+    weights_HTT = kept_HTT * (out_TN @ in_TN.mT)[..., None, :, :]
     y_HTP = weights_HTT @ x_THP.transpose(-3, -2)
+    reach_HT = decay_TH.cumsum(-2).mT
     y_HTP = y_HTP + (out_TN[..., None, :, :] @ state_HPN.mT) * torch.exp(reach_HT)[..., None]
     return y_HTP.transpose(-3, -2)
 
 
-def _added(x_THP: Tensor, decay_TH: Tensor, in_TN: Tensor) -> Tensor:
+def _added(x_THP: Tensor, kept_HTT: Tensor, in_TN: Tensor) -> Tensor:
     """What pieces add to their states by their ends [..., H, P, N]."""
-    reach_HT = decay_TH.cumsum(-2).mT
-    left_HT = torch.exp(reach_HT[..., -1:] - reach_HT)
-    return (x_THP.transpose(-3, -2) * left_HT[..., None]).mT @ in_TN[..., None, :, :]
+    return (x_THP.transpose(-3, -2) * kept_HTT[..., -1, :, None]).mT @ in_TN[..., None, :, :]
 
 
 def _is_data(size: Any) -> bool:
