@@ -12,7 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ SCHEMA = "slipway.vllm_bench/1"
 CHECKOUT = Path(__file__).parents[1]
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 SCORED_AT_ONCE = 16
+WARM_TOKENS = 4
+PLAIN = "vLLM plain"
 ROOM = 8  # tokens of a window beyond those that are asked for
 
 
@@ -57,20 +59,22 @@ class Turn:
 
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """What one engine did. `perplexity` and `agreement` are None where it was not asked for scores."""
+    """What one engine did under one load of `prompts` prompts and `total` tokens."""
 
     name: str
     provider: str
+    prompts: int
+    total: int
     memory_bytes: int = 0
     turns: list[Turn] = field(default_factory=list)
-    perplexity: float | None = None
-    agreement: float | None = None
 
-    def tokens_per_s(self, total: int) -> float:
-        return total / float(np.median([turn.seconds for turn in self.turns]))
+    @property
+    def tokens_per_s(self) -> float:
+        return self.total / float(np.median([turn.seconds for turn in self.turns]))
 
-    def cpu_ms_per_token(self, total: int) -> float:
-        return 1000 * float(np.median([turn.cpu_s for turn in self.turns])) / total
+    @property
+    def cpu_ms_per_token(self) -> float:
+        return 1000 * float(np.median([turn.cpu_s for turn in self.turns])) / self.total
 
     @property
     def first_s(self) -> float:
@@ -81,7 +85,8 @@ class Subject(ABC):
     """An engine that is open: `generate` answers a load, `first_s` is the time to the first token of one prompt."""
 
     def __init__(self, name: str, provider: str, pid: int) -> None:
-        self.row = Row(name=name, provider=provider)
+        self.name = name
+        self.provider = provider
         self.pid = pid
 
     @abstractmethod
@@ -92,13 +97,12 @@ class Subject(ABC):
     def first_s(self, prompt: list[int]) -> float:
         """The seconds to the first token after a lone prompt."""
 
-    def turn(self, load: Load) -> None:
+    def turn(self, load: Load) -> Turn:
         """One round; CPU time is that of the engine's whole family of processes."""
         before = cpu_s(self.pid)
         seconds = self.generate(load)
         spent = cpu_s(self.pid) - before
-        self.row.turns.append(Turn(seconds=seconds, cpu_s=spent, first_s=self.first_s(load.prompts[0])))
-        self.row.memory_bytes = max(self.row.memory_bytes, memory_bytes(self.pid))
+        return Turn(seconds=seconds, cpu_s=spent, first_s=self.first_s(load.prompts[0]))
 
 
 class VllmSubject(Subject):
@@ -114,7 +118,7 @@ class VllmSubject(Subject):
         seconds = time.perf_counter() - started
         written = sum(len(completion.token_ids) for completion in completions)
         if written != load.total:
-            raise EngineError(f"{self.row.name}: expected {load.total} tokens, found {written}")
+            raise EngineError(f"{self.name}: expected {load.total} tokens, found {written}")
         return seconds
 
     def first_s(self, prompt: list[int]) -> float:
@@ -146,6 +150,7 @@ class TransformersSubject(Subject):
             text=True,
             cwd=CHECKOUT,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            start_new_session=True,  # as vLLM has one: the scheduler shares a busy machine out among sessions
         )
         self.batched = batched
         super().__init__(name, f"transformers {self._answer()['version']} {device} {dtype}", self.process.pid)
@@ -182,25 +187,26 @@ def main(argv: list[str] | None = None) -> int:
     checkpoints = {"plain": checkpoint(arguments.plain)}
     if arguments.quantized:
         checkpoints["quantized"] = checkpoint(arguments.quantized)
-    load, texts = read_load(checkpoints["plain"], arguments)
+    loads, texts = read_loads(checkpoints["plain"], arguments)
     before = os.getloadavg()[0]
     with ExitStack() as stack:
         subjects = list(open_subjects(stack, checkpoints, arguments))
-        take_turns(subjects, load, arguments.rounds)
-        judge([subject for subject in subjects if isinstance(subject, VllmSubject)], texts)
-    rows = [subject.row for subject in subjects]
-    print(row_table(rows, load))
-    print(
-        f"\n{len(load.prompts)} prompts of {len(load.prompts[0])} tokens, {load.tokens} after each; {arguments.rounds} "
-    )
-    print(
-        f"rounds; {arguments.threads} thread(s) an engine; load of the machine {before:.1f} to {os.getloadavg()[0]:.1f}"
-    )
+        rows = [row for load in loads for row in take_turns(subjects, load, arguments.rounds)]
+        quality = list(judge([subject for subject in subjects if isinstance(subject, VllmSubject)], texts))
+    print(row_table(rows))
+    print(f"\nprompts of {arguments.prompt_tokens} tokens, {arguments.tokens} after each, {arguments.rounds} rounds")
+    print(f"load of the machine {before:.1f} before, {os.getloadavg()[0]:.1f} after; {arguments.threads} thread(s)")
+    for each in quality:
+        print(
+            "{name}: perplexity {perplexity:.2f} of {tokens} held-out tokens, likeliest alike {alike:.3f}".format(
+                **each
+            )
+        )
     if len(checkpoints) == 2:
         share = quantized_share(checkpoints["plain"], checkpoints["quantized"])
         print(f"bytes of the quantized layers over those in bfloat16: {share:.3f}")
     if arguments.out:
-        write_json(arguments.out, {"schema": SCHEMA, "tokens": load.total, "rows": [as_json(row) for row in rows]})
+        write_json(arguments.out, {"schema": SCHEMA, "quality": quality, "rows": [asdict(row) for row in rows]})
     return 0
 
 
@@ -217,40 +223,50 @@ def open_subjects(stack: ExitStack, checkpoints: dict[str, Path], arguments: Any
         window = arguments.window + arguments.tokens + ROOM
         model = VllmModel({"model": str(folder), "dtype": "bfloat16", "max_model_len": window}, **engine)
         stack.callback(model.close)
-        yield VllmSubject(f"vLLM, {name}", model)
+        yield VllmSubject(f"vLLM {name}", model)
 
 
-def take_turns(subjects: Sequence[Subject], load: Load, rounds: int) -> None:
-    """`rounds` turns for every engine, after one that does not count."""
-    for number in tqdm(range(rounds + 1), disable=not sys.stderr.isatty(), leave=False):
-        for subject in subjects:
-            subject.turn(load)
-            if number == 0:
-                subject.row.turns.clear()
+def take_turns(subjects: Sequence[Subject], load: Load, rounds: int) -> list[Row]:
+    """What every engine did in `rounds` turns, after a short one that does not count."""
+    warm = replace(load, tokens=min(WARM_TOKENS, load.tokens))
+    for subject in subjects:
+        subject.turn(warm)
+    rows = [
+        Row(name=each.name, provider=each.provider, prompts=len(load.prompts), total=load.total) for each in subjects
+    ]
+    for _ in tqdm(range(rounds), disable=not sys.stderr.isatty(), leave=False):
+        for subject, row in zip(subjects, rows, strict=True):
+            row.turns.append(subject.turn(load))
+            row.memory_bytes = max(row.memory_bytes, memory_bytes(subject.pid))
+    return rows
 
 
-def judge(subjects: Sequence[VllmSubject], texts: Sequence[Sequence[int]]) -> None:
+def judge(subjects: Sequence[VllmSubject], texts: Sequence[Sequence[int]]) -> Iterator[dict[str, Any]]:
     """Perplexity of every checkpoint, and the share of likeliest tokens in which it agrees with the first."""
     found = [subject.scores(texts) for subject in subjects]
     for subject, (logprobs, likeliest) in zip(subjects, found, strict=True):
-        subject.row.perplexity = float(np.exp(-logprobs.astype(float).mean()))
-        subject.row.agreement = float((likeliest == found[0][1]).mean())
+        yield {
+            "name": subject.name,
+            "tokens": len(logprobs),
+            "perplexity": float(np.exp(-logprobs.astype(float).mean())),
+            "alike": float((likeliest == found[0][1]).mean()),
+        }
 
 
-def read_load(folder: Path, arguments: Any) -> tuple[Load, list[list[int]]]:
+def read_loads(folder: Path, arguments: Any) -> tuple[list[Load], list[list[int]]]:
     """Prompts of one length and texts to score, all from the file of held-out texts; `InputError` if it has too few."""
     tokenizers = require("tokenizers", extra="train")
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [statement.text for paper in read_papers(arguments.data) for statement in paper.statements]
     rows = [encoding.ids[: arguments.window] for encoding in tokenizer.encode_batch(texts)]
     long = [row[: arguments.prompt_tokens] for row in rows if len(row) >= arguments.prompt_tokens]
-    if len(long) < arguments.prompts:
+    if len(long) < max(arguments.prompts):
         raise InputError(
-            f"{arguments.data}: expected {arguments.prompts} texts of {arguments.prompt_tokens} tokens or more, "
+            f"{arguments.data}: expected {max(arguments.prompts)} texts of {arguments.prompt_tokens} tokens or more, "
             f"found {len(long)}"
         )
     scored = [row for row in rows if len(row) > 1][: arguments.texts]
-    return Load(prompts=long[: arguments.prompts], tokens=arguments.tokens), scored
+    return [Load(prompts=long[:count], tokens=arguments.tokens) for count in arguments.prompts], scored
 
 
 def checkpoint(folder: Path) -> Path:
@@ -310,35 +326,29 @@ def _proportional(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
-def row_table(rows: Sequence[Row], load: Load) -> str:
-    """The rows as text; ratios are to the first row, which is transformers one by one, and to plain vLLM."""
-    plain = next((row for row in rows if row.name == "vLLM, plain"), rows[0])
+def row_table(rows: Sequence[Row]) -> str:
+    """The rows as text; ratios are to the first engine, and to plain vLLM, under the same load."""
     lines = []
     for row in rows:
-        speed = row.tokens_per_s(load.total)
+        alike = [other for other in rows if other.prompts == row.prompts]
+        plain = next((other for other in alike if other.name == PLAIN), alike[0])
         seconds = [turn.seconds for turn in row.turns]
         lines.append(
             (
+                row.prompts,
                 row.name,
-                f"{speed:.1f}",
-                f"{load.total / max(seconds):.1f} to {load.total / min(seconds):.1f}",
-                f"{speed / rows[0].tokens_per_s(load.total):.2f}",
-                f"{speed / plain.tokens_per_s(load.total):.2f}",
-                f"{row.cpu_ms_per_token(load.total):.1f}",
+                f"{row.tokens_per_s:.1f}",
+                f"{row.total / max(seconds):.1f} to {row.total / min(seconds):.1f}",
+                f"{row.tokens_per_s / alike[0].tokens_per_s:.2f}",
+                f"{row.tokens_per_s / plain.tokens_per_s:.2f}",
+                f"{row.cpu_ms_per_token:.1f}",
                 f"{1000 * row.first_s:.0f}",
                 f"{row.memory_bytes / 2**30:.2f}",
-                "-" if row.perplexity is None else f"{row.perplexity:.2f}",
-                "-" if row.agreement is None else f"{row.agreement:.3f}",
                 row.provider,
             )
         )
-    header = ["engine", "tokens/s", "range", "x first", "x vLLM plain", "CPU ms/token", "first ms", "GiB"]
-    return table([*header, "perplexity", "agreement", "what runs"], lines)
-
-
-def as_json(row: Row) -> dict[str, Any]:
-    turns = [{"seconds": turn.seconds, "cpu_s": turn.cpu_s, "first_s": turn.first_s} for turn in row.turns]
-    return {**{name: getattr(row, name) for name in Row.__dataclass_fields__}, "turns": turns}
+    header = ["prompts", "engine", "tokens/s", "range", "x first", "x vLLM plain", "CPU ms/token", "first ms", "GiB"]
+    return table([*header, "what runs"], lines)
 
 
 def _parser() -> Any:
@@ -346,12 +356,12 @@ def _parser() -> Any:
         "runtimes.vllm_bench",
         __doc__.partition(":")[0] + ".",
         "--plain decoders/90m --quantized decoders/90m_w4 --data stacks_valid.jsonl",
-        "--plain decoders/90m --quantized decoders/90m_w4 --data stacks_valid.jsonl --prompts 64 --out results.json",
+        "--plain decoders/90m --quantized decoders/90m_w4 --data stacks_valid.jsonl --rounds 9 --out results.json",
     )
     result.add_argument("--plain", type=Path, required=True, help="folder of the decoder in bfloat16, or its artifact")
     result.add_argument("--quantized", type=Path, help="folder of the quantized decoder, or its artifact")
     result.add_argument("--data", type=Path, required=True, help="held-out statements: prompts, and texts to score")
-    result.add_argument("--prompts", type=int, default=16)
+    result.add_argument("--prompts", type=int, nargs="+", default=[1, 16], help="at once; several for several tables")
     result.add_argument("--prompt-tokens", type=int, default=32)
     result.add_argument("--tokens", type=int, default=32, help="after each prompt")
     result.add_argument("--texts", type=int, default=128, help="texts to score")

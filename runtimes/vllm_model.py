@@ -13,6 +13,7 @@ from runtimes.vllm_client import Completion, Prompt, VllmClient
 from runtimes.vllm_server import Reported, VllmServer
 
 TAIL_LINES = 3
+HEALTH_TIMEOUT_S = 10.0  # a busy server is not a dead one, which refuses the connection at once
 
 
 class VllmModel:
@@ -92,7 +93,7 @@ class VllmModel:
         try:
             yield VllmClient(server.url, self.timeout_s)
         except EngineError as error:
-            if answers(server.url, "/health"):
+            if answers(server.url, "/health", HEALTH_TIMEOUT_S):
                 raise
             raise self._died(server, error) from error
 

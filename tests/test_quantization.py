@@ -1,5 +1,7 @@
 """What language models are quantized on, how many weights share a scale, what a CPU cannot run."""
 
+import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,35 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from export.calibration_texts import CalibrationTexts, read_texts
 from export.quantization import group_size, pinning_left_out
 from export.source import Source
-from export.targets.vllm import why_not_on_cpu
-from runtimes.errors import InputError
+from export.targets.vllm import CPU_BITS, CPU_HEADS, CPU_MULTIPLE, why_not_on_cpu
+from runtimes.device import gpu
+from runtimes.errors import InputError, MissingPackage
+from runtimes.vllm_server import find_python
 from training.checkpoint import Checkpoint
 from training.language_model import LanguageModel
 from training.spec import find_spec
+
+# What vLLM's own code says that it runs on a CPU.
+ASK = """
+import json, torch
+from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
+from vllm.scalar_type import scalar_types
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+def runs(kind, *sizes):
+    config = MPLinearLayerConfig(sizes, sizes, kind, torch.bfloat16, 32, False, False)
+    return CPUWNA16LinearKernel.can_implement(config)[0]
+
+symmetric = {3: scalar_types.uint3b4, 4: scalar_types.uint4b8, 8: scalar_types.uint8b128}
+print(json.dumps({
+    "bits": [bits for bits, kind in symmetric.items() if runs(kind, 64, 64)],
+    "with_zero_points": runs(scalar_types.uint4, 64, 64),
+    "inputs": [size for size in range(16, 161, 16) if runs(scalar_types.uint4, size, 64)],
+    "outputs": [size for size in range(16, 161, 16) if runs(scalar_types.uint4, 64, size)],
+    "heads": CPUAttentionBackend.get_supported_head_sizes(),
+}))
+"""
 
 
 def language_model(name: str, checkpoints: Path) -> LanguageModel:
@@ -67,6 +93,26 @@ def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
     changes: dict[str, int], precision: str, reason: str | None
 ) -> None:
     assert why_not_on_cpu(llama(**changes), precision) == (reason and f"built, not run: vLLM on a CPU {reason}")
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(gpu() is not None, reason="vLLM for a GPU has no kernels for a CPU")
+def test_what_is_known_of_vllm_on_a_cpu_is_what_vllm_says_itself() -> None:
+    try:
+        python = find_python()
+    except MissingPackage as error:
+        pytest.skip(str(error))
+    asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True, check=False)
+    assert asked.returncode == 0, asked.stderr[-2000:]
+    sizes = [size for size in range(16, 161, 16) if size % CPU_MULTIPLE == 0]
+    expected = {
+        "bits": [CPU_BITS],
+        "with_zero_points": True,
+        "inputs": sizes,
+        "outputs": sizes,
+        "heads": list(CPU_HEADS),
+    }
+    assert json.loads(asked.stdout.splitlines()[-1]) == expected
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="with an accelerator, memory can be pinned")

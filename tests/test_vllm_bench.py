@@ -41,12 +41,11 @@ def opened(folder: Path, *, batched: bool) -> TransformersSubject:
 
 @pytest.mark.slow
 def test_transformers_is_measured_in_a_process_of_its_own(transformers: TransformersSubject) -> None:
-    transformers.turn(LOAD)
-    (turn,) = transformers.row.turns
-    assert turn.seconds > 0
-    assert turn.first_s > 0
-    assert transformers.row.memory_bytes > 50e6
-    assert transformers.row.provider.endswith("cpu float32")
+    (row,) = vllm_bench.take_turns([transformers], LOAD, rounds=2)
+    assert [turn.seconds > 0 and turn.first_s > 0 for turn in row.turns] == [True, True]
+    assert row.memory_bytes > 50e6
+    assert (row.prompts, row.total) == (3, 18)
+    assert row.provider.endswith("cpu float32")
 
 
 @pytest.mark.slow
@@ -59,19 +58,19 @@ def test_a_folder_that_transformers_cannot_open_is_an_error(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_vllm_is_measured_and_judged_by_what_it_says(vllm_generator: tuple[VllmRuntime, Any]) -> None:
     runtime, module = vllm_generator
-    subjects = [VllmSubject("vLLM, plain", runtime.model), VllmSubject("again", runtime.model)]
-    vllm_bench.take_turns(subjects, LOAD, rounds=2)
-    assert [len(subject.row.turns) for subject in subjects] == [2, 2]
+    subjects = [VllmSubject("vLLM plain", runtime.model), VllmSubject("again", runtime.model)]
+    rows = vllm_bench.take_turns(subjects, LOAD, rounds=2)
+    assert [len(row.turns) for row in rows] == [2, 2]
+    assert rows[0].memory_bytes > 500e6  # the server's whole family
     texts = [[5, 6, 7, 8, 9], [300, 17]]
-    vllm_bench.judge(subjects, texts)
+    first, again = vllm_bench.judge(subjects, texts)
     with torch.inference_mode():
         losses = [module(torch.tensor([ids])).logits.log_softmax(-1)[0, :-1] for ids in texts]
     own = [
         row[place, ids[place + 1]].item() for row, ids in zip(losses, texts, strict=True) for place in range(len(row))
     ]
-    assert subjects[0].row.perplexity == pytest.approx(np.exp(-np.mean(own)), rel=1e-4)
-    assert subjects[1].row.agreement == 1
-    assert subjects[0].row.memory_bytes > 500e6  # the server's whole family
+    assert first["perplexity"] == pytest.approx(np.exp(-np.mean(own)), rel=1e-4)
+    assert (first["tokens"], again["alike"]) == (5, 1)
 
 
 def test_the_share_of_bytes_counts_scales_and_leaves_out_what_was_not_quantized(tmp_path: Path) -> None:
@@ -91,18 +90,21 @@ def test_too_few_texts_are_refused(decoder: Path, tmp_path: Path) -> None:
     statements = [{"type": "lemma", "text": text} for text in small_decoders.TEXTS]
     data = tmp_path / "valid.jsonl"
     data.write_text(json.dumps({"arxiv_id": "1", "title": "t", "statements": statements}) + "\n")
-    asked = {"data": data, "window": 64, "prompts": 3, "prompt_tokens": 8, "tokens": 4, "texts": 2}
-    load, texts = vllm_bench.read_load(decoder, SimpleNamespace(**asked))
-    assert [len(prompt) for prompt in load.prompts] == [8, 8, 8]
+    asked = {"data": data, "window": 64, "prompts": [1, 3], "prompt_tokens": 8, "tokens": 4, "texts": 2}
+    loads, texts = vllm_bench.read_loads(decoder, SimpleNamespace(**asked))
+    assert [[len(prompt) for prompt in load.prompts] for load in loads] == [[8], [8, 8, 8]]
     assert len(texts) == 2
     with pytest.raises(InputError, match="expected 4 texts of 8 tokens or more, found 3"):
-        vllm_bench.read_load(decoder, SimpleNamespace(**{**asked, "prompts": 4}))
+        vllm_bench.read_loads(decoder, SimpleNamespace(**{**asked, "prompts": [4]}))
 
 
 def test_the_table_has_medians_and_ratios() -> None:
     turns = [Turn(seconds=seconds, cpu_s=0.09, first_s=0.05) for seconds in (1.0, 2.0, 4.0)]
-    slow = Row(name="transformers", provider="p", turns=turns)
-    quick = Row(name="vLLM, plain", provider="p", turns=[Turn(seconds=0.5, cpu_s=0.09, first_s=0.01)], perplexity=7.25)
-    lines = row_table([slow, quick], LOAD).splitlines()
-    assert lines[2].split()[1:9] == ["9.0", "4.5", "to", "18.0", "1.00", "0.25", "5.0", "50"]
-    assert lines[3].split()[2:] == ["36.0", "36.0", "to", "36.0", "4.00", "1.00", "5.0", "10", "0.00", "7.25", "-", "p"]
+    given = {"provider": "p", "prompts": 3, "total": 18}
+    slow = Row(name="transformers", turns=turns, **given)
+    quick = Row(name="vLLM plain", turns=[Turn(seconds=0.5, cpu_s=0.09, first_s=0.01)], **given)
+    other = Row(name="transformers", provider="p", prompts=1, total=6, turns=turns[:1])
+    lines = [line.split() for line in row_table([slow, quick, other]).splitlines()[2:]]
+    assert lines[0][2:10] == ["9.0", "4.5", "to", "18.0", "1.00", "0.25", "5.0", "50"]
+    assert lines[1][3:11] == ["36.0", "36.0", "to", "36.0", "4.00", "1.00", "5.0", "10"]
+    assert lines[2][6:8] == ["1.00", "1.00"]
