@@ -118,7 +118,7 @@ def _decay_between(decay_BTH: Tensor) -> Tensor:
         between_BHTT = torch.where(later_TT, decay_BTH.mT[..., None], 0.0).cumsum(-2)
     else:
         reach_BHT = decay_BTH.double().cumsum(1).mT
-        between_BHTT = (reach_BHT[..., :, None] - reach_BHT[..., None, :]).float()
+        between_BHTT = (reach_BHT[..., :, None] - reach_BHT[..., None, :]).to(decay_BTH.dtype)
     return between_BHTT.masked_fill(~past_TT, -torch.inf)
 
 

@@ -79,6 +79,8 @@ class ModelSpec:
     absent       the reason why a checkpoint of this config has no such part, or None
     embedder     opens a checkpoint for embedding whole collections, if the model does that
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
+    notes        what each setting means, for --help
+    sweep        the experiments of training.sweep, if the model has any
     language_model  the decoder inside (config, module, probe), for engines that run whole language models
     """
 
@@ -105,6 +107,8 @@ class ModelSpec:
     absent: Callable[[Config], str | None] = lambda config: None
     embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    sweep: "Sweep | None" = None
     language_model: Callable[[Config, "nn.Module", Tensors], "LanguageModel"] | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +124,20 @@ class ModelSpec:
         if name not in self.presets:
             raise InputError(f"{self.name}: expected a preset of {', '.join(self.presets)}; found '{name}'")
         return self.presets[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Experiments to be compared in one table and one plot.
+
+    runs     the changed settings of each experiment, by name; from the config and the training settings they change
+    columns  the metrics of the table
+    plotted  the metrics across and up; a run or a baseline that lacks the first is a line
+    """
+
+    runs: Callable[[Config, Config], Mapping[str, Mapping[str, str]]]
+    columns: Sequence[str]
+    plotted: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ import numpy as np
 from runtimes.artifact import Check
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.models.hnet.arch import VOCABULARY, check
+from training.models.hnet.experiments import SWEEP
+from training.models.hnet.settings import CONFIG, NOTES, TINY, TRAINING
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:
@@ -69,35 +71,6 @@ def recipe() -> type[Recipe]:
     return HNetRecipe
 
 
-CONFIG: Config = {
-    "model_arch": "m2 T4",
-    "model_dim": "256 256",
-    "d_state": 128,
-    "attention_window": 1023,
-    "attention_capacity": 1024,
-    "align": "none",
-}
-TINY: Config = {"model_arch": "m1 T1", "model_dim": "64 64", "d_state": 16, "attention_capacity": 1024}
-TRAINING: Config = {
-    "lr": 3e-4,
-    "batch": 32,
-    "epochs": 50.0,
-    "warmup": 0.1,
-    "scheduler": "cosine",
-    "weight_decay": 0.01,
-    "beta2": 0.95,
-    "patience": 0,
-    "n_compress": "1 5",
-    "alpha": 0.03,
-    "warmup_compression_epochs": 0,
-    "lr_by_stage": True,
-    "max_bytes": 1024,
-    "unit": "document",
-    "epoch_bytes": 0,
-    "judge_bytes": 65_536,
-    "least_code_points": 1.5,
-    "texts": 400,
-}
 SPECS = (
     ModelSpec(
         name="hnet",
@@ -115,6 +88,8 @@ SPECS = (
         agreement=agreement,
         tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
         recipe=recipe,
+        notes=NOTES,
+        sweep=SWEEP,
         skips={"vllm": "reads bytes and divides them itself: no tokenizer, and a state that vLLM cannot page"},
     ),
 )
