@@ -18,6 +18,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 128, "vocab_size": 1024, "max_position_embeddings": 512,
     },
+    "small": {
+        "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "intermediate_size": 1536, "vocab_size": 30_522, "max_position_embeddings": 1024,
+    },
     "base": {
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2,
         "intermediate_size": 3072, "vocab_size": 30_522, "max_position_embeddings": 1024,
