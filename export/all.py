@@ -23,7 +23,7 @@ from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
-from runtimes.repository import newest
+from runtimes.repository import home_of, newest, published
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
 from training.spec import ModelSpec, all_specs, find_spec
@@ -180,9 +180,26 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, options: Options) -
             scheduling=options.scheduling,
             mounted_at=options.mounted_at,
         )
-    if served and built.speaks_tensors and cell.precision == cell.target.precisions[0]:
+    if served and built.speaks_tensors and leads(artifact, repository):
         publish_ensemble(artifact, repository)
     return artifact, folder
+
+
+def leads(artifact: Artifact, repository: Path) -> bool:
+    """Whether the ensemble goes through this artifact: onnx before all other targets, and these by name.
+
+    Of each target only its first precision counts, and of all artifacts only those of the same checkpoint: an ensemble
+    is of the newest.
+    """
+    served = [root for root in published(repository) if root.is_relative_to(home_of(repository, True))]
+    found = [artifact, *map(Artifact.load, served)]
+    alike = [each for each in found if (each.model, each.checkpoint) == (artifact.model, artifact.checkpoint)]
+    first = {
+        name: plugins.load("export.targets", name, "TARGET").precisions[0] for name in plugins.names("export.targets")
+    }
+    able = [each.target for each in alike if each.precision == first.get(each.target)]
+    best = min(able, key=lambda target: (target != "onnx", target), default=None)
+    return artifact.target == best and artifact.precision == first[best]
 
 
 def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact, Built]:
@@ -293,7 +310,7 @@ def read_options(arguments: Any) -> Options:
     texts = CalibrationTexts(
         file=arguments.calibration, samples=arguments.calibration_samples, tokens=arguments.calibration_tokens
     )
-    if texts.file is not None and not any(True for _ in read_texts(texts.file)):
+    if texts.file is not None and not list(read_texts(texts.file)):
         raise InputError(f"{texts.file}: expected texts to quantize on, found none")
     return Options(
         checkpoints=arguments.checkpoints,

@@ -144,11 +144,13 @@ def observe(path: Path, activations: Sequence[str], feeds: Iterable[Tensors]) ->
     rng = np.random.default_rng(0)
     largest: dict[str, np.ndarray] = {}
     rows: dict[str, list[Matrix]] = {name: [] for name in activations}
+    feeds = list(feeds)
+    rows_per_feed = max(1, ROWS // max(1, len(feeds)))
     for each in feeds:
         for name, value in zip(activations, session.run(list(activations), each), strict=True):
             flat = value.reshape(-1, value.shape[-1])
             largest[name] = np.maximum(largest.get(name, 0), np.abs(flat).max(0))
-            rows[name].append(flat[rng.permutation(len(flat))[: max(1, ROWS // FEEDS)]])
+            rows[name].append(flat[rng.permutation(len(flat))[:rows_per_feed]])
     return {name: Seen(largest=largest[name], rows=np.concatenate(rows[name])) for name in activations}
 
 

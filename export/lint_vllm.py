@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from export.repository import model_path
+from export.repository import places
 from export.triton_config import model_config
 from runtimes.artifact import Artifact, read_json
 from runtimes.errors import SlipwayError, require
 from runtimes.repository import number_of
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, task_of
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER, task_of
 
 EMBEDDING_FILES = ("modules.json", "1_Pooling/config.json")
 
@@ -55,15 +55,16 @@ def _check_arguments(version: Path, artifact: Artifact, mounted_at: Path) -> Ite
     if not isinstance(arguments, dict):
         yield f"{ENGINE_FILE}: expected an object of engine arguments, found {ascii(arguments)[:40]}"
         return
-    place = model_path(artifact, mounted_at, number_of(version))
-    if arguments.get("model") != place:
-        yield (
-            f"{ENGINE_FILE}: expected model '{place}', found '{arguments.get('model')}'; "
-            "export again, with --mounted-at if a container reads it elsewhere"
-        )
+    for what, place in places(artifact, mounted_at, number_of(version)).items():
+        if arguments.get(what) != place:
+            yield (
+                f"{ENGINE_FILE}: expected {what} '{place}', found '{arguments.get(what)}'; "
+                "export again, with --mounted-at if a container reads it elsewhere"
+            )
     embeds = task_of(artifact) == "embed"
     if (arguments.get("runner") == "pooling") != embeds:
         yield f"{ENGINE_FILE}: expected {'runner pooling' if embeds else 'no runner'}, found {arguments.get('runner')}"
-    for name in ("config.json", "tokenizer.json", *(EMBEDDING_FILES if embeds else ())):
-        if f"{CHECKPOINT}/{name}" not in artifact.files:
-            yield f"{CHECKPOINT}: expected {name} in the manifest, found none"
+    checkpoint = (f"{CHECKPOINT}/{name}" for name in ("config.json", *(EMBEDDING_FILES if embeds else ())))
+    for name in (*checkpoint, f"{TOKENIZER}/tokenizer.json"):
+        if name not in artifact.files:
+            yield f"expected {name} in the manifest, found none"

@@ -3,6 +3,7 @@
 AWQ: Lin et al. (2023). GPTQ: Frantar et al. (2022).
 """
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,11 +78,13 @@ def quantize(model: Any, tokenizer: Any, texts: Sequence[np.ndarray], scheme: Sc
 
 
 def group_size(model: "nn.Module") -> int:
-    """The largest power of two up to GROUP_MAX that divides every width; `InputError` if none from GROUP_MIN does.
+    """The largest power of two from GROUP_MIN to GROUP_MAX that divides every width; `InputError` if there is none.
 
     vLLM reads the groups of a row as a whole number; widths of published models are multiples of 128.
     """
     widths = {name: layer.in_features for name, layer in quantized_layers(model)}
+    if not widths:
+        raise InputError(f"expected linear layers to quantize, found none in {type(model).__name__}")
     size = GROUP_MAX
     while size >= GROUP_MIN:
         if all(width % size == 0 for width in widths.values()):
@@ -137,12 +140,17 @@ def pinning_left_out() -> Iterator[None]:
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """llmcompressor logs to stdout at every step and looks for no model on a hub; its bars show on a terminal only."""
-    quiet = {"LLM_COMPRESSOR_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    """llmcompressor logs no step to stdout and looks for no model on a hub; its bars show on a terminal only."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in quiet}
     os.environ.update(quiet)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that llmcompressor uses
     try:
         with bars_on_a_terminal_only(), redirect_stdout(sys.stderr):
+            require("llmcompressor", extra=EXTRA)  # which turns its log on
+            log = require("loguru", extra=EXTRA).logger
+            for package in ("llmcompressor", "compressed_tensors"):
+                log.disable(package)
             yield
     finally:
         for name, value in before.items():

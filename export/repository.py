@@ -8,20 +8,21 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config
+from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config, writer_config
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
-from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE
+from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions, writer_name
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
+from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
-STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
+STEP_SOURCES = Path(runtimes.__file__).parent / "triton_steps"
 VERSIONS_KEPT = 2
 # Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
@@ -47,7 +48,7 @@ def publish(
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
-        address(draft, artifact, model_path(artifact, repository if mounted_at is None else mounted_at, number))
+        address(draft, artifact, places(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
@@ -65,28 +66,29 @@ def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_
         return publish(draft, artifact, repository, mounted_at=mounted_at)
 
 
-def model_path(artifact: Artifact, repository: Path, number: int) -> str:
-    """Where vLLM is to look for the checkpoint of version `number` in a repository that lies there."""
-    return str(repository.absolute() / artifact.name / str(number) / CHECKPOINT)
+def places(artifact: Artifact, repository: Path, number: int) -> dict[str, str]:
+    """Where vLLM is to look for the folders of version `number` in a repository that lies there."""
+    version = repository.absolute() / artifact.name / str(number)
+    return {"model": str(version / CHECKPOINT), "tokenizer": str(version / TOKENIZER)}
 
 
 def is_addressed(version: Path, artifact: Artifact, repository: Path) -> bool:
     """Whether what a version says of its own place is right for a server that has the repository there."""
     if artifact.runtime != "vllm":
         return True
-    return read_json(version / ENGINE_FILE).get("model") == model_path(artifact, repository, number_of(version))
+    return places(artifact, repository, number_of(version)).items() <= read_json(version / ENGINE_FILE).items()
 
 
-def address(draft: Path, artifact: Artifact, path: str) -> None:
-    """The draft's model.json, if it has one, and the manifest name the checkpoint by this path.
+def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
+    """The draft's model.json, if it has one, and the manifest name checkpoint and tokenizer by these paths.
 
-    NVIDIA's vllm backend hands `model` to vLLM as it stands, and would take a relative one from its working directory.
+    NVIDIA's vllm backend hands them to vLLM as they stand, which would take relative ones from its working directory.
     """
     if artifact.runtime != "vllm":
         return
     arguments = read_json(draft / ENGINE_FILE)
     (draft / ENGINE_FILE).unlink()  # it may be a link to that of another version
-    write_json(draft / ENGINE_FILE, {**arguments, "model": path})
+    write_json(draft / ENGINE_FILE, {**arguments, **paths})
     files = {**artifact.files, ENGINE_FILE: sha256_file(draft / ENGINE_FILE)}
     replace(artifact, files=files).save(draft)
 
@@ -104,18 +106,24 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
 def publish_ensemble(artifact: Artifact, repository: Path) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
+    Beside that of a step of a byte language model lies a model that writes texts with it.
     `ArtifactError` if the artifact is not served.
     """
     served = versions(repository / artifact.name)
     if not served:
         raise ArtifactError(f"expected {artifact.name} in {repository}, found no version of it; publish it first")
+    assets = Artifact.load(served[-1]).assets
     with _publishing(artifact.model, repository) as staging:
         for step in STEPS:
-            draft = _draft_step(served[-1], staging / step)
+            draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
             _install_changes(draft, repository / f"{artifact.model}_{step}", step_config(artifact, step), staging)
         empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
         empty.mkdir()
         _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)
+        if can_write(artifact.signature):
+            name = writer_name(artifact.model)
+            draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
+            _install_changes(draft, repository / name, writer_config(artifact, name), staging)
 
 
 @contextmanager
@@ -224,13 +232,12 @@ def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator
         raise
 
 
-def _draft_step(version: Path, draft: Path) -> Path:
-    """`draft` holds what a step needs of an artifact: the manifest, the pipeline's files, the program."""
-    artifact = Artifact.load(version)
-    for name in (MANIFEST, *artifact.assets):
+def _draft_step(version: Path, draft: Path, program: str, files: Iterable[str]) -> Path:
+    """`draft` holds what a Python model needs of an artifact: the manifest, these of its files, the program."""
+    for name in (MANIFEST, *files):
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
-    shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
+    shutil.copyfile(STEP_SOURCES / program, draft / STEP_FILE)
     (draft / "__pycache__").write_text(NO_BYTECODE)
     return draft
 

@@ -13,6 +13,8 @@ from runtimes.caching import Store
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import find
 
+WRITE = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes an encoder at every call
+
 
 class AnswerCache:
     """An artifact behind a store. A context manager.
@@ -38,8 +40,8 @@ class AnswerCache:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One answer per request; only what was never asked runs."""
-        texts = [json.dumps(request, sort_keys=True) for request in requests]
-        return [json.loads(entry.tobytes()) for entry in self._shelf.complete(texts, self._ask)]
+        texts = list(map(WRITE, requests))
+        return [json.loads(str(entry.data, "utf-8")) for entry in self._shelf.complete(texts, self._ask)]
 
     def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
         result = []

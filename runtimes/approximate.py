@@ -6,6 +6,7 @@ scored again, exactly, from the collection. Other indexes were slower or missed 
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,12 @@ BLOCK_ROWS = 8192
 
 
 class Index:
-    """Rows close to a query without reading them all. `ArtifactError` if it is not an index of this collection."""
+    """Rows close to a query without reading them all. `ArtifactError` if it is not an index of this collection.
 
-    def __init__(self, collection: Collection) -> None:
+    Its bytes are verified unless the file has the size and time that it had when they last were; with `verify`, always.
+    """
+
+    def __init__(self, collection: Collection, *, verify: bool = False) -> None:
         faiss = require("faiss", extra="search")
         self.collection = collection
         path = collection.folder / INDEX
@@ -39,8 +43,8 @@ class Index:
         for name, expected in _made_from(collection).items():
             if found.get(name) != expected:
                 raise ArtifactError(f"{path}: expected {name} {expected}, found {found.get(name)}; {REMEDY}")
-        if not path.is_file() or sha256_file(path) != found["file"]:
-            raise ArtifactError(f"{path}: expected the index that its manifest names, found another or none; {REMEDY}")
+        if verify or not path.is_file() or found.get("stamp") != _stamp(path):
+            _verify(path, found)
         try:
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
         except RuntimeError as error:
@@ -81,8 +85,24 @@ def build_index(collection: Collection, *, threads: int = 2) -> None:
     (collection.folder / MANIFEST).unlink(missing_ok=True)
     faiss.write_index(index, str(draft))
     draft.replace(collection.folder / INDEX)
-    fields = {**_made_from(collection), "file": sha256_file(collection.folder / INDEX)}
+    stamp = _stamp(collection.folder / INDEX)
+    fields = {**_made_from(collection), "file": sha256_file(collection.folder / INDEX), "stamp": stamp}
     write_manifest(collection.folder / MANIFEST, FORMAT, fields)
+
+
+def _verify(path: Path, found: dict[str, Any]) -> None:
+    """The file is the one that its manifest names, which then knows its size and time."""
+    stamp = _stamp(path) if path.is_file() else None
+    if stamp is None or sha256_file(path) != found["file"]:
+        raise ArtifactError(f"{path}: expected the index that its manifest names, found another or none; {REMEDY}")
+    with suppress(OSError):  # where nothing may be written, the bytes are read again next time
+        write_manifest(path.with_name(MANIFEST), FORMAT, {**found, "stamp": stamp})
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in ns."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _made_from(collection: Collection) -> dict[str, Any]:
@@ -91,9 +111,13 @@ def _made_from(collection: Collection) -> dict[str, Any]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Build the index and say how large it is."""
+    """Build the index and say how large it is, or verify the one there is."""
     arguments = _parser().parse_args(argv)
     collection = Collection.open(arguments.collection)
+    if arguments.verify:
+        Index(collection, verify=True)
+        print(f"{arguments.collection / INDEX}: unchanged")
+        return 0
     started = time.perf_counter()
     build_index(collection, threads=arguments.threads)
     path = arguments.collection / INDEX
@@ -111,6 +135,7 @@ def _parser() -> Any:
     )
     result.add_argument("collection", type=Path, metavar="COLLECTION", help="folder of the collection")
     result.add_argument("--threads", type=int, default=2, help="threads to build with (default: 2)")
+    result.add_argument("--verify", action="store_true", help="read the index that is there, all of it, and build none")
     return result
 
 

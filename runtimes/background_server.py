@@ -150,9 +150,9 @@ def _hold(held: contextlib.ExitStack, host: str, port: int | None) -> int:
     return int(listener.getsockname()[1])
 
 
-def answers(url: str, path: str) -> bool:
-    """Whether the server at `url` ("host:port") answers a GET of `path` with status 200."""
-    with contextlib.closing(http.client.HTTPConnection(url, timeout=1)) as connection:
+def answers(url: str, path: str, timeout_s: float = 1.0) -> bool:
+    """Whether the server at `url` ("host:port") answers a GET of `path` with status 200 in time."""
+    with contextlib.closing(http.client.HTTPConnection(url, timeout=timeout_s)) as connection:
         try:
             connection.request("GET", path)
             return connection.getresponse().status == 200

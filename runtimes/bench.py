@@ -8,7 +8,7 @@ from typing import Any
 from runtimes.command import command, existing_folder, parser
 from runtimes.environment import environment
 from runtimes.errors import InputError
-from runtimes.results import SCHEMA, row_table, save_results
+from runtimes.results import SCHEMA, Row, row_table, save_results
 from runtimes.scenarios import SCENARIOS
 from runtimes.suite import choose, has_baseline, measure
 from runtimes.turns import Settings
@@ -34,11 +34,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"no baseline for {model}; make one: {remedy}", file=sys.stderr)
     found = environment(arguments.threads)  # before: the load is that of the others
     scenarios = SCENARIOS if "all" in arguments.scenario else arguments.scenario or SCENARIOS[:1]
-    rows = list(measure(subjects, scenarios, settings))
-    if arguments.out:
-        save_results(arguments.out, found, rows)
-    if arguments.summary:
-        save_results(arguments.summary, found, rows, samples=False)
+    rows: list[Row] = []
+    try:
+        rows.extend(measure(subjects, scenarios, settings))
+    finally:  # also what was measured before an interruption
+        if arguments.out:
+            save_results(arguments.out, found, rows)
+        if arguments.summary:
+            save_results(arguments.summary, found, rows, samples=False)
     if arguments.json:
         print(json.dumps({"schema": SCHEMA, "environment": found, "rows": rows}))
     else:

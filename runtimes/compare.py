@@ -82,6 +82,8 @@ def compare_rows(base: Sequence[Row], new: Sequence[Row], threshold: float, cloc
             reason = other["failed"] if other else "not in NEW"
             yield Cell(**head, runs=0, difference=None, verdict="failed", reason=reason)
             continue
+        if clock == "cpu" and row["cpu_s_per_call"] is None:
+            continue
         before, after = (run_medians(each, clock) for each in (row, other))
         runs = min(len(before), len(after))
         if runs < FEWEST_RUNS:
@@ -134,9 +136,19 @@ def interleaved(arms: Sequence[Subject], sizes: Mapping[str, int], arguments: An
                     worker, measurement = measurements[int(arm)]
                     measurement.windows.append(worker.window({"do": "one_by_one", "seconds": arguments.seconds}))
             for arm, (_, measurement) in measurements.items():
-                wall = arguments.clock == "wall"
-                figures[arm, run] = measurement.run_median_s if wall else measurement.cpu_s_per_call
+                figures[arm, run] = figure_of(measurement, arguments.clock)
     return figures
+
+
+def figure_of(measurement: Measurement, clock: str) -> float:
+    """What a run comes to, in seconds."""
+    if clock == "wall":
+        return measurement.run_median_s
+    if measurement.cpu_s_per_call is None:
+        raise EngineError(
+            f"--clock cpu: expected an engine in its own process, {measurement.engine} works in another one"
+        )
+    return measurement.cpu_s_per_call
 
 
 def cell_table(cells: Sequence[Cell], threshold: float) -> str:

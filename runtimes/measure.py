@@ -38,6 +38,7 @@ class Measurement:
     first_call_s: float
     warmup_s: float
     warmup_calls: int
+    remote: bool = False
     memory: Peak = field(default_factory=Peak)
     windows: list[Window] = field(default_factory=list)
 
@@ -51,8 +52,9 @@ class Measurement:
         return self.sizes[BATCH] * len(self.samples_s) / sum(window.wall_s for window in self.windows)
 
     @property
-    def cpu_s_per_call(self) -> float:
-        return sum(window.cpu_s for window in self.windows) / len(self.samples_s)
+    def cpu_s_per_call(self) -> float | None:
+        """CPU time of the process, of all its threads; None where another process does the work."""
+        return None if self.remote else sum(window.cpu_s for window in self.windows) / len(self.samples_s)
 
     @property
     def run_median_s(self) -> float:
@@ -88,7 +90,7 @@ class Worker:
             )
         self._answers = self._pipe.makefile("r")
         opened = self._ask({"root": str(root.absolute()), "options": dict(options)}, START_TIMEOUT_S)
-        self.load_s = float(opened["load_s"])
+        self.load_s, self.remote = float(opened["load_s"]), bool(opened["remote"])
         if (opened["engine"], opened["protocol"]) != (self.engine, PROTOCOL):
             self.close()
             raise EngineError(f"expected engine {self.engine}, protocol {PROTOCOL}; found {opened}; update {checkout}")
@@ -100,7 +102,7 @@ class Worker:
     def prepare(self, sizes: Sizes) -> Measurement:
         """An empty measurement at these sizes, to which windows are added; the engine is warm."""
         answer = self._ask({"do": "prepare", "sizes": dict(sizes)}, START_TIMEOUT_S)
-        return Measurement(engine=self.engine, sizes=sizes, load_s=self.load_s, **answer)
+        return Measurement(engine=self.engine, sizes=sizes, load_s=self.load_s, remote=self.remote, **answer)
 
     def window(self, load: Mapping[str, Any]) -> Window:
         """One window under a load such as {"do": "one_by_one", "seconds": 0.2}."""

@@ -114,18 +114,18 @@ def sizes_text(row: Row) -> str:
     return " ".join(parts)
 
 
-def eager_p50_s(rows: Sequence[Row], row: Row) -> float | None:
-    """The median of torch eager in fp32 at the same sizes under the same load, if it is in the file."""
+def eager_row(rows: Sequence[Row], row: Row) -> Row | None:
+    """Torch eager in fp32 at the same sizes under the same load, if it is in the file."""
     wanted = [*(row[key] for key in ("model", "scenario", "sizes")), row.get("lanes"), BASELINE, "fp32"]
     keys = ("model", "scenario", "sizes", "lanes", "engine", "precision")
     same = (other for other in rows if [other.get(key) for key in keys] == wanted and "rate_per_s" not in other)
-    return next((other.get("p50_s") for other in same), None)
+    return next((other for other in same if "failed" not in other), None)
 
 
 def times_eager(rows: Sequence[Row], row: Row) -> float | None:
     """How many times as fast as torch eager this row is, or None."""
-    eager = eager_p50_s(rows, row)
-    return eager / row["p50_s"] if eager and row.get("p50_s") else None
+    eager = eager_row(rows, row)
+    return eager["p50_s"] / row["p50_s"] if eager and eager["p50_s"] and row.get("p50_s") else None
 
 
 def row_table(rows: Sequence[Row]) -> str:

@@ -81,7 +81,7 @@ class Question:
     def answer(self, request: bytes) -> bytes:
         """What the ensemble says to this request; `InputError` where it declines it."""
         tensors = {"request": np.array([[request]], np.object_)}
-        whole = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
+        whole: dict[str, Any] = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
         answer: bytes = self.client.send(self.model, tensors, ["answer"], **whole)()["answer"].item()
         return answer
 

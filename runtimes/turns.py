@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
+from runtimes.base import serving_engine
 from runtimes.errors import EngineError, MissingPackage
 from runtimes.measure import CHECKOUT, Measurement, Sizes, Worker
 from runtimes.results import Row, arrivals, head_of, measured
@@ -94,7 +95,7 @@ class Entrant:
         if subject.served:
             server = TritonServer(subject.root.parents[1], models=[subject.artifact.name])
             self._closing.enter_context(server)
-            options = {"engine": "triton", "url": server.grpc_url}
+            options = {"engine": serving_engine(subject.artifact), "url": server.grpc_url}
         self._worker = Worker(subject.root, options, subject.checkout)
         self._closing.callback(self._worker.close)
         self.watched = server.pid if subject.served else self._worker.pid
@@ -162,7 +163,9 @@ def always(load: Load) -> Callable[[int, int], Load]:
 def joined(taken: Sequence[Taken]) -> Row:
     """One row for several runs of one point; the first failure is that of all."""
     first = taken[0]
-    head = {**head_of(first.subject.artifact, first.subject.label, first.scenario, first.sizes), **first.more}
+    device = first.subject.options.get("device", "cpu")
+    head = {**head_of(first.subject.artifact, first.subject.label, first.scenario, first.sizes), "device": device}
+    head |= first.more
     runs = [each.result for each in taken if isinstance(each.result, Measurement)]
     if len(runs) < len(taken):
         return {**head, "failed": next(each.result for each in taken if isinstance(each.result, str))}

@@ -13,6 +13,7 @@ from runtimes.vllm_client import Completion, Prompt, VllmClient
 from runtimes.vllm_server import Reported, VllmServer
 
 TAIL_LINES = 3
+HEALTH_TIMEOUT_S = 10.0  # a busy server is not a dead one, which refuses the connection at once
 
 
 class VllmModel:
@@ -67,6 +68,11 @@ class VllmModel:
         with self._client() as client:
             return client.metrics()
 
+    @property
+    def pid(self) -> int:
+        """The process above all of the server's."""
+        return self._serving().pid
+
     def _serving(self) -> VllmServer:
         """The server, started anew if it has died."""
         with self._changing:
@@ -87,7 +93,7 @@ class VllmModel:
         try:
             yield VllmClient(server.url, self.timeout_s)
         except EngineError as error:
-            if answers(server.url, "/health"):
+            if answers(server.url, "/health", HEALTH_TIMEOUT_S):
                 raise
             raise self._died(server, error) from error
 

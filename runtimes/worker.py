@@ -38,7 +38,8 @@ class Bench:
         self.calls: list[Call] = []  # one for each lane, each with a state of its own
 
     def opened(self) -> dict[str, Any]:
-        return {"engine": self.runtime.engine, "load_s": self.load_s, "protocol": PROTOCOL}
+        runtime = self.runtime
+        return {"engine": runtime.engine, "remote": runtime.remote, "load_s": self.load_s, "protocol": PROTOCOL}
 
     def prepare(self, sizes: dict[str, int]) -> dict[str, Any]:
         """The first call at these sizes, and warm-up by time and by count."""

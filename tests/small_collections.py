@@ -66,10 +66,12 @@ def write_statements(path: Path, papers: Sequence[str] = tuple(PAPERS)) -> None:
 
 
 @contextmanager
-def serving(collections: Path, repository: Path) -> Iterator[Server]:
+def serving(
+    collections: Path, repository: Path, host: str = "127.0.0.1", names: Sequence[str] = ()
+) -> Iterator[Server]:
     """A server in this process, stopped at the end."""
     with Library(collections, lambda: Embedder(repository)) as library:
-        server = Server(library, "127.0.0.1", 0)
+        server = Server(library, host, 0, names)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

@@ -1,6 +1,7 @@
 """The index finds nearly all of what an exact search finds, and is refused beside any other collection."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from test_collection import INFO
 
+from runtimes import approximate
 from runtimes.approximate import INDEX, MANIFEST, Index, build_index, main
 from runtimes.artifact import write_manifest
 from runtimes.collection import Collection, Entry
@@ -91,6 +93,42 @@ def test_an_index_of_something_else_is_refused(spoil: Callable[[Path], None], sa
     with pytest.raises(ArtifactError, match=says) as caught:
         Index(Collection.open(tmp_path))
     assert "runtimes.approximate" in str(caught.value)
+
+
+def test_an_index_is_read_whole_only_if_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection = write(tmp_path, rows=300)
+    build_index(collection)
+    read: list[Path] = []
+    honest = approximate.sha256_file
+
+    def counted(path: Path) -> str:
+        read.append(path)
+        return honest(path)
+
+    monkeypatch.setattr(approximate, "sha256_file", counted)
+    Index(collection)
+    assert read == []
+    os.utime(tmp_path / INDEX, ns=(1, 1))  # as after a copy
+    Index(collection)
+    assert len(read) == 1
+    Index(collection)
+    assert len(read) == 1, "its new time is known now"
+    Index(collection, verify=True)
+    assert len(read) == 2
+
+
+def test_a_change_that_hides_behind_size_and_time_is_found_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_index(write(tmp_path, rows=300))
+    assert main([str(tmp_path), "--verify"]) == 0
+    assert "unchanged" in capsys.readouterr().out
+    time_ns = (tmp_path / INDEX).stat().st_mtime_ns
+    flip(tmp_path)
+    os.utime(tmp_path / INDEX, ns=(time_ns, time_ns))
+    Index(Collection.open(tmp_path))
+    assert main([str(tmp_path), "--verify"]) == 1
+    assert "found another or none" in capsys.readouterr().err
 
 
 def test_without_an_index_the_error_names_it(tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ def check_row(row: Mapping[str, Any]) -> None:
     assert row["device_p50_s"] is None
 
 
+def test_what_was_measured_before_an_interruption_is_kept(
+    gru_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Iterator[dict[str, Any]]:
+        yield row("onnx", 10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupted)
+    assert bench.main(["--repository", str(gru_repository), "--out", str(tmp_path / "rows.json")]) == 130
+    assert len(load_results(tmp_path / "rows.json")["rows"]) == 1
+
+
 def test_every_scenario_has_its_rows(gru_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     more = [

@@ -130,7 +130,12 @@ def results(path: Path, factor: float, runs: int = 10, **changes: Any) -> str:
     medians = factor * np.exp(np.random.default_rng(0).normal(0, 0.03, runs))
     row = {
         **{"model": "toy", "target": "onnx", "precision": "fp32", "engine": "onnx", "scenario": "single-stream"},
-        **{"sizes": {"batch": 1}, "run_medians_s": medians.tolist(), "run_cpu_s_per_call": [1.0] * runs},
+        **{
+            "sizes": {"batch": 1},
+            "run_medians_s": medians.tolist(),
+            "run_cpu_s_per_call": [1.0] * runs,
+            "cpu_s_per_call": 1.0,
+        },
     }
     write_json(path, {"schema": SCHEMA, "environment": {}, "rows": [row | changes]})
     return str(path)

@@ -1,16 +1,18 @@
 """What needs an NVIDIA GPU: torch eager and compiled in every precision, the Mamba kernel, ONNX Runtime on CUDA."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from export import all as export_all
 from export import parity
 from export.all import Cell, convert, prove
 from export.source import Source
 from export.target import Built
-from runtimes import plugins
+from runtimes import bench, plugins
 from runtimes.artifact import Artifact
 from runtimes.base import open_runtime
 from runtimes.device import gpu
@@ -69,6 +71,20 @@ def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: 
     if built.idle:
         pytest.skip(built.idle)
     assert prove(artifact, source, tmp_path, built).proved
+
+
+def test_a_benchmark_on_cuda_has_times_of_the_device_and_memory_of_the_gpu(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "model_repository"
+    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
+    assert export_all.main(["--target", "torch", "--model", "policy_gru", *places]) == 0
+    capsys.readouterr()
+    arguments = ["--repository", str(repository), "--device", "cuda", "--rounds", "3", "--target", "torch"]
+    assert bench.main([*arguments, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert 0 < row["device_p50_s"] <= row["p50_s"]
+        assert "cuda" in row["provider"]
 
 
 def test_the_mamba_kernel_continues_a_state() -> None:

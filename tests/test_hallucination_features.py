@@ -238,6 +238,7 @@ def test_copying_heads_are_found_by_their_circuits() -> None:
         ({"layers": ""}, "expected layers such as '23 24', or all; found ''"),
         ({"level": "word"}, "expected level of chunk, token; found 'word'"),
         ({"max_tokens": 100_000}, "expected max_tokens up to 16384, found 100000"),
+        ({"chunk_tokens": 600}, "seeded:tiny: expected chunk_tokens up to 512, found 600"),
         ({"top_percent": 60}, "expected top_percent up to 50"),
     ],
 )

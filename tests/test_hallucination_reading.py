@@ -14,8 +14,9 @@ from training.models.hallucination.config import CONFIG, TINY, TRAINING
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import PROFILES, max_memory, open_decoder, with_profile
 from training.models.hallucination.reading import FeatureReader
+from training.run import configure
 from training.run import main as run
-from training.spec import Config
+from training.spec import Config, find_spec
 
 PLAIN: Config = {**TRAINING, "device": "cpu", "seed": 0}
 TEXT = json.dumps(
@@ -97,7 +98,7 @@ def test_every_profile_sets_what_there_is_to_set() -> None:
     for name, settings in PROFILES.items():
         assert settings.keys() <= TRAINING.keys()
         chosen = with_profile({**PLAIN, "profile": name}, TINY)
-        assert chosen == {**PLAIN, "profile": name, **settings}
+        assert chosen == {**PLAIN, **settings}, "and is not looked at again, on another machine"
     assert with_profile(PLAIN, TINY) == PLAIN
     assert max_memory(PROFILES["kaggle-2xt4"]["max_memory"]) == {0: "12GiB", 1: "12GiB"}
 
@@ -109,6 +110,12 @@ def test_the_automatic_profile_fits_the_memory_that_is_found() -> None:
     assert [settings["loading"] for settings in found] == ["fp32", "bf16", "int8", "nf4", "nf4"]
     assert [bool(settings["device_map"]) for settings in found] == [False, False, False, False, True]
     assert found[0]["padded_size"] > found[3]["padded_size"] >= 512
+
+
+def test_what_is_set_by_hand_wins_over_a_profile() -> None:
+    _, training = configure(find_spec("hallucination"), "tiny", {"profile": "rtx-4090", "loading": "fp32"})
+    assert training["loading"] == "fp32"
+    assert training["padded_size"] == PROFILES["rtx-4090"]["padded_size"]
 
 
 @pytest.mark.slow

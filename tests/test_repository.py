@@ -14,6 +14,7 @@ import pytest
 import toys
 
 import runtimes.pipelines
+from export import all as export_all
 from export.lint import lint
 from export.repository import drafting, publish, publish_ensemble, reschedule
 from export.triton_config import Scheduling
@@ -206,6 +207,18 @@ def test_an_ensemble_needs_a_served_artifact(repository: Path, tmp_path: Path) -
 def test_what_was_published_is_as_its_artifacts_say(repository: Path, signature: Signature) -> None:
     publish_all(repository, signature)
     assert lint(repository) == []
+
+
+def test_the_ensemble_goes_through_onnx_whatever_is_exported_last(repository: Path) -> None:
+    def lead(**changes: object) -> bool:
+        return export_all.leads(Artifact.load(publish_toy(repository, **changes)), repository)
+
+    assert lead(target="openvino"), "the only one there is"
+    assert lead(target="onnx")
+    assert not lead(target="openvino"), "exported again, after onnx"
+    assert not lead(target="onnx", precision="int8"), "only the first precision of a target is led through"
+    assert lead(target="openvino", checkpoint="newer"), "onnx of an older checkpoint is out of date"
+    assert lead(target="onnx", checkpoint="newer")
 
 
 def edit(file: str, old: str, new: str) -> Callable[[Path], None]:

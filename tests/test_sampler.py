@@ -1,12 +1,18 @@
-"""Memory of process trees, sampled from outside."""
+"""Memory of process trees, sampled from outside; what a GPU is asked, as far as that shows without one."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from runtimes import device_time, nvml
+from runtimes.device import gpu
+from runtimes.device_time import DeviceTimer
+from runtimes.errors import EngineError
 from runtimes.sampler import Sampler, tree
 from tests.toys import gone, wait_for
 
@@ -63,3 +69,76 @@ def test_the_sampler_ends_with_its_context() -> None:
         pid = sampler._process.pid
         sampler.watch(os.getpid())
     wait_for(lambda: gone(pid))
+
+
+# GPU, without one ----------------------------------------------------------------------------------------------------
+
+
+def test_structures_of_nvml_are_laid_out_as_in_its_header() -> None:
+    """nvml.h: nvmlProcessInfo_t is pid, usedGpuMemory, two instance ids; nvmlMemory_t three unsigned long longs."""
+    fields = {name: getattr(nvml._Process, name).offset for name, _ in nvml._Process._fields_}
+    assert fields == {"pid": 0, "used": 8, "gpu_instance": 16, "compute_instance": 20}
+    assert (ctypes.sizeof(nvml._Process), ctypes.sizeof(nvml._Memory)) == (24, 24)
+
+
+class Library:
+    """Answers as NVML would for one GPU with one process of 3 GB, and knows no MIG."""
+
+    def nvmlDeviceGetMemoryInfo(self, device: object, found: Any) -> int:
+        found._obj.used = 5_000_000_000
+        return 0
+
+    def nvmlDeviceGetComputeRunningProcesses_v3(self, device: object, count: Any, found: Any) -> int:
+        assert count._obj.value == len(found)
+        count._obj.value = 1
+        found[0].pid, found[0].used = 42, 3_000_000_000
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
+        text.value = b"570.1"
+        return 0
+
+    def nvmlDeviceGetMigMode(self, *_: object) -> int:
+        return 3  # NVML_ERROR_NOT_SUPPORTED
+
+    def __getattr__(self, name: str) -> Any:
+        def ask(device: object, *arguments: Any) -> int:
+            arguments[-1]._obj.value = 1410
+            return 0
+
+        return ask
+
+
+def test_what_a_driver_does_not_answer_is_none() -> None:
+    found = nvml.Nvml(Library(), ctypes.c_void_p())
+    assert found.memory_bytes() == 5_000_000_000
+    assert found.process_bytes() == {42: 3_000_000_000}
+    state = found.state()
+    assert (state["driver"], state["sm_mhz"], state["mig"]) == ("570.1", 1410, None)
+
+
+@pytest.mark.skipif(gpu() is not None, reason="there is a GPU")
+def test_without_a_gpu_there_is_no_library_and_events_are_refused() -> None:
+    pytest.importorskip("cuda.bindings.runtime")
+    assert nvml.nvml() is None
+    with pytest.raises(EngineError, match="CUDA events: expected success"):
+        DeviceTimer(0)
+
+
+def test_events_stand_around_the_call_and_are_read_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which the CUDA runtime wants them: record, work, record, wait, read."""
+    told: list[str] = []
+
+    class Cuda:
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: object) -> tuple[object, ...]:
+                told.append(name)
+                return (0, 12.5) if name in ("cudaEventCreate", "cudaEventElapsedTime") else (0,)
+
+            return call
+
+    monkeypatch.setattr(device_time, "require", lambda *_, **__: Cuda())
+    timer = DeviceTimer(7)
+    assert timer.around(lambda: told.append("work") or "answer")() == "answer"  # type: ignore[func-returns-value]
+    assert timer.elapsed_s() == pytest.approx(0.0125)
+    assert told[2:] == ["cudaEventRecord", "work", "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime"]

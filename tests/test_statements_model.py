@@ -13,10 +13,12 @@ from torch import nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from runtimes.errors import ArtifactError, InputError
+from runtimes.texts import Tokens
 from training.checkpoint import Checkpoint, restore
 from training.models.statements import base, metrics
 from training.models.statements.make_base import main as make_base
 from training.models.statements.module import StatementEmbedder, adapted_layers, merged
+from training.models.statements.padding_bench import main as padding_bench
 from training.run import main as run
 from training.spec import find_spec
 
@@ -175,6 +177,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arguments = ["--data", str(folder / "data.jsonl"), "--out", str(folder), "--batch", "4"]
     assert run(["statements", *arguments, "--base", str(folder / "base"), "--epochs", "2"]) == 0
     return folder
+
+
+def test_a_base_has_the_sizes_it_is_asked_for_and_length_buckets_are_measured_over_it(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = str(trained / "data.jsonl"), trained / "tiny base"
+    assert make_base(["--data", data, "--out", str(out), "--geometry", "tiny", "--vocabulary", "300"]) == 0
+    sizes = json.loads((out / "config.json").read_text())
+    wanted = {name: size for name, size in base.GEOMETRIES["tiny"].items() if name != "vocab_size"}
+    assert {name: sizes[name] for name in wanted} == wanted
+    capsys.readouterr()
+    assert padding_bench(["--base", str(out), "--data", data, "--statements", "36", "--rounds", "1"]) == 0
+    tokens = Tokens.load(out / "tokenizer.json", 256)
+    lengths = tokens.lengths([f"Let $x_{i}$ be {w}." for i in range(12) for w in ("odd", "even", "prime")])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("length buckets")]
+    assert line.split()[2] == str(36 * max(lengths)), "all of them are one batch"
+    assert padding_bench(["--data", data]) == 2
 
 
 def test_a_checkpoint_holds_adapters_and_projection_and_names_every_tensor_of_the_base(trained: Path) -> None:

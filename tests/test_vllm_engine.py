@@ -114,7 +114,7 @@ class TestGenerator:
     ) -> None:
         runtime, _ = vllm_generator
         before = runtime.run(small_decoders.row_feeds([5, 9]))
-        (engine,) = (pid for pid, title in processes_of(runtime) if "EngineCore" in title)
+        (engine,) = (pid for pid, title in descendants(runtime.model.pid) if "EngineCore" in title)
         os.kill(engine, signal.SIGSTOP)  # so that the request is under way when it dies
         with ThreadPoolExecutor(1) as pool:
             request = pool.submit(runtime.complete, [[5, 6, 7]], **GREEDY)
@@ -179,13 +179,6 @@ def test_a_checkpoint_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(EngineError, match=r"expected vLLM to start on .*checkpoint, it says: .*(safetensor|header)"):
         open_runtime(tmp_path, verify=False).open()
-
-
-def processes_of(runtime: VllmRuntime) -> list[tuple[int, str]]:
-    server = runtime.model._server
-    assert server
-    assert server._guard
-    return descendants(server._guard.pid)
 
 
 def descendants(pid: int) -> list[tuple[int, str]]:

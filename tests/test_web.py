@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ import numpy as np
 import pytest
 from small_collections import PAPERS, serving, unit_rows, write_collection, write_statements
 
+from runtimes.collection import Collection
+from runtimes.errors import EngineError
 from runtimes.web import server as web
 from runtimes.web.__main__ import main
+from runtimes.web.library import Library
 from runtimes.web.server import Server
 
 
@@ -103,6 +108,55 @@ def test_a_collection_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
         assert ask(server, "/api/collections/a")[0] == 404
         write_collection(tmp_path / "a", vectors=np.roll(unit_rows(7), 1, axis=1))
         assert ask(server, "/api/collections/a")[1]["state"] == "ready"
+
+
+def test_nobody_waits_for_a_collection_or_a_model_that_another_request_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("slow", "quick"):
+        write_collection(tmp_path / name)
+    began, goes_on = threading.Event(), threading.Event()
+    honest = Collection.open
+
+    def slow(folder: Path) -> Collection:
+        if folder.name == "slow":
+            began.set()
+            assert goes_on.wait(20)
+        return honest(folder)
+
+    def open_embedder() -> Any:
+        began.set()
+        assert goes_on.wait(20)
+        raise EngineError("no model")
+
+    monkeypatch.setattr(Collection, "open", slow)
+    with Library(tmp_path, open_embedder) as library, ThreadPoolExecutor(2) as pool:
+        for act in (lambda: library.describe("slow")["state"], lambda: library.search("quick", "a ring", 1)):
+            began.clear()
+            goes_on.clear()
+            waiting = pool.submit(act)
+            assert began.wait(20)
+            assert library.describe("quick")["state"] == "ready"
+            assert len(library.neighbours("quick", 0, 2, False)) == 2
+            goes_on.set()
+            assert waiting.exception(20) is not None or waiting.result() == "ready"
+
+
+@pytest.mark.parametrize(
+    ("names", "host", "status"),
+    [
+        ((), "anything.example", 200),
+        (("search.example",), "Search.Example:80", 200),
+        (("search.example",), "127.0.0.1", 200),
+        (("search.example",), "evil.example", 400),
+    ],
+)
+def test_on_all_addresses_the_names_that_were_given_are_answered(
+    tmp_path: Path, names: tuple[str, ...], host: str, status: int
+) -> None:
+    write_collection(tmp_path / "one")
+    with serving(tmp_path, tmp_path / "none", host="0.0.0.0", names=names) as server:
+        assert ask(server, "/api/collections", headers={"Host": host})[0] == status
 
 
 def test_what_may_not_be_looked_at_spoils_nothing_else(tmp_path: Path) -> None:

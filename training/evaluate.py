@@ -2,12 +2,13 @@
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from runtimes.command import command, flags, parser, settings
 from training.checkpoint import Checkpoint, restore
-from training.run import configure, evaluation_table
+from training.loop import COMMON
+from training.run import changed, configure, evaluation_table
 from training.spec import Evaluation, ModelSpec, find_spec
 
 
@@ -44,11 +45,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def of_checkpoint(spec: ModelSpec, checkpoint: Checkpoint, changes: dict[str, str], data: Path | None) -> Evaluation:
-    """How good it is with the settings it was trained with, but for `changes`."""
-    _, now = configure(spec, checkpoint.preset, changes)
-    training = {**now, **{name: then for name, then in checkpoint.training.items() if name not in changes}}
-    recipe = spec.recipe()(checkpoint.config, training, data)
-    return recipe.evaluate(restore(checkpoint, spec))
+    """How good it is with the settings it was trained with, but for `changes`.
+
+    `InputError` or `ArtifactError` for a change with which the checkpoint is another model's.
+    """
+    trained = {**COMMON, **spec.preset(checkpoint.preset).training, **checkpoint.training}
+    config, training = changed(spec, dict(checkpoint.config), trained, changes)
+    recipe = spec.recipe()(config, training, data)
+    return recipe.evaluate(restore(replace(checkpoint, config=config), spec))
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ class FrozenModule(nn.Module):
 
 
 def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
-    """`kind` (a class of transformers with from_pretrained) of a folder or hub id; `InputError` if there is none."""
+    """`kind` (a class of transformers with from_pretrained) of a folder or hub id; `InputError` if there is none.
+
+    Also if it is packed in a way that a package reads which is not installed.
+    """
     no_bars_in_a_log()
     try:
         return kind.from_pretrained(source, revision=revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
 
 

@@ -1,5 +1,6 @@
 """Train models and write their checkpoints: python -m training.run MODEL..."""
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -49,15 +50,20 @@ def choose(names: Sequence[str]) -> Iterator[ModelSpec]:
 def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Config, Config]:
     """The preset's config and training settings with the user's changes; `InputError` for a setting neither has."""
     chosen = spec.preset(preset)
-    defaults = {**COMMON, **chosen.training}
-    known = chosen.config.keys() | defaults.keys()
-    known -= set(spec.fixed)
+    return changed(spec, chosen.config, {**COMMON, **chosen.training}, changes)
+
+
+def changed(spec: ModelSpec, config: Config, training: Config, changes: dict[str, str]) -> tuple[Config, Config]:
+    """A config and training settings with the user's changes, and with what follows from these."""
+    known = (config.keys() | training.keys()) - set(spec.fixed)
     for name in changes.keys() - known:
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
-    config = override(chosen.config, {name: text for name, text in changes.items() if name in chosen.config})
-    training = override(defaults, {name: text for name, text in changes.items() if name in defaults})
+    own = {name: text for name, text in changes.items() if name in config}
+    by_hand = {name: text for name, text in changes.items() if name in training}
+    config = spec.settle(override(config, own))
+    training = override(spec.implied(config, override(training, by_hand)), by_hand)
     check_training(training)
-    return spec.settle(config), training
+    return config, training
 
 
 def train(
@@ -90,6 +96,23 @@ def train(
     return checkpoint, evaluation
 
 
+class Help(argparse.Action):
+    """Prints the parser's own help, then every setting of the models named so far with what it means."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        for name in namespace.models or ():
+            spec = find_spec(name)
+            chosen = spec.preset("tiny")
+            defaults = {**chosen.config, **COMMON, **chosen.training}
+            rows = [(key, defaults[key], spec.notes.get(key, "")) for key in defaults if key not in spec.fixed]
+            print(f"\nsettings of {name}\n{table(['setting', 'tiny', 'what it is'], rows)}")
+        parser.exit()
+
+
 def _has_state(work: Path | None, spec: ModelSpec) -> bool:
     return work is not None and any((work / spec.name).glob("checkpoint-*"))
 
@@ -114,8 +137,12 @@ def _parser() -> Any:
         __doc__.partition(":")[0] + ".",
         "policy_gru",
         "policy_mamba --data replays/ --out checkpoints --set lr=3e-4 --windows lazy",
+        add_help=False,
     )
     result.add_argument("models", nargs="+", metavar="MODEL", help="model names, or 'all'")
+    result.add_argument(
+        "-h", "--help", action=Help, help="show this, and the settings of the models named before it, and exit"
+    )
     result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
     result.add_argument(

@@ -12,7 +12,7 @@ from runtimes.artifact import Check, write_json
 from runtimes.device import gpu
 from runtimes.errors import MissingPackage
 from runtimes.quiet import bars_on_a_terminal_only
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TASK
+from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TASK, TOKENIZER
 from runtimes.vllm_server import find_python
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def convert(source: Source, precision: str, out: Path) -> Built:
             model.save_pretrained(folder)
     if precision != "fp32":
         store_as(folder, torch.bfloat16)
-    write_tokenizer(language_model, folder)
+    for place in (folder, out / TOKENIZER):
+        write_tokenizer(language_model, place)
     if language_model.task == "embed":
         write_embedding_modules(language_model, folder)
     write_json(out / ENGINE_FILE, engine_arguments(language_model, precision))
@@ -67,9 +68,10 @@ def convert(source: Source, precision: str, out: Path) -> Built:
 
 
 def engine_arguments(language_model: "LanguageModel", precision: str) -> dict[str, Any]:
-    """What AsyncEngineArgs is to be called with; `model` becomes a whole path when it is published."""
+    """What AsyncEngineArgs is to be called with; `model` and `tokenizer` become whole paths when they are published."""
     arguments = {
         "model": CHECKPOINT,
+        "tokenizer": TOKENIZER,
         "dtype": "float32" if precision == "fp32" else "bfloat16",  # by itself, it would round float32 on a CPU
         "max_model_len": language_model.window,
     }

@@ -1,6 +1,6 @@
 """Hugging Face's transformers on the checkpoint of an artifact for vLLM, where vLLM itself cannot run.
 
-Quantized weights are taken as the numbers they stand for, in float32.
+Quantized weights are taken as the numbers they stand for, in float32; activations are not rounded here.
 """
 
 from collections.abc import Mapping

@@ -77,21 +77,23 @@ class TritonRuntime(Runtime):
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         if not self.recurrent:
-            return self.send(feeds)()
+            return self.send(feeds, alone=True)()
         whole = {"sequence_start": True, "sequence_end": True}
-        return joined([self.send(row, sequence_id=new_sequence(), **whole) for row in rows(feeds)])
+        separate = list(rows(feeds))
+        alone = len(separate) == 1
+        return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
 
     def stream(self, batch: int = 1) -> Stream:
         return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
 
-    def send(self, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Answer:
-        """A call that waits for the visible outputs of a request that is on its way."""
+    def send(self, feeds: Mapping[str, np.ndarray], *, alone: bool = False, **sequence: Any) -> Answer:
+        """A call that waits for the visible outputs of a request that is on its way, or sends it if it is `alone`."""
         if self._client is None:
             raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
         # One number per row travels as [batch, 1]: Triton has no tensor without dims.
         wide = {name: array[:, None] if array.ndim == 1 else array for name, array in feeds.items()}
         specs = self.signature.outputs
-        wait = self._client.send(self.model, wide, [spec.name for spec in specs], **sequence)
+        wait = self._client.send(self.model, wide, [spec.name for spec in specs], alone=alone, **sequence)
 
         def answer() -> Tensors:
             outputs = wait()
@@ -140,9 +142,10 @@ class SequenceStream(Stream):
         self.last = {}
 
     def _send(self, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Tensors:
+        alone = len(self.sequences) == 1
         return joined(
             [
-                self.runtime.send(row, sequence_id=own, sequence_start=own in self.starting, **sequence)
+                self.runtime.send(row, alone=alone, sequence_id=own, sequence_start=own in self.starting, **sequence)
                 for own, row in zip(self.sequences, rows(feeds), strict=True)
             ]
         )

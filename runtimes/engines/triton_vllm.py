@@ -23,6 +23,7 @@ class TritonVllmRuntime(Runtime):
     """Asks the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
 
     engine = "triton_vllm"
+    remote = True
 
     def __init__(
         self,

@@ -34,6 +34,8 @@ class VllmRuntime(Runtime):
     """
 
     engine = "vllm"
+    remote = True
+    remote = True
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1, **server: Any) -> None:
         super().__init__(root, artifact, device=device, threads=threads)

@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     folder = existing_folder(arguments.collections, "collections, or statements as .jsonl")
     with Library(folder, lambda: open_embedder(arguments), arguments.threads) as library:
-        server = Server(library, arguments.host, arguments.port)
+        server = Server(library, arguments.host, arguments.port, arguments.allow_host)
         print(server.url, flush=True)
         try:
             server.serve_forever()
@@ -30,10 +30,17 @@ def _parser() -> Any:
         "runtimes.web",
         __doc__.partition(":")[0] + ".",
         "--collections collections",
-        "--collections collections --port 8010",
+        "--collections collections --host 0.0.0.0 --port 8010 --allow-host search.example.org",
     )
     result.add_argument("--collections", type=Path, default=Path("collections"), metavar="DIR", help="their folder")
     result.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    result.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name under which others reach this machine; requests for any other are then refused",
+    )
     result.add_argument("--port", type=int, default=0, help="port to listen on (default: any that is free)")
     embedder_flags(result)
     return result

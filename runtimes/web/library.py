@@ -62,7 +62,9 @@ class Library:
         self._embedder: Embedder | None = None
         self._opened: dict[str, Opened] = {}
         self._jobs: dict[str, Job] = {}
-        self._lock = threading.RLock()  # over the three above
+        self._lock = threading.Lock()  # over what the page knows; never held while anything is read from the disk
+        self._turns: dict[str, threading.Lock] = {}  # by collection: it is opened once, and keeps no other one waiting
+        self._model_lock = threading.Lock()
         self._search_lock = threading.Lock()  # one search has all threads; two would have twice the memory
         self._exits = ExitStack()
 
@@ -83,36 +85,34 @@ class Library:
 
     def describe(self, name: str) -> dict[str, Any]:
         """The entry of one collection in the list, whatever state it is in."""
-        with self._lock:
-            job = self._jobs.get(name)
-            if self._place(name).is_file() and (job is None or not job.succeeded):
-                return {"name": name, **(job.progress() if job else {"state": "uncomputed"})}
-            try:
-                opened = self.open(name)
-            except SlipwayError as error:
-                return {"name": name, "state": "broken", "reason": str(error)}
-            return {"name": name, "state": "ready", "rows": len(opened.source), "papers": len(opened.papers)}
+        job = self._job(name)
+        if self._place(name).is_file() and (job is None or not job.succeeded):
+            return {"name": name, **(job.progress() if job else {"state": "uncomputed"})}
+        try:
+            opened = self.open(name)
+        except SlipwayError as error:
+            return {"name": name, "state": "broken", "reason": str(error)}
+        return {"name": name, "state": "ready", "rows": len(opened.source), "papers": len(opened.papers)}
 
     def open(self, name: str) -> Opened:
         """The collection of this name; a one-line error if there is none, or it is broken or not computed."""
-        with self._lock:
-            place = self._place(name)
+        place = self._place(name)
+        with self._turn(name):
             if place.is_file():
                 return self._computed(name)
             version = _version(place)
-            opened = self._opened.get(name)
+            opened = self._known(name)
             if opened is None or opened.version != version:
                 collection = Collection.open(place)
-                opened = Opened(source=collection, papers=collection.papers(), version=version)
-                self._opened[name] = opened
+                opened = self._know(name, Opened(source=collection, papers=collection.papers(), version=version))
             return opened
 
     def compute(self, name: str) -> None:
         """Statements without vectors get them, in memory and in the background; `describe` says how far it is."""
+        place = self._place(name)
+        if not place.is_file():
+            raise InputError(f"{name}: expected statements without vectors, found a collection")
         with self._lock:
-            place = self._place(name)
-            if not place.is_file():
-                raise InputError(f"{name}: expected statements without vectors, found a collection")
             job = self._jobs.get(name)
             if job is None or (job.finished and not job.succeeded):
                 self._jobs[name] = Job(place, self.embedder)
@@ -135,8 +135,8 @@ class Library:
         return self._search(opened, embedder.vectors([text]), k)
 
     def embedder(self) -> Embedder:
-        """The model, opened at the first call."""
-        with self._lock:
+        """The model, opened at the first call; who asks for it meanwhile waits, and nobody else."""
+        with self._model_lock:
             if self._embedder is None:
                 self._embedder = self._exits.enter_context(self._open_embedder())
             return self._embedder
@@ -150,13 +150,31 @@ class Library:
         ]
 
     def _computed(self, name: str) -> Opened:
-        job = self._jobs.get(name)
+        job = self._job(name)
         if job is None or not job.finished:
             raise InputError(f"{name}: expected a collection, found statements without vectors; compute them first")
         source = job.result()
-        opened = self._opened.get(name)
+        opened = self._known(name)
         if opened is None or opened.source is not source:
-            opened = self._opened[name] = Opened(source=source, papers=source.papers())
+            opened = self._know(name, Opened(source=source, papers=source.papers()))
+        return opened
+
+    def _turn(self, name: str) -> threading.Lock:
+        """The lock of a collection that there is."""
+        with self._lock:
+            return self._turns.setdefault(name, threading.Lock())
+
+    def _job(self, name: str) -> Job | None:
+        with self._lock:
+            return self._jobs.get(name)
+
+    def _known(self, name: str) -> Opened | None:
+        with self._lock:
+            return self._opened.get(name)
+
+    def _know(self, name: str, opened: Opened) -> Opened:
+        with self._lock:
+            self._opened[name] = opened
         return opened
 
     def _place(self, name: str) -> Path:

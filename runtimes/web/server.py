@@ -7,7 +7,7 @@ import json
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -143,15 +143,19 @@ ROUTES: dict[tuple[str, str], Callable[[Library, Request], Answer]] = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page for one library on `host`; port 0 takes a free one. `url` says where."""
+    """Serves the page for one library on `host`; port 0 takes a free one. `url` says where.
+
+    Only requests for this machine, for `host` or for one of `names` are answered; on an address that others reach and
+    without names, requests for any host are.
+    """
 
     daemon_threads = True
 
-    def __init__(self, library: Library, host: str, port: int) -> None:
+    def __init__(self, library: Library, host: str, port: int, names: Sequence[str] = ()) -> None:
         self.library = library
         self.pages = read_pages()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.hosts = {host, *LOOPBACK} if host in LOOPBACK else None
+        self.hosts = {host, *LOOPBACK, *(name.lower() for name in names)} if names or host in LOOPBACK else None
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
@@ -231,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _refuse_other_sites(self) -> None:
         """A name of another site that leads to this machine would let that site's pages read ours."""
-        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]")
+        host = re.sub(r":\d*$", "", self.headers.get("Host", "")).strip("[]").lower()
         if self.server.hosts is not None and host not in self.server.hosts:
             raise InputError(f"expected a host of {', '.join(sorted(self.server.hosts))}; found '{host[:80]}'")
 

@@ -79,8 +79,8 @@ def check(config: Config) -> None:
 
 
 def settle(config: Config) -> Config:
-    """The config with `all` heads and layers named; `InputError` for those that the base does not have."""
-    from training.models.hallucination.frozen import decoder_config, window
+    """The config with `all` heads and layers named; `InputError` for what base and encoder do not have."""
+    from training.models.hallucination.frozen import decoder_config, encoder_config, window
 
     base = decoder_config(config["base"], config["base_revision"])
     layers, heads = base.num_hidden_layers, base.num_attention_heads
@@ -99,6 +99,12 @@ def settle(config: Config) -> Config:
         )
     if config["max_tokens"] > window(base):
         raise InputError(f"{config['base']}: expected max_tokens up to {window(base)}, found {config['max_tokens']}")
+    if config["level"] == "chunk":
+        longest = encoder_config(config["encoder"], config["encoder_revision"]).max_position_embeddings
+        if config["chunk_tokens"] > longest:
+            raise InputError(
+                f"{config['encoder']}: expected chunk_tokens up to {longest}, found {config['chunk_tokens']}"
+            )
     return named
 
 

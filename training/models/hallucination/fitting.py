@@ -87,6 +87,11 @@ class Scorer:
         """[R]: the score of each response, 0..1 on the responses it was fitted to."""
         return units.average(self.score(units))
 
+    def calls(self, scores: np.ndarray) -> np.ndarray:
+        """bool [R]: which of these responses are called hallucinated; as served, where a score ends at 0 and at 1."""
+        called: np.ndarray = scores.clip(0, 1) >= self.threshold
+        return called
+
 
 def scaled(values: np.ndarray, bounds: Bounds) -> np.ndarray:
     """`values` with the bounds at 0 and 1; all 0 where the bounds are one."""
@@ -232,7 +237,7 @@ def held_out(units: Units, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.
     for train in folds(units, settings["folds"], settings["seed"]):
         scorer = fit(units.take(train), settings)
         scores[~train] = scorer.judge(units.take(~train))
-        called[~train] = scores[~train] >= scorer.threshold
+        called[~train] = scorer.calls(scores[~train])
     return scores, called
 
 

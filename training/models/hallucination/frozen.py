@@ -72,10 +72,22 @@ def load_decoder(source: str, revision: str) -> Any:
 @lru_cache(maxsize=2)
 def load_encoder(source: str, revision: str) -> Any:
     """The sentence encoder `source`, without a pooler; loaded once per process."""
-    from transformers import AutoModel, BertConfig, BertModel
+    from transformers import AutoModel, BertModel
+
+    config = encoder_config(source, revision)
+    if is_seeded(source):
+        model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
+    else:
+        model = pretrained(AutoModel, source, revision, **EAGER)
+    return freeze(without_pooler(model))
+
+
+def encoder_config(source: str, revision: str) -> Any:
+    """The config of a sentence encoder; `InputError` unless it is of the BERT family."""
+    from transformers import AutoConfig, BertConfig
 
     if is_seeded(source):
-        config = BertConfig(
+        return BertConfig(
             vocab_size=BYTES,
             hidden_size=32,
             num_hidden_layers=2,
@@ -84,12 +96,10 @@ def load_encoder(source: str, revision: str) -> Any:
             initializer_range=0.3,  # else every text has nearly the same vector
             pad_token_id=SPECIAL.index("<pad>"),
         )
-        model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
-    else:
-        model = pretrained(AutoModel, source, revision, **EAGER)
-        if model.config.model_type != "bert":
-            raise InputError(f"{source}: expected an encoder of the BERT family, found '{model.config.model_type}'")
-    return freeze(without_pooler(model))
+    config = pretrained(AutoConfig, source, revision)
+    if config.model_type != "bert":
+        raise InputError(f"{source}: expected an encoder of the BERT family, found '{config.model_type}'")
+    return config
 
 
 def decoder_config(source: str, revision: str) -> Any:

@@ -5,13 +5,15 @@ Reading needs the weights, one layer's activations and two distributions over th
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from runtimes.errors import InputError, require
+from runtimes.profiles import MACHINES
 from training.frozen import freeze, pretrained
 from training.models.hallucination.decoder import Decoder, layer_outputs
 from training.models.hallucination.frozen import decoder_config, load_decoder
@@ -23,52 +25,25 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOADINGS = (*DTYPES, "int8", "nf4", "stored")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}
 SHARE_FOR_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
-# A batch has padded_size // longest of the longest texts.
-PROFILES: dict[str, Config] = {
-    "kaggle-2xt4": {
-        "loading": "nf4",
-        "device_map": "balanced",
-        "max_memory": "0:12GiB 1:12GiB",
-        "longest": 6000,
-        "padded_size": 6000,
-    },
-    "colab-t4": {
-        "loading": "nf4",
-        "device_map": "auto",
-        "max_memory": "0:14GiB",
-        "longest": 4000,
-        "padded_size": 4000,
-    },
-    "colab-a100": {
-        "loading": "int8",
-        "device_map": "auto",
-        "max_memory": "0:35GiB",
-        "longest": 12_000,
-        "padded_size": 48_000,
-    },
-    "rtx-4090": {
-        "loading": "fp16",
-        "device_map": "auto",
-        "max_memory": "",
-        "longest": 16_000,
-        "padded_size": 128_000,
-    },
-}
+PROFILES: dict[str, Config] = {name: dict(machine.holding) for name, machine in MACHINES.items()}
 
 
 def with_profile(training: Config, config: Config, memory_bytes: int | None = None) -> Config:
     """The settings with those of `profile`, `auto` being made from the memory that is found; "" changes nothing.
 
+    `profile` is then "": what it meant on this machine has been said, and what is set by hand later stays.
     A profile sets how features are read, never what they are: it cannot raise the model's own max_tokens.
     """
     name = training["profile"]
     if name == "":
         return training
-    if name == "auto":
-        return {**training, **_automatic(config, memory_bytes if memory_bytes is not None else _memory_bytes())}
-    if name not in PROFILES:
+    if name != "auto" and name not in PROFILES:
         raise InputError(f"--profile: expected one of {', '.join(PROFILES)}, auto; found '{name}'")
-    return {**training, **PROFILES[name]}
+    if name == "auto":
+        own = _automatic(config, memory_bytes if memory_bytes is not None else _memory_bytes())
+    else:
+        own = PROFILES[name]
+    return {**training, **own, "profile": ""}
 
 
 def _automatic(config: Config, memory_bytes: int) -> Config:
@@ -111,7 +86,44 @@ def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Deco
         decoder = decoder.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if training["compile"]:
         decoder.run_layer = torch.compile(layer_outputs, dynamic=True)
+    if any(map(is_packed, decoder.model.modules())):
+        decoder.run_layer = unpacking(decoder.run_layer)
     return decoder
+
+
+def is_packed(module: Any) -> bool:
+    """Whether compressed-tensors holds this module's weights, as AWQ and GPTQ made them, in packed integers."""
+    return hasattr(module, "weight_packed")
+
+
+def unpacking(run_layer: Callable[..., Any]) -> Callable[..., Any]:
+    """`run_layer` with the weights of that one layer unpacked while it runs: the others stay as small as they are.
+
+    transformers would unpack all of them, and for good, at the first call of the whole model.
+    """
+
+    def run(layer: Any, *given: Any) -> Any:
+        with unpacked(layer):
+            return run_layer(layer, *given)
+
+    return run
+
+
+@contextmanager
+def unpacked(layer: Any) -> Iterator[None]:
+    """Within it, the layer has the weights that its packed integers stand for."""
+    compressors = require("compressed_tensors.compressors", extra="quantize")
+    packed = [module for module in layer.modules() if is_packed(module)]
+    kept = [(dict(module._parameters), module.quantization_status) for module in packed]
+    try:
+        for module in packed:
+            compressors.decompress_module(module)
+        yield
+    finally:
+        for module, (parameters, status) in zip(packed, kept, strict=True):
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module.quantization_status = status
 
 
 def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:

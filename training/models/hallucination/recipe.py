@@ -21,7 +21,6 @@ from training.models.hallucination.data import (
     synthetic_examples,
     train_and_valid,
 )
-from training.models.hallucination.loading import with_profile
 from training.models.hallucination.metrics import auc, best_threshold
 from training.models.hallucination.reading import FeatureReader
 from training.models.hallucination.spec import build, build_scorer
@@ -116,7 +115,7 @@ class HallucinationRecipe(ScorerRecipe):
         # A fitted config names the heads and layers that were chosen; they were chosen from these.
         read = {name: training[f"read_{name}"] or config[name] for name in ("heads", "layers")}
         known = {f"read_{name}": text for name, text in read.items()}
-        super().__init__(config, {**with_profile(training, config), **known}, data)
+        super().__init__(config, {**training, **known}, data)
         self.reader = FeatureReader({**config, **read}, self.training)
 
     @cached_property
@@ -171,7 +170,7 @@ class HallucinationRecipe(ScorerRecipe):
 def judged(scorer: fitting.Scorer, units: Units) -> Metrics:
     """How well the scorer tells hallucinated answers, and chunks, from faithful ones."""
     scores = scorer.judge(units)
-    found = fitting.measure(units.response_labels, scores, scores >= scorer.threshold)
+    found = fitting.measure(units.response_labels, scores, scorer.calls(scores))
     return {**found, "chunk_auc": auc(units.labels, scorer.score(units)), "threshold": scorer.threshold}
 
 

@@ -234,6 +234,15 @@ def _near(tolerance: Tolerance) -> float:
     return NEAR_TIE * tolerance.relative
 
 
+def implied(config: Config, training: Config) -> Config:
+    """The settings with what their profile says."""
+    if not training["profile"]:
+        return training
+    from training.models.hallucination.loading import with_profile
+
+    return with_profile(training, config)
+
+
 def recipe() -> type[Recipe]:
     from training.models.hallucination.recipe import HallucinationRecipe
 
@@ -272,6 +281,7 @@ SPECS = (
         recipe=recipe,
         frozen=frozen,
         settle=settle,
+        implied=implied,
         assets=assets,
         skips={"vllm": "serves a generator, not what reads its attention: --model hallucination_generator"},
     ),

@@ -10,9 +10,9 @@ from typing import Any
 
 from runtimes.command import command, parser
 from runtimes.statements import read_papers
-from training.models.statements.base import PAD, statement_tokenizer
+from training.models.statements.base import GEOMETRIES, PAD, statement_tokenizer
 from training.models.statements.data import flatten
-from training.seeded import add_sizes, write_folder
+from training.seeded import SEEDED, add_sizes, geometry, write_folder
 
 MAX_POSITIONS = 1024
 HEAD_WIDTH = 32
@@ -24,29 +24,33 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     texts, _ = flatten(list(read_papers(arguments.data)))
     tokenizer = statement_tokenizer(texts, arguments.vocabulary)
-    write_base(arguments.out, tokenizer, width=arguments.width, layers=arguments.layers, seed=arguments.seed)
-    print(f"{arguments.out}: a tokenizer from {len(texts)} statements, width {arguments.width}")
+    sizes = geometry(f"{SEEDED}{arguments.geometry}", GEOMETRIES) if arguments.geometry else small(arguments)
+    write_base(arguments.out, tokenizer, sizes, arguments.seed)
+    print(f"{arguments.out}: a tokenizer from {len(texts)} statements, width {sizes['hidden_size']}")
     return 0
 
 
-def write_base(folder: Path, tokenizer: Any, *, width: int, layers: int, seed: int) -> None:
-    """A Hugging Face folder with a seeded base."""
+def small(arguments: Any) -> dict[str, Any]:
+    """Narrow heads and a narrow feed-forward part: what is random in a layer shall not drown the words."""
+    return {
+        "hidden_size": arguments.width,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": HEAD_WIDTH,
+        "intermediate_size": arguments.width // 4,
+        "max_position_embeddings": MAX_POSITIONS,
+    }
+
+
+def write_base(folder: Path, tokenizer: Any, sizes: dict[str, Any], seed: int) -> None:
+    """A Hugging Face folder with a seeded base of these sizes."""
     import torch
     from transformers import Qwen2Config, Qwen2Model
 
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=HEAD_WIDTH,  # type: ignore[call-arg]  # read by the model, not declared by its config
-        intermediate_size=width // 4,
-        max_position_embeddings=MAX_POSITIONS,
-        pad_token_id=tokenizer.token_to_id(PAD),
-    )
-    model = Qwen2Model(config)
+    own = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": tokenizer.token_to_id(PAD)}
+    model = Qwen2Model(Qwen2Config(**{**sizes, **own}))
     # At Qwen2's own 0.02 a layer of random weights drowns the word; at 1 it is the word that a state speaks of.
     torch.nn.init.normal_(model.embed_tokens.weight)
     write_folder(folder, model, tokenizer)
@@ -61,6 +65,7 @@ def _parser() -> Any:
     )
     result.add_argument("--data", type=Path, required=True, help="file with papers")
     add_sizes(result, "base", width=512)
+    result.add_argument("--geometry", choices=GEOMETRIES, help="sizes of a published kind in place of width and layers")
     return result
 
 

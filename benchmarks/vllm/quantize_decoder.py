@@ -1,0 +1,53 @@
+"""Quantize the decoder that the benchmark of vLLM runs: python benchmarks/vllm/quantize_decoder.py decoders/90m
+
+By the code of the target vllm, on the first statements of a file, cut to a length.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from export.hugging_face import store_as
+from export.quantization import SCHEMES, bytes_of_bf16, quantize
+from runtimes.command import command, parser
+from runtimes.statements import read_papers
+from training.models.statements.data import flatten
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Write the quantized decoder into a folder of its own."""
+    arguments = _parser().parse_args(argv)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(arguments.decoder)
+    model = AutoModelForCausalLM.from_pretrained(arguments.decoder, dtype=torch.float32).eval()
+    texts, _ = flatten(list(read_papers(arguments.data)))
+    rows = [np.array(tokenizer(text).input_ids[: arguments.tokens]) for text in texts[: arguments.samples]]
+    arguments.out.mkdir(parents=True)
+    quantize(model, tokenizer, rows, SCHEMES[arguments.scheme], arguments.out)
+    store_as(arguments.out, torch.bfloat16)
+    tokenizer.save_pretrained(arguments.out)
+    print(f"{arguments.out}: {bytes_of_bf16(arguments.out):.3f} of the quantized layers' bytes in bfloat16")
+    return 0
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.vllm.quantize_decoder",
+        "Quantizes a decoder.",
+        "decoders/90m --data stacks_train.jsonl --out decoders/90m_w4",
+    )
+    result.add_argument("decoder", type=Path, help="Hugging Face folder")
+    result.add_argument("--data", type=Path, required=True, help="file with papers to calibrate on")
+    result.add_argument("--out", type=Path, required=True, help="folder of the quantized decoder")
+    result.add_argument("--scheme", choices=SCHEMES, default="w4a16_awq")
+    result.add_argument("--samples", type=int, default=64, help="statements")
+    result.add_argument("--tokens", type=int, default=128, help="of each at most")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""Show a results file: python -m runtimes.report results.json --html results.html
+
+The page is one file that needs no internet. Markdown goes into the summary of a CI run.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from runtimes.command import command, existing_folder, parser
+from runtimes.errors import InputError
+from runtimes.plots import Series, bars, curves, strips
+from runtimes.results import Row, load_results, milliseconds, name_of, note_of, number, sizes_text, times_eager
+
+STYLE = Path(__file__).with_name("report.css")
+HEADER = ("scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p99 ms", "rows/s", "MB",
+          "x eager", "agreement", "note")  # fmt: skip
+READING = (
+    "Milliseconds are of one call. A percentile is pooled from raw samples; a dash stands where there are too few to "
+    "speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times as fast as torch eager in "
+    "float32, measured in turns with it. Agreement: the worst check of decisions against the original, when it was "
+    "exported. Unstable: the last three windows differed by more than 10 %."
+)
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Write the page, the Markdown or both; without either, print the Markdown."""
+    arguments = _parser().parse_args(argv)
+    results = load_results(arguments.results)
+    if not results["rows"]:
+        raise InputError(f"{arguments.results}: expected rows, found none; measure something first")
+    for path in filter(None, (arguments.html, arguments.markdown)):
+        existing_folder(path.absolute().parent, "room for the report")
+    if arguments.html:
+        arguments.html.write_text(page(results), encoding="utf-8")
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(results), encoding="utf-8")
+    if not arguments.html and not arguments.markdown:
+        print(markdown(results), end="")
+    return 0
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """The whole page: environment, then a section for each model."""
+    by_model = models_of(results["rows"])
+    links = "".join(f'<a href="#{escape(model)}">{escape(model)}</a>' for model in by_model)
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in environment_lines(results["environment"]))
+    sections = "".join(section(model, rows) for model, rows in by_model.items())
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Benchmark</title>'
+        f"<style>{STYLE.read_text()}</style></head><body><h1>Benchmark</h1>"
+        f'<p class="faint">{len(results["rows"])} rows of {len(by_model)} models</p><nav>{links}</nav>'
+        f'<dl>{facts}</dl><h3>How to read it</h3><p class="faint">{escape(READING)}</p>{sections}</body></html>\n'
+    )
+
+
+def section(model: str, rows: Sequence[Row]) -> str:
+    """What is known of one model: a figure for each question that its rows can answer, and all figures as a table."""
+    parts = [f'<h2 id="{escape(model)}">{escape(model)}</h2>']
+    parts += [figure_of(*each) for each in figures(rows) if each[2]]
+    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in table_line(rows, row))}</tr>" for row in rows)
+    parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>')
+    return "".join(parts)
+
+
+def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
+    """(title, caption, SVG) for each figure; the SVG is empty where no row has what it shows."""
+    measured = [row for row in rows if "failed" not in row]
+    single = _where(measured, "single-stream")
+    for sizes in dict.fromkeys(map(sizes_text, single)):
+        at = [row for row in single if sizes_text(row) == sizes]
+        yield f"Latency, one request at a time, {sizes}", "ms; the stroke is the median", latency_strips(at)
+    yield ("Throughput against latency, requests side by side", "The number is how many are in flight; the ring marks "
+           "the knee, past which more of them wait longer than they win.", sweep(measured, "concurrency"))  # fmt: skip
+    yield "Throughput against latency, by batch", "The number is the rows of a batch.", sweep(measured, "offline")
+    served = [(_named(row), row["engine"], row["samples_s"], row["p50_s"]) for row in _where(measured, "server")]
+    caption = "ms, Poisson arrivals, counted from when a request should have been sent"
+    yield "Latency under arrivals", caption, strips([_in_ms(line) for line in served], "ms")
+    request = _first_sizes(single)
+    memory = [(name_of(row), row["engine"], row["memory_bytes"] / 1e6) for row in request]
+    yield "Memory", "MB at the peak, resident, of all processes of the engine", bars(memory, "MB")
+    gpu = [(name_of(row), row["engine"], row["gpu_memory_bytes"] / 1e6) for row in request if row["gpu_memory_bytes"]]
+    yield "Memory on the GPU", "MB at the peak", bars(gpu, "MB")
+    caption = (
+        "Agreement with the original model's decisions, 1 being the same, against speed. Up and to the right is better."
+    )
+    yield "Speed against accuracy", caption, speed_against_accuracy(rows, request)
+
+
+def latency_strips(rows: Sequence[Row]) -> str:
+    return strips([_in_ms((name_of(row), row["engine"], row["samples_s"], row["p50_s"])) for row in rows], "ms")
+
+
+def sweep(rows: Sequence[Row], scenario: str) -> str:
+    """Rows a second against the median latency, a line for each engine, in the order of the sweep."""
+    lines: dict[str, list[Row]] = {}
+    for row in _where(rows, scenario):
+        if row["p50_s"]:
+            lines.setdefault(name_of(row), []).append(row)
+    series = [
+        Series(
+            name=name,
+            kind=own[0]["engine"],
+            points=[(r["rows_per_s"], r["p50_s"] * 1e3, str(r.get("lanes") or r["sizes"]["batch"])) for r in own],
+            ringed=next((i for i, row in enumerate(own) if row.get("knee")), None),
+        )
+        for name, own in lines.items()
+    ]
+    return curves(series, "rows a second", "ms, median")
+
+
+def speed_against_accuracy(rows: Sequence[Row], request: Sequence[Row]) -> str:
+    known = [(row, times_eager(rows, row)) for row in request if row["agreement"] is not None]
+    series = [
+        Series(name=name_of(row), kind=row["engine"], points=[(times, row["agreement"], "")])
+        for row, times in known
+        if times
+    ]
+    return curves(series, "times as fast as torch eager", "agreement", linear_y=True, height=300)
+
+
+def figure_of(title: str, caption: str, drawn: str) -> str:
+    return f"<h3>{escape(title)}</h3><figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>"
+
+
+def table_line(rows: Sequence[Row], row: Row) -> list[str]:
+    head = [row["scenario"], sizes_text(row), name_of(row)]
+    if "failed" in row:
+        return [*head, *["-"] * (len(HEADER) - 4), row["failed"]]
+    return [
+        *head,
+        number(row["load_s"], 2),
+        number(row["first_call_s"] * 1e3, 1),
+        *(milliseconds(row[f"p{p}_s"]) for p in (50, 90, 99)),
+        number(row["rows_per_s"], 0),
+        number(row["memory_bytes"] / 1e6, 0),
+        number(times_eager(rows, row), 2),
+        number(row["agreement"], 3),
+        note_of(row),
+    ]
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The same tables in Markdown, below what they depend on."""
+    lines = ["# Benchmark", "", *(f"* {key}: {value}" for key, value in environment_lines(results["environment"])), ""]
+    for model, rows in models_of(results["rows"]).items():
+        lines += [f"## {model}", "", f"| {' | '.join(HEADER)} |", "|---" * 3 + "|--:" * (len(HEADER) - 4) + "|---|"]
+        lines += [f"| {' | '.join(_cell(text) for text in table_line(rows, row))} |" for row in rows]
+        lines.append("")
+    return "\n".join([*lines, READING, ""])
+
+
+def environment_lines(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Name and text of what the numbers depend on; what is not known is left out."""
+    for name, value in environment.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if value not in (None, "", False):
+            yield name.replace("_", " "), "yes" if value is True else str(value)
+
+
+def models_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by model, in their order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def _where(rows: Sequence[Row], scenario: str) -> list[Row]:
+    return [row for row in rows if row["scenario"] == scenario]
+
+
+def _first_sizes(rows: Sequence[Row]) -> list[Row]:
+    """The rows at the sizes that come first: those of a request."""
+    return [row for row in rows if row["sizes"] == rows[0]["sizes"]]
+
+
+def _named(row: Row) -> str:
+    return f"{name_of(row)} {row['rate_per_s']:.0f}/s"
+
+
+def _in_ms(line: tuple[str, str, Sequence[float], float | None]) -> tuple[str, str, Sequence[float], float | None]:
+    name, kind, samples, median = line
+    return name, kind, [sample * 1e3 for sample in samples], None if median is None else median * 1e3
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _parser() -> Any:
+    result = parser(
+        "runtimes.report",
+        "Shows a results file as one page that needs no internet, or as Markdown.",
+        "results.json --html results.html",
+        "results.json --markdown summary.md",
+    )
+    result.add_argument("results", type=Path, help="a file that runtimes.bench wrote")
+    result.add_argument("--html", type=Path, help="write the page to this file")
+    result.add_argument("--markdown", type=Path, help="write Markdown to this file")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

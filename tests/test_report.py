@@ -1,0 +1,282 @@
+"""What is made of a results file: the page, Markdown, advice, and the matrix of the README."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtimes import advise, matrix, report
+from runtimes.artifact import write_json
+from runtimes.results import SCHEMA
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "matrix"
+Row = dict[str, Any]
+
+
+def row(engine: str, ms: float, *, precision: str = "fp32", scenario: str = "single-stream", **changes: Any) -> Row:
+    """A row of the model `toy` as runtimes.bench writes it."""
+    samples = (ms * 1e-3 * np.random.default_rng(0).lognormal(0, 0.1, 100)).tolist()
+    head = {"model": "toy", "target": "torch" if "torch" in engine else "onnx", "precision": precision}
+    figures = {f"p{p}_s": float(np.percentile(samples, p)) for p in (50, 90, 95)} | {"p99_s": None}
+    return {
+        **head,
+        **{"engine": engine, "scenario": scenario, "sizes": {"batch": 1, "tokens": 16}, **figures},
+        **{"agreement": 1.0, "agreement_check": "same", "difference": 0.1, "provider": "toy", "stable": True},
+        **{"load_s": 0.5, "first_call_s": 0.01, "warmup_s": 0.2, "warmup_calls": 10, "rows_per_s": 1e3 / ms},
+        **{"cpu_s_per_call": ms * 1e-3, "device_p50_s": None, "memory_bytes": int(ms * 50e6), "gpu_memory_bytes": None},
+        **{"run_medians_s": [ms * 1e-3], "windows": [100], "samples_s": samples},
+        **changes,
+    }
+
+
+ROWS = [
+    row("torch", 4.0),
+    row("torch.compile", 2.0, stable=False),
+    row("onnx", 1.0),
+    row("onnx", 0.5, precision="int8", agreement=0.97),
+    {**row("openvino", 1.0), "failed": "openvino cannot <open> it"},
+    *(
+        row("onnx", 1.0 * n, scenario="offline", sizes={"batch": n, "tokens": 16}, rows_per_s=900.0 + 100 * n)
+        for n in (1, 2, 4)
+    ),
+    *(row("triton", 2.0 * n, scenario="concurrency", lanes=n, knee=n == 2) for n in (1, 2, 4)),
+    row("onnx", 3.0, scenario="server", rate_per_s=50.0, bound_s=0.1, goodput_per_s=49.0, late_share=0.25),
+]  # fmt: skip
+ENVIRONMENT = {
+    "cpu": "Toy CPU",
+    "cpus": 2,
+    "gpu": None,
+    "threads": 1,
+    "load": [0.5, 0.4, 0.3],
+    "versions": {"numpy": "2"},
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    path = tmp_path / "results.json"
+    write_json(path, {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": ROWS})
+    return path
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert report.main([str(results), "--html", str(page)]) == 0
+    text = page.read_text()
+    addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')>\s]+)""", text))
+    assert addresses == {"#toy"}
+    assert set(re.findall(r"https?://[^\"\s<]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "<script" not in text
+
+
+def test_the_page_has_a_figure_for_every_question_that_the_rows_answer(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    report.main([str(results), "--html", str(page)])
+    text = page.read_text()
+    for title in ("Latency, one request at a time", "requests side by side", "by batch", "under arrivals", "Memory",
+                  "Speed against accuracy"):  # fmt: skip
+        assert title in text
+    assert "Memory on the GPU" not in text, "no row has any"
+    assert "openvino cannot &lt;open&gt; it" in text
+    assert text.count("<svg") == 6
+
+
+def test_a_file_without_samples_still_makes_a_page(results: Path, tmp_path: Path) -> None:
+    data = json.loads(results.read_text())
+    for each in data["rows"]:
+        each["samples_s"] = []
+    write_json(results, data)
+    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
+
+
+def test_markdown_has_every_row_with_as_many_cells_as_its_header(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(results)]) == 0
+    printed = capsys.readouterr().out
+    assert report.main([str(results), "--markdown", str(tmp_path / "summary.md")]) == 0
+    assert (tmp_path / "summary.md").read_text() == printed
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(ROWS)
+    assert {line.count("|") for line in lines} == {len(report.HEADER) + 1}
+    (int8,) = (line for line in lines if "onnx int8" in line)
+    assert "| 8.00 | 0.970 |" in int8
+
+
+def test_an_empty_or_strange_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "empty.json", {"schema": SCHEMA, "environment": {}, "rows": []})
+    assert report.main([str(tmp_path / "empty.json")]) == 2
+    assert "expected rows, found none" in capsys.readouterr().err
+
+
+# Advice --------------------------------------------------------------------------------------------------------------
+
+
+def advice(results: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    status = advise.main(["toy", "--results", str(results), "--json", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ([], "onnx int8"),
+        (["--agreement", "0.99"], "onnx"),
+        (["--agreement", "0.99", "--latency-ms", "0.8"], None),
+        (["--memory-mb", "30"], "onnx int8"),
+        (["--memory-mb", "10"], None),
+        (["--latency-ms", "0.1"], None),
+    ],
+)
+def test_the_fastest_that_keeps_all_limits_is_chosen(
+    results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], chosen: str | None
+) -> None:
+    status, found = advice(results, capsys, *arguments)
+    assert found["choose"] == chosen
+    assert status == (chosen is None)
+
+
+def test_every_branch_is_answered_from_the_rows(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = advice(results, capsys)
+    memory, slow, accuracy = ("\n".join(found["findings"][problem]) for problem in advise.PROBLEMS)
+    assert "the least is onnx int8 with 25 MB, 8.0 times less than torch eager" in memory
+    assert "onnx int8 takes 25 MB where onnx takes 50 MB, at an agreement of 0.970" in memory
+    assert "the fastest for one request is onnx int8: 0.5" in slow
+    assert "onnx at batch=4 tokens=16 does 1300 rows/s, 1.3 times what it does at batch=1" in slow
+    assert "triton onnx has its knee at 2 in flight" in slow
+    assert "not measured at all: openvino, tensorrt, vllm" in slow
+    assert "onnx int8 keeps 0.970 of the original's decisions" in accuracy
+    assert "onnx is the fastest that decides as the original" in accuracy
+
+
+def test_what_was_not_measured_is_named_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "single.json"
+    write_json(path, {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": ROWS[:1]})
+    _, found = advice(path, capsys)
+    commands = [
+        line for findings in found["findings"].values() for line in findings if "not measured; python -m" in line
+    ]
+    assert len(commands) == 3
+
+
+def test_figures_of_another_machine_are_marked_as_such(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = advice(results, capsys, "--device", "colab-t4")
+    assert any(
+        "measured on Toy CPU, not on Tesla T4: agreement carries over, times do not" in w for w in found["warnings"]
+    )
+    assert any("--profile colab-t4: loading nf4" in line for line in found["findings"]["out-of-memory"])
+    assert any("within 15032 MB" in line for line in found["findings"]["out-of-memory"])
+    warnings = advice(results, capsys)[1]["warnings"]
+    assert not any("not on" in warning for warning in warnings)
+    assert any("not stable while measured: torch.compile" in warning for warning in warnings)
+    assert any("openvino cannot <open> it" in warning for warning in warnings)
+
+
+def test_one_branch_can_be_asked_for_and_the_text_ends_with_the_choice(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert advise.main(["toy", "--results", str(results), "--problem", "too-slow"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "choose onnx int8"
+    assert "too slow" in lines
+    assert "low accuracy" not in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody"], "expected single-stream rows of nobody"),
+        (["toy", "--latency-ms", "nan"], "--latency-ms: expected a number of 0 or more, found nan"),
+        (["toy", "--agreement", "-1"], "--agreement: expected a number of 0 or more, found -1"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_one_line(
+    results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert advise.main([*arguments, "--results", str(results)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# The matrix ----------------------------------------------------------------------------------------------------------
+
+
+def cell(target: str, precision: str = "fp32", status: str = "ok", reason: str = "", **changes: Any) -> Row:
+    facts = {"built": True, "deserialized": True, "ran": True, "compared": True}
+    parity = {"difference_y": 0.123, "same": 1.0}
+    outcome = {"model": "toy", "target": target, "precision": precision, "status": status, "reason": reason}
+    return {**outcome, "bytes": 1_300_000, "parity": parity, "facts": facts, **changes}
+
+
+CELLS = [
+    cell("torch"),
+    cell("onnx", status="reused"),
+    cell("onnx", "int8"),
+    cell(
+        "tensorrt", reason="no GPU here", facts={"built": True, "deserialized": False, "ran": False, "compared": False}
+    ),
+    cell("vllm", status="skipped", reason="not a decoder"),
+    cell("openvino", status="failed", reason="it broke"),
+    cell("vllm", status="skipped", reason="not a decoder", model="new"),
+    cell("onnx", status="skipped", reason="no checkpoint of new", model="new"),
+    cell("vllm", "awq", model="new"),
+    cell("vllm", "int8", status="skipped", reason="target vllm has no int8, only awq", model="new"),
+]
+
+
+def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
+    made = matrix.matrix(CELLS, ROWS, ENVIRONMENT).splitlines()
+    assert made[0] == "| model | torch | onnx | tensorrt | vllm | openvino |"
+    cells = [text.strip() for text in made[2].strip("|").split("|")]
+    assert re.fullmatch(r"fp32 0\.12 · 1\.3 MB · 4 ms", cells[1])
+    assert cells[2] == "fp32 0.12 · 1.3 MB · 4.0x<br>int8 0.12 (0.970) · 1.3 MB · 8.0x"
+    assert cells[3] == "fp32 built, not run<sup>1</sup> · 1.3 MB"
+    assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
+    unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
+    assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
+    assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
+
+
+def test_the_matrix_is_put_between_its_marks_and_checked(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
+    arguments = [str(results.parent), "--readme", str(readme)]
+    assert matrix.main([*arguments, "--check"]) == 2
+    assert "found another" in capsys.readouterr().err
+    assert matrix.main(arguments) == 0
+    assert matrix.main([*arguments, "--check"]) == 0
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("\nafter\n")
+    readme.write_text("no marks")
+    assert matrix.main(arguments) == 2
+
+
+def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    write_json(tmp_path / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]})
+    faster = [row("onnx", 0.25)]
+    write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
+    made = matrix.matrix_of(tmp_path)
+    assert "fp32 0.12 · 9.0 MB · 16.0x<br>int8" in made
+    assert "| hnet |" in made
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main([str(tmp_path)]) == 2
+    assert "expected export*.json and results*.json" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
+    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0
