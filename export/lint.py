@@ -6,12 +6,13 @@ from typing import Any
 
 from export.lint_vllm import check_entry
 from export.repository import CONFIG
-from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, dims
+from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, WRITE, dims
 from runtimes import plugins
 from runtimes.artifact import MANIFEST, Artifact, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
 from runtimes.repository import STEP_FILE, versions
 from runtimes.tensors import BATCH, TensorSpec
+from runtimes.writing import can_write
 
 PLATFORMS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # older names of backends
 TEXT = ("TYPE_STRING", (1,))
@@ -124,22 +125,37 @@ def _check_state(artifact: Artifact, config: Any) -> Iterator[str]:
 def _check_step(version: Path, config: Any) -> Iterator[str]:
     """A Python step is ours, whole, and speaks as its artifact does."""
     step = config.parameters["step"].string_value if "step" in config.parameters else ""
-    if step not in STEPS:
-        yield f"expected parameter step of {', '.join(STEPS)}, found '{step}'"
+    if step not in (*STEPS, WRITE):
+        yield f"expected parameter step of {', '.join((*STEPS, WRITE))}, found '{step}'"
         return
     if not (version / STEP_FILE).is_file():
         yield f"version {version.name}: expected {STEP_FILE}, found none"
     try:
         artifact = Artifact.load(version)
-        verify_digests(version, artifact.assets)
+        verify_digests(version, artifact.files if step == WRITE else artifact.assets)
         plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
     except SlipwayError as error:
         yield f"version {version.name}: {error}"
+        return
+    if step == WRITE:
+        yield from _check_writer(artifact, config)
         return
     yield from _check_batch(artifact, config)
     given, returned = kinds(artifact.signature.free_inputs), kinds(artifact.signature.visible_outputs)
     yield from _compare("input", {REQUEST: TEXT} if step == "encode" else returned, declared(config.input))
     yield from _compare("output", given if step == "encode" else {ANSWER: TEXT}, declared(config.output))
+
+
+def _check_writer(artifact: Artifact, config: Any) -> Iterator[str]:
+    """One request in, many answers out; the artifact is a step."""
+    if not can_write(artifact.signature):
+        yield f"expected a step of a byte language model to write with, found {artifact.name}"
+    if not config.model_transaction_policy.decoupled:
+        yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
+    if config.max_batch_size:
+        yield f"expected max_batch_size 0, for it makes its own batches, found {config.max_batch_size}"
+    yield from _compare("input", {REQUEST: TEXT}, declared(config.input))
+    yield from _compare("output", {ANSWER: TEXT}, declared(config.output))
 
 
 def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]:

@@ -82,11 +82,11 @@ def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tup
     stream.close()
     visible = [tensor.name for tensor in source.signature.visible_outputs]
     got = {name: np.concatenate([step[name] for step in steps], 1) for name in visible}
-    want = source.answer(feeds)
-    fresh = source.answer({name: array[:, half:] for name, array in feeds.items()})
+    want = source.sequence(feeds)
+    fresh = source.sequence({name: array[:, half:] for name, array in feeds.items()})
     for name in visible:
         want[name][row, half:] = fresh[name][row]
-    return got, {name: want[name] for name in visible}
+    return got, want
 
 
 def _joined(batches: list[Tensors]) -> Tensors:
@@ -99,7 +99,7 @@ def _in_tolerances(got: np.ndarray, want: np.ndarray, tolerance: Tolerance) -> f
         return float("inf")
     wanted = want.astype(np.float64)
     allowed = tolerance.absolute + tolerance.relative * np.abs(wanted)
-    return float((np.abs(got.astype(np.float64) - wanted) / allowed).max())
+    return float((np.abs(got.astype(np.float64) - wanted) / allowed).max(initial=0.0))
 
 
 def _keep_worst(checks: Checks, new: Checks) -> None:

@@ -8,20 +8,21 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config
+from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config, writer_config
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
-from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions
+from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions, writer_name
 from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
+from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
-STEP_SOURCE = Path(runtimes.__file__).parent / "triton_steps" / STEP_FILE
+STEP_SOURCES = Path(runtimes.__file__).parent / "triton_steps"
 VERSIONS_KEPT = 2
 # Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
@@ -105,18 +106,24 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
 def publish_ensemble(artifact: Artifact, repository: Path) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
+    Beside that of a step of a byte language model lies a model that writes texts with it.
     `ArtifactError` if the artifact is not served.
     """
     served = versions(repository / artifact.name)
     if not served:
         raise ArtifactError(f"expected {artifact.name} in {repository}, found no version of it; publish it first")
+    assets = Artifact.load(served[-1]).assets
     with _publishing(artifact.model, repository) as staging:
         for step in STEPS:
-            draft = _draft_step(served[-1], staging / step)
+            draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
             _install_changes(draft, repository / f"{artifact.model}_{step}", step_config(artifact, step), staging)
         empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
         empty.mkdir()
         _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)
+        if can_write(artifact.signature):
+            name = writer_name(artifact.model)
+            draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
+            _install_changes(draft, repository / name, writer_config(artifact, name), staging)
 
 
 @contextmanager
@@ -225,13 +232,12 @@ def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator
         raise
 
 
-def _draft_step(version: Path, draft: Path) -> Path:
-    """`draft` holds what a step needs of an artifact: the manifest, the pipeline's files, the program."""
-    artifact = Artifact.load(version)
-    for name in (MANIFEST, *artifact.assets):
+def _draft_step(version: Path, draft: Path, program: str, files: Iterable[str]) -> Path:
+    """`draft` holds what a Python model needs of an artifact: the manifest, these of its files, the program."""
+    for name in (MANIFEST, *files):
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
-    shutil.copyfile(STEP_SOURCE, draft / STEP_FILE)
+    shutil.copyfile(STEP_SOURCES / program, draft / STEP_FILE)
     (draft / "__pycache__").write_text(NO_BYTECODE)
     return draft
 

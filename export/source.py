@@ -36,8 +36,8 @@ class Source:
 
     @cached_property
     def module(self) -> "torch.nn.Module":
-        """The restored module in float32, frozen for good: a trace of trainable parameters fails inside operators."""
-        return restore(self.checkpoint, self.spec).requires_grad_(False)
+        """What is exported, in float32, frozen for good: a trace of trainable parameters fails inside operators."""
+        return self.spec.exported(restore(self.checkpoint, self.spec)).requires_grad_(False)
 
     @cached_property
     def probe(self) -> Tensors:
@@ -64,6 +64,16 @@ class Source:
             outputs = self.module(*self._arguments(complete))
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
+
+    def sequence(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        """What eager torch says to whole sequences, state at zero; visible outputs."""
+        import torch
+
+        if self.spec.sequence is None:
+            answer = self.answer(feeds)
+            return {tensor.name: answer[tensor.name] for tensor in self.signature.visible_outputs}
+        with torch.no_grad():
+            return self.spec.sequence(self.module, dict(feeds))
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
         """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed."""

@@ -18,6 +18,7 @@ MODEL_FILES = {
     "vllm": ENGINE_FILE,
 }
 STEPS = ("encode", "decode")
+WRITE = "write"  # the step of a model that writes by itself, and not in an ensemble
 REQUEST, ANSWER = "request", "answer"
 TYPES = {
     "float32": "TYPE_FP32",
@@ -155,6 +156,26 @@ def step_config(artifact: Artifact, step: str) -> str:
             "version_policy": NEWEST,
             "instance_group": instances("CPU"),
             "parameters": parameters(step=step),
+        }
+    )
+
+
+def writer_config(artifact: Artifact, name: str) -> str:
+    """config.pbtxt for the model that writes with this artifact of a step: one JSON request in, many answers out.
+
+    It makes its own batches of what comes, so Triton makes none.
+    """
+    return render(
+        {
+            "name": name,
+            "backend": "python",
+            "max_batch_size": 0,
+            "input": [text(REQUEST)],
+            "output": [text(ANSWER)],
+            "version_policy": NEWEST,
+            "model_transaction_policy": {"decoupled": True},
+            "instance_group": instances("GPU" if "gpu" in artifact.built_with else "CPU"),
+            "parameters": parameters(step=WRITE),
         }
     )
 

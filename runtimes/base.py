@@ -10,7 +10,7 @@ import numpy as np
 from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError
-from runtimes.tensors import Tensors
+from runtimes.tensors import BATCH, Signature, Tensors
 
 Opened = TypeVar("Opened", bound="Runtime")
 
@@ -101,15 +101,22 @@ class Stream(ABC):
 
 
 class CarriedStream(Stream):
-    """A stream whose state lies in this process and travels through `Runtime.run`."""
+    """A stream whose state lies in this process. What the engine made itself is not checked again at every step."""
 
     def __init__(self, runtime: Runtime, batch: int) -> None:
         self.runtime = runtime
+        self.batch = batch
         self.state = runtime.signature.zero_state(batch)
+        whole = runtime.signature
+        self.visible = Signature(inputs=whole.free_inputs, outputs=whole.visible_outputs, axes=whole.axes)
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        outputs = self.runtime.run({**feeds, **self.state})
+        sizes = self.visible.check_inputs(feeds)
+        if sizes[BATCH] != self.batch:
+            raise InputError(f"expected {self.batch} rows as in every step, found {sizes[BATCH]}")
+        outputs = self.runtime.infer({**feeds, **self.state})
         self.state = {source: outputs.pop(result) for source, result in self.runtime.signature.state}
+        self.visible.check_outputs(outputs, sizes)
         return outputs
 
     def reset(self, rows: Iterable[int]) -> None:

@@ -34,24 +34,29 @@ def decode_utf8(data: bytes, where: str) -> str:
         ) from error
 
 
+def check_text(text: str | bytes, where: str, limit: int, *, least: int = 1) -> bytes:
+    """The bytes of a text of `least` to `limit` bytes; `InputError` for any other, and for bytes that are no UTF-8."""
+    if isinstance(text, bytes):
+        decode_utf8(text, where)
+    else:
+        try:
+            text = text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: expected text, found half of a surrogate pair at {error.start}") from error
+    if not least <= len(text) <= limit:
+        found = f"{len(text):,} bytes; send it in pieces" if text else "an empty text"
+        raise InputError(f"{where}: expected a text of {least} to {limit:,} bytes, found {found}")
+    return text
+
+
 def read_request(request: Any, row: int, limit: int) -> bytes:
     """The bytes that `{"text": ...}` or `{"bytes": [...]}` asks about, at most `limit`; `InputError` for any other."""
     where = f"request {row}"
     if isinstance(request, dict) and request.keys() == {"text"} and isinstance(request["text"], str):
-        try:
-            data = request["text"].encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"{where}: expected text, found half of a surrogate pair at {error.start}") from error
-    elif isinstance(request, dict) and request.keys() == {"bytes"} and isinstance(request["bytes"], list):
-        data = _as_bytes(request["bytes"], where)
-        decode_utf8(data, where)
-    else:
-        raise InputError(f'{where}: expected {{"text": "..."}} or {{"bytes": [...]}}, found {ascii(request)[:60]}')
-    if not data:
-        raise InputError(f"{where}: expected a text of 1 byte or more, found an empty one")
-    if len(data) > limit:
-        raise InputError(f"{where}: expected a text of at most {limit} bytes, found {len(data)}; send it in pieces")
-    return data
+        return check_text(request["text"], where, limit)
+    if isinstance(request, dict) and request.keys() == {"bytes"} and isinstance(request["bytes"], list):
+        return check_text(_as_bytes(request["bytes"], where), where, limit)
+    raise InputError(f'{where}: expected {{"text": "..."}} or {{"bytes": [...]}}, found {ascii(request)[:60]}')
 
 
 def _as_bytes(numbers: Sequence[Any], where: str) -> bytes:
@@ -72,10 +77,7 @@ def padded_rows(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Utf8Writer:
-    """Which byte may come next, so that what was written is valid UTF-8 within `limit` bytes.
-
-    Between code points that is the first byte of one that still fits, or BOS, which ends the text.
-    """
+    """Which byte may come next, so that what is written is UTF-8; between code points also BOS, which ends it."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit
@@ -89,10 +91,16 @@ class Utf8Writer:
         if self._follow:
             result[self._next[0] : self._next[1] + 1] = True
             return result
-        for first, last, follow, _, _ in _LEADS:
-            result[first : last + 1] = follow < self.left
+        for first, last, *_ in _LEADS:
+            result[first : last + 1] = True
         result[BOS] = True
         return result
+
+    def ends_with(self, byte: int) -> bool:
+        """Whether the text ends instead of this byte: it is BOS, or begins a code point that does not fit any more."""
+        if self._follow:
+            return False
+        return byte == BOS or self.left <= next(lead[2] for lead in _LEADS if lead[0] <= byte <= lead[1])
 
     def write(self, byte: int) -> str:
         """The code point that this byte completes, or nothing yet."""
@@ -112,7 +120,7 @@ class Utf8Writer:
 
     @property
     def full(self) -> bool:
-        """True where no further code point fits."""
+        """True where nothing further fits."""
         return self.left < 1
 
 

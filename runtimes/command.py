@@ -35,14 +35,15 @@ def command(main: Main) -> Main:
     return run
 
 
-def parser(module: str, summary: str, *examples: str) -> argparse.ArgumentParser:
-    """A parser whose help opens with commands to paste."""
+def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> argparse.ArgumentParser:
+    """A parser whose help opens with commands to paste; without --help, for a command with its own."""
     pasted = "\n".join(f"  python -m {module} {example}".rstrip() for example in examples)
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=f"{pasted}\n\n{summary}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        add_help=add_help,
     )
 
 

@@ -13,7 +13,7 @@ from training.models.hnet.arch import check, parse_arch, state_shapes
 from training.models.hnet.module import HNetForCausalLM, is_continuation
 from training.models.hnet.spec import CONFIG
 
-SMALL = {**CONFIG, "d_state": 16}
+SMALL = {**CONFIG, "d_state": 16, "attention_window": 319, "attention_capacity": 320}
 ARCHS = {
     "one stage": {"model_arch": "m2 T2", "model_dim": "64 128"},
     "two stages": {"model_arch": "m1 T1m1 M1T1", "model_dim": "64 128 192"},

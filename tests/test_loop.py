@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import training
 from training import run
 from training.checkpoint import Checkpoint
+from training.loop import trapezoid
 
 
 @pytest.mark.slow
@@ -53,3 +54,11 @@ def test_a_common_setting_that_cannot_be_is_refused(
     arguments = ["policy_gru", "--games", "3", "--frames", "300", "--set", setting, "--out", str(tmp_path)]
     assert run.main(arguments) == 2
     assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_trapezoid_rises_stays_and_falls_and_is_never_zero() -> None:
+    shares = [trapezoid(step, warmup=10, steps=100) for step in range(100)]
+    assert min(shares) > 0
+    assert shares[:11] == sorted(shares[:11])
+    assert set(shares[10:91]) == {1.0}
+    assert shares[90:] == [pytest.approx((100 - step) / 10) for step in range(90, 100)]

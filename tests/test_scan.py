@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from training import scan
-from training.scan import Form, scan_form, selective_scan
+from training.scan import Form, decayed_step, decayed_sums, scan_form, selective_scan
 
 B, D, N = 3, 6, 16
 TIMES = (1, 2, 7, 30, 100)
@@ -226,3 +227,52 @@ def test_without_a_gpu_the_loop_is_the_form_though_the_kernel_is_installed(monke
     monkeypatch.setattr(scan, "_kernel", lambda *arguments: called.append("kernel"))
     selective_scan(*tensors(inputs(2)))
     assert called == ["loop"]
+
+
+HEADS, P = 2, 5
+DECAYED_FORMS = {"pieces": None, "one piece": Form(kind="operator"), "TensorRT": Form(kind="doubling"), **FORMS}
+
+
+def decayed_inputs(time: int, strength: float) -> Arrays:
+    rng = np.random.default_rng(0)
+    return {
+        "x": rng.normal(size=(B, time, HEADS, P)),
+        "decay": -strength * rng.uniform(size=(B, time, HEADS)) ** 4,
+        "in": rng.normal(size=(B, time, N)),
+        "out": rng.normal(size=(B, time, N)),
+        "state": rng.normal(0, 2, (B, HEADS, P, N)),
+    }
+
+
+def decayed_reference(arrays: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """y [B, T, H, P] and the last state [B, H, P, N] in float64, position by position and head by head."""
+    y, last = np.zeros_like(arrays["x"]), arrays["state"].copy()
+    for b, t, h in np.ndindex(arrays["decay"].shape):
+        added = np.outer(arrays["x"][b, t, h], arrays["in"][b, t])
+        last[b, h] = np.exp(arrays["decay"][b, t, h]) * last[b, h] + added
+        y[b, t, h] = last[b, h] @ arrays["out"][b, t]
+    return y, last
+
+
+@pytest.mark.parametrize("form", DECAYED_FORMS.values(), ids=DECAYED_FORMS)
+@pytest.mark.parametrize("strength", [0.3, 30.0])
+@pytest.mark.parametrize("time", [1, 63, 64, 200])
+def test_decayed_sums_are_their_loop(form: Form | None, strength: float, time: int) -> None:
+    """Also in float32 behind strong decays, which a difference of sums from the start would lose to rounding."""
+    arrays = decayed_inputs(time, strength)
+    want = decayed_reference(arrays)
+    with scan_form(form) if form else nullcontext():
+        got = decayed_sums(*tensors(arrays, torch.float32))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_allclose(one.numpy(), other, atol=3e-5)
+
+
+def test_decayed_sums_go_on_from_a_state_and_step_by_step() -> None:
+    x, decay, into, out, state = tensors(decayed_inputs(100, 1.0))
+    y, last = decayed_sums(x, decay, into, out, state)
+    _, half = decayed_sums(x[:, :37], decay[:, :37], into[:, :37], out[:, :37], state)
+    torch.testing.assert_close(decayed_sums(x[:, 37:], decay[:, 37:], into[:, 37:], out[:, 37:], half)[0], y[:, 37:])
+    for t in range(100):
+        y_now, state = decayed_step(x[:, t], decay[:, t], into[:, t], out[:, t], state)
+        torch.testing.assert_close(y_now, y[:, t])
+    torch.testing.assert_close(state, last)

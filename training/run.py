@@ -1,5 +1,6 @@
 """Train models and write their checkpoints: python -m training.run MODEL..."""
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,23 @@ def train(
     return checkpoint, evaluation
 
 
+class Help(argparse.Action):
+    """Prints the parser's own help, then every setting of the models named so far with what it means."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        for name in namespace.models or ():
+            spec = find_spec(name)
+            chosen = spec.preset("tiny")
+            defaults = {**chosen.config, **COMMON, **chosen.training}
+            rows = [(key, defaults[key], spec.notes.get(key, "")) for key in defaults if key not in spec.fixed]
+            print(f"\nsettings of {name}\n{table(['setting', 'tiny', 'what it is'], rows)}")
+        parser.exit()
+
+
 def _has_state(work: Path | None, spec: ModelSpec) -> bool:
     return work is not None and any((work / spec.name).glob("checkpoint-*"))
 
@@ -119,8 +137,12 @@ def _parser() -> Any:
         __doc__.partition(":")[0] + ".",
         "policy_gru",
         "policy_mamba --data replays/ --out checkpoints --set lr=3e-4 --windows lazy",
+        add_help=False,
     )
     result.add_argument("models", nargs="+", metavar="MODEL", help="model names, or 'all'")
+    result.add_argument(
+        "-h", "--help", action=Help, help="show this, and the settings of the models named before it, and exit"
+    )
     result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
     result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
     result.add_argument(

@@ -47,6 +47,11 @@ def scan_form(form: Form) -> Iterator[None]:
         _form.reset(token)
 
 
+def current_form() -> Form | None:
+    """The form that is asked for; None outside of `scan_form`."""
+    return _form.get()
+
+
 def selective_scan(
     x_BTD: Tensor, step_BTD: Tensor, A_DN: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BDN: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -68,18 +73,20 @@ def decayed_sums(
     """y_t = S_t C_t with S_t = exp(decay_t) S_(t-1) + x_t B_t^T, and the last S. `in` is B, `out` is C, decay <= 0.
 
     Source: Dao and Gu, Transformers are SSMs (2024), sections 6 and 7: inside a piece of the sequence a masked product
-    of C and B, from piece to piece the state. While a model is traced, the whole sequence is one piece.
+    of C and B, from piece to piece the state. While a model is traced, all pieces are computed at once; a sequence
+    whose length only the data tell is one piece.
     """
+    arguments = (x_BTHP, decay_BTH, in_BTN, out_BTN)
     form = _form.get()
     if form and form.kind == "loop":
-        return _decayed_loop(x_BTHP, decay_BTH, in_BTN, out_BTN, state_BHPN)
+        return _decayed_loop(*arguments, state_BHPN)
     if form and form.kind != "kernel":
-        return _decayed_piece(x_BTHP, decay_BTH, in_BTN, out_BTN, state_BHPN)
+        every = _decayed_piece if _is_data(x_BTHP.shape[1]) else _decayed_pieces
+        return every(*arguments, state_BHPN)
     outputs = []
     for start in range(0, x_BTHP.shape[1], PIECE):
-        piece = slice(start, start + PIECE)
-        now = (x_BTHP[:, piece], decay_BTH[:, piece], in_BTN[:, piece], out_BTN[:, piece])
-        y_BTHP, state_BHPN = _decayed_piece(*now, state_BHPN)
+        now = tuple(tensor[:, start : start + PIECE] for tensor in arguments)
+        y_BTHP, state_BHPN = _decayed_piece(*now, state_BHPN)  # type: ignore[call-arg]
         outputs.append(y_BTHP)
     return torch.cat(outputs, 1), state_BHPN
 
@@ -95,31 +102,77 @@ def decayed_step(
 def _decayed_piece(
     x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    reach_BHT, kept_BHTT = decay_BTH.cumsum(1).mT, torch.exp(_decay_between(decay_BTH))
-    weights_BHTT = kept_BHTT * (out_BTN @ in_BTN.mT)[:, None]
-    x_BHTP = x_BTHP.transpose(1, 2)
-    y_BHTP = weights_BHTT @ x_BHTP
-    y_BHTP = y_BHTP + (out_BTN[:, None] @ state_BHPN.mT) * torch.exp(reach_BHT)[..., None]
-    added_BHPN = (x_BHTP * kept_BHTT[..., -1, :, None]).mT @ in_BTN[:, None]
-    last_BHPN = torch.exp(reach_BHT[..., -1])[..., None, None] * state_BHPN + added_BHPN
-    return y_BHTP.transpose(1, 2), last_BHPN
+    kept_BHTT = torch.exp(_decay_between(decay_BTH))
+    last_BHPN = torch.exp(decay_BTH.sum(1))[..., None, None] * state_BHPN + _added(x_BTHP, kept_BHTT, in_BTN)
+    return _said(x_BTHP, decay_BTH, kept_BHTT, in_BTN, out_BTN, state_BHPN), last_BHPN
 
 
-def _decay_between(decay_BTH: Tensor) -> Tensor:
-    """[B, H, T, T]: what decays from position s (last) to t, the sum of decay over s+1..t; minus infinity if t < s.
+def _decayed_pieces(
+    x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`_decayed_piece` without a loop: what every piece adds, the state before every piece, then what each says."""
+    time, device = x_BTHP.shape[1], x_BTHP.device
+    # One more than needed, and gathered instead of cut: torch.export 2.13 would ask whether there is just one piece,
+    # and whether the pieces are longer than the sequence.
+    pieces = (time + 2 * PIECE - 1) // PIECE
+    place_CQ = torch.arange(pieces, device=device)[:, None] * PIECE + torch.arange(PIECE, device=device)
+
+    def cut(tensor: Tensor) -> Tensor:
+        """[B, T, ...] as [B, C, Q, ...], filled up with zeros, which add and decay nothing."""
+        real_CQ = (place_CQ < time).view(1, pieces, PIECE, *[1] * (tensor.dim() - 2))
+        return torch.where(real_CQ, tensor[:, place_CQ.clamp_max(time - 1)], 0.0)
+
+    x_BCQHP, decay_BCQH, in_BCQN, out_BCQN = cut(x_BTHP), cut(decay_BTH), cut(in_BTN), cut(out_BTN)
+    kept_BCHQQ = torch.exp(_decay_between(decay_BCQH))
+    added_BCHPN = _added(x_BCQHP, kept_BCHQQ, in_BCQN)
+    # The first of S states is the one before all pieces, and nothing decays before it.
+    states_BSHPN = torch.cat([state_BHPN[:, None], added_BCHPN], 1)
+    between_BHSS = torch.exp(_decay_between(F.pad(decay_BCQH.sum(2), (0, 0, 1, 0))))
+    states_BSHPN = (
+        (between_BHSS @ states_BSHPN.transpose(1, 2).flatten(3)).transpose(1, 2).unflatten(3, state_BHPN.shape[2:])
+    )
+    y_BCQHP = _said(x_BCQHP, decay_BCQH, kept_BCHQQ, in_BCQN, out_BCQN, states_BSHPN[:, :-1])
+    return y_BCQHP.flatten(1, 2)[:, torch.arange(time, device=device)], states_BSHPN[:, -1]
+
+
+def _said(
+    x_THP: Tensor, decay_TH: Tensor, kept_HTT: Tensor, in_TN: Tensor, out_TN: Tensor, state_HPN: Tensor
+) -> Tensor:
+    """y [..., T, H, P] of pieces [..., T, H, P] that begin with these states; `kept` of s at t is in their matrix."""
+    weights_HTT = kept_HTT * (out_TN @ in_TN.mT)[..., None, :, :]
+    y_HTP = weights_HTT @ x_THP.transpose(-3, -2)
+    reach_HT = decay_TH.cumsum(-2).mT
+    y_HTP = y_HTP + (out_TN[..., None, :, :] @ state_HPN.mT) * torch.exp(reach_HT)[..., None]
+    return y_HTP.transpose(-3, -2)
+
+
+def _added(x_THP: Tensor, kept_HTT: Tensor, in_TN: Tensor) -> Tensor:
+    """What pieces add to their states by their ends [..., H, P, N]."""
+    return (x_THP.transpose(-3, -2) * kept_HTT[..., -1, :, None]).mT @ in_TN[..., None, :, :]
+
+
+def _is_data(size: Any) -> bool:
+    """Whether a size in a trace is read out of the data; such a one cannot be cut into pieces."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(size))
+
+
+def _decay_between(decay_TH: Tensor) -> Tensor:
+    """[..., H, T, T]: what decays from position s (last) to t, the sum of decay over s+1..t; minus infinity if t < s.
 
     A difference of sums from the start would lose to rounding what a strong decay before s has added to both: the sums
     are float64, but for TensorRT, which has none, so that every sum is made by itself.
     """
-    place_T = torch.arange(decay_BTH.shape[1], device=decay_BTH.device)
+    place_T = torch.arange(decay_TH.shape[-2], device=decay_TH.device)
     past_TT = place_T[:, None] >= place_T
     if (form := _form.get()) and form.kind == "doubling":
         later_TT = place_T[:, None] > place_T
-        between_BHTT = torch.where(later_TT, decay_BTH.mT[..., None], 0.0).cumsum(-2)
+        between_HTT = torch.where(later_TT, decay_TH.mT[..., None], 0.0).cumsum(-2)
     else:
-        reach_BHT = decay_BTH.double().cumsum(1).mT
-        between_BHTT = (reach_BHT[..., :, None] - reach_BHT[..., None, :]).float()
-    return between_BHTT.masked_fill(~past_TT, -torch.inf)
+        reach_HT = decay_TH.double().cumsum(-2).mT
+        between_HTT = (reach_HT[..., :, None] - reach_HT[..., None, :]).to(decay_TH.dtype)
+    return between_HTT.masked_fill(~past_TT, -torch.inf)
 
 
 def _decayed_loop(

@@ -66,6 +66,8 @@ class ModelSpec:
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
     settled      the candidate's outputs with the original's where the original itself hung on a near-tie; `agreement`
                  has to limit how much that is
+    sequence     (module, inputs) -> what the original says to whole sequences at once, from a state of zeros, without
+                 state; for a model whose own time axis is a single step
     trial        real inputs without state, from the probe, batch by batch; their outputs are compared as one batch
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
@@ -76,9 +78,12 @@ class ModelSpec:
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
     part         the part of that checkpoint's module that this model is
+    exported     what is traced of it: its answers, and what a pipeline needs beside them
     absent       the reason why a checkpoint of this config has no such part, or None
     embedder     opens a checkpoint for embedding whole collections, if the model does that
     calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
+    notes        what each setting means, for --help
+    sweep        the experiments of training.sweep, if the model has any
     language_model  the decoder inside (config, module, probe), for engines that run whole language models
     """
 
@@ -99,12 +104,16 @@ class ModelSpec:
     settle: Callable[[Config], Config] = dict
     implied: Callable[[Config, Config], Config] = lambda config, training: training
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
+    sequence: Callable[["nn.Module", Tensors], Tensors] | None = None
     trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
     checkpoint: str = ""
     part: Callable[["nn.Module"], "nn.Module"] = whole
+    exported: Callable[["nn.Module"], "nn.Module"] = whole
     absent: Callable[[Config], str | None] = lambda config: None
     embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+    sweep: "Sweep | None" = None
     language_model: Callable[[Config, "nn.Module", Tensors], "LanguageModel"] | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +129,20 @@ class ModelSpec:
         if name not in self.presets:
             raise InputError(f"{self.name}: expected a preset of {', '.join(self.presets)}; found '{name}'")
         return self.presets[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Experiments to be compared in one table and one plot.
+
+    runs     the changed settings of each experiment, by name; from the config and the training settings they change
+    columns  the metrics of the table
+    plotted  the metrics across and up; a run or a baseline that lacks the first is a line
+    """
+
+    runs: Callable[[Config, Config], Mapping[str, Mapping[str, str]]]
+    columns: Sequence[str]
+    plotted: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

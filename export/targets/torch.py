@@ -20,7 +20,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     import torch
 
     torch.export.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
-    if source.signature.state:
+    if source.signature.state and any(axis.name == "time" for axis in source.signature.axes):
         step = source.program(Form(kind="loop"), precision, {"time": 1})
         torch.export.save(tidy(step), out / STEP_FILE)
     return Built(built_with={}, served=False)

@@ -46,21 +46,21 @@ class Attention(nn.Module):
         return y_BTD
 
     def step(self, x_BD: Tensor, keys_BRD: Tensor, values_BRD: Tensor, count_B1: Tensor) -> tuple[Tensor, ...]:
-        """One position, the `count`-th of its row: (output, keys, values)."""
+        """One position, the `count`-th of its row: (output, its key, its value); who called writes them into the ring.
+
+        Written out: in an ONNX If, shape inference of onnx 1.23 fails on what the exporter makes of torch's own.
+        """
         query, key, value = self.Wqkv(x_BD).chunk(3, -1)
         query, key = self._rotate(self._heads(query), count_B1), self._rotate(self._heads(key), count_B1)
-        place_R = torch.arange(self.reach, device=x_BD.device)
-        here_BR1 = (place_R == count_B1 % self.reach)[..., None]
-        keys_BRD = torch.where(here_BR1, key.flatten(1)[:, None].float(), keys_BRD)
-        values_BRD = torch.where(here_BR1, value[:, None].float(), values_BRD)
-        filled_BR = place_R <= count_B1  # all of them once the ring has gone round
-        mixed = F.scaled_dot_product_attention(
-            query[:, :, None],
-            self._heads(keys_BRD).transpose(1, 2).to(query.dtype),
-            self._heads(values_BRD).transpose(1, 2).to(query.dtype),
-            attn_mask=filled_BR[:, None, None],
-        )
-        return self.out_proj(mixed.flatten(1)), keys_BRD, values_BRD
+        key_BD, value_BD = key.flatten(1).float(), value.float()
+        keys_BHRP = self._heads(torch.cat([keys_BRD, key_BD[:, None]], 1)).transpose(1, 2).to(query.dtype)
+        values_BHRP = self._heads(torch.cat([values_BRD, value_BD[:, None]], 1)).transpose(1, 2).to(query.dtype)
+        scores_BH1R = (query[:, :, None] @ keys_BHRP.mT).float() * HEAD**-0.5
+        place_R = torch.arange(self.reach + 1, device=x_BD.device)
+        # The last is its own; the place it will take holds nothing yet, or what is out of reach now.
+        seen_BR = ((place_R < count_B1) & (place_R != count_B1 % self.reach)) | (place_R == self.reach)
+        weights_BH1R = scores_BH1R.masked_fill(~seen_BR[:, None, None], -torch.inf).softmax(-1).to(query.dtype)
+        return self.out_proj((weights_BH1R @ values_BHRP).flatten(1)), key_BD, value_BD
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, HEAD))
@@ -159,5 +159,14 @@ class Isotropic(nn.Module):
                 after[name].append(tensor)
         result = {name: torch.stack(tensors, 1) for name, tensors in after.items()}
         if "count" in state:
+            for name in ("keys", "values"):
+                result[name] = _in_ring(state[name], result[name], state["count"])
             result["count"] = state["count"] + 1
         return self.rmsnorm(x_BD), result
+
+
+def _in_ring(ring_BLRD: Tensor, new_BLD: Tensor, count_B1: Tensor) -> Tensor:
+    """The rings of all layers with what is new at the place of the `count`-th position."""
+    reach = ring_BLRD.shape[2]
+    here_BR = torch.arange(reach, device=ring_BLRD.device) == count_B1 % reach
+    return torch.where(here_BR[:, None, :, None], new_BLD[:, :, None], ring_BLRD)

@@ -43,7 +43,7 @@ class Corpus:
         return np.append((self.text & 0xC0) != 0x80, True)
 
     def pieces(self, max_bytes: int, phases: np.ndarray | None = None) -> np.ndarray:
-        """int64 [pieces, 2]: begin and end of every piece of at most `max_bytes`, in order.
+        """int64 [pieces, 2]: begin and end of every piece, in order; none longer than `max_bytes` and three more.
 
         A document is cut every `max_bytes` from its phase on, and each cut moved back to where a code point begins.
         """

@@ -58,7 +58,9 @@ class Mamba2(nn.Module):
         """One position, from the state given to the next."""
         gate_BI, mixed_BC, step_BH = self._project(x_BD)
         seen_BSC = torch.cat([conv_BKC.to(mixed_BC.dtype), mixed_BC[:, None]], 1)
-        x_BHP, in_BN, out_BN = self._split(self._convolve(seen_BSC, 1)[:, 0])
+        assert self.conv1d.bias is not None
+        convolved_BC = F.silu((seen_BSC * self.conv1d.weight[:, 0].mT).sum(1) + self.conv1d.bias)
+        x_BHP, in_BN, out_BN = self._split(convolved_BC)
         step_BH = F.softplus(step_BH.float() + self.dt_bias.float())
         x_BHP = x_BHP.float()
         y_BHP, ssm_BHPN = decayed_step(

@@ -23,6 +23,7 @@ from training.models.hnet.routing import (
     smooth_step,
     upsample,
 )
+from training.scan import current_form
 
 INNER = "main_"  # before the names of the states of what lies inside a stage
 Decisions = tuple[list[Tensor], list[Tensor]]  # p and b of every stage, the outermost first
@@ -77,11 +78,12 @@ class HNet(nn.Module):
         b_BT = begins(p_BT)
         chunks = divide(b_BT)
         z_BKD, (p_inside, b_inside) = self.main_network(downsample(x_BTD, chunks), chunks.real, None)
-        z_BTD = upsample(smooth(z_BKD, p_BT.gather(1, chunks.starts)), chunks)
+        p_BK = downsample(p_BT[..., None], chunks)[..., 0]
+        z_BTD = upsample(smooth(z_BKD, p_BK), chunks)
         y_BTD = z_BTD * confidence_gate(p_BT, b_BT)[..., None] + self._residual(x_BTD)
         # A chunk's decision is the decision at the position that begins it.
-        p_inside = [torch.where(b_BT, p_BK.gather(1, chunks.places), 0.0) for p_BK in p_inside]
-        b_inside = [b_BT & b_BK.gather(1, chunks.places) for b_BK in b_inside]
+        p_inside = [torch.where(b_BT, upsample(p_BK[..., None], chunks)[..., 0], 0.0) for p_BK in p_inside]
+        b_inside = [b_BT & upsample(b_BK[..., None], chunks)[..., 0] for b_BK in b_inside]
         return self.decoder(y_BTD)[..., :around], ([p_BT, *p_inside], [b_BT, *b_inside])
 
     def step(self, x_BD: Tensor, closed_B: Tensor | None, state: State) -> tuple[Tensor, Decisions, State]:
@@ -108,21 +110,49 @@ class HNet(nn.Module):
         return y_BD[..., :around], ([p_B, *inside[0]], [b_B, *inside[1]]), after
 
     def _advance(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
-        """What lies inside, run for the rows where a chunk begins and for no others; those keep their state."""
+        """What lies inside, run for the rows where a chunk begins and for no others; those keep their state.
+
+        While a model is traced, it is run for all rows where a chunk begins in any of them, and else skipped.
+        """
         assert isinstance(self.main_network, HNet)
+        if torch.compiler.is_compiling() or current_form():
+            return self._advance_traced(x_BD, b_B, state)
         rows = b_B.nonzero()[:, 0]
-        stages = self.main_network.stages
-        z_BD = torch.zeros_like(x_BD)
-        p = [x_BD.new_zeros(len(x_BD), dtype=torch.float32) for _ in range(stages)]
-        b = [torch.zeros_like(b_B) for _ in range(stages)]
+        z_BD, (p, b), same = self._stay(x_BD, b_B, state)
         if not len(rows):
-            return z_BD, (p, b), state
+            return z_BD, (p, b), same
         now = {name: tensor[rows] for name, tensor in state.items()}
         z, (p_rows, b_rows), after = self.main_network.step(x_BD[rows], None, now)
         p = [all_.index_copy(0, rows, some) for all_, some in zip(p, p_rows, strict=True)]
         b = [all_.index_copy(0, rows, some) for all_, some in zip(b, b_rows, strict=True)]
         state = {name: tensor.index_copy(0, rows, after[name]) for name, tensor in state.items()}
         return z_BD.index_copy(0, rows, z), (p, b), state
+
+    def _advance_traced(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
+        inside, names, stages = self.main_network, list(state), self.stages - 1
+        assert isinstance(inside, HNet)
+
+        def run(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            z_BD, (p, b), after = inside.step(x_BD, None, dict(zip(names, tensors, strict=True)))
+            moved = [
+                torch.where(_wide(b_B, before), after[name], before)
+                for name, before in zip(names, tensors, strict=True)
+            ]
+            return z_BD.contiguous(), *(p_B * b_B for p_B in p), *(b_B & inner_B for inner_B in b), *moved
+
+        def stay(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            z_BD, (p, b), _ = self._stay(x_BD, b_B, {})
+            return z_BD, *p, *b, *(tensor.clone() for tensor in tensors)
+
+        z_BD, *rest = torch.cond(b_B.any(), run, stay, (x_BD, b_B, *state.values()))
+        after = dict(zip(names, rest[2 * stages :], strict=True))
+        return z_BD, (rest[:stages], rest[stages : 2 * stages]), after
+
+    def _stay(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
+        """What is said where no chunk begins."""
+        stages = self.stages - 1
+        p = [x_BD.new_zeros(len(x_BD), dtype=torch.float32) for _ in range(stages)]
+        return torch.zeros_like(x_BD), (p, [torch.zeros_like(b_B) for _ in range(stages)]), state
 
     @property
     def stages(self) -> int:
@@ -147,6 +177,11 @@ def _open(p: Tensor, closed: Tensor | None, started: Tensor | None = None) -> Te
         return torch.where(closed & (started[:, 0] > 0), 0.0, p)
     first = torch.arange(p.shape[1], device=p.device) == 0
     return torch.where(closed & ~first, 0.0, p)
+
+
+def _wide(b_B: Tensor, like: Tensor) -> Tensor:
+    """b with as many axes as `like`."""
+    return b_B.view(-1, *[1] * (like.dim() - 1))
 
 
 def part(state: State, prefix: str) -> State:

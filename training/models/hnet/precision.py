@@ -17,7 +17,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.float()
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
+        # Divided by a root, not times its reciprocal: so ONNX Runtime finds one operator in it.
+        x = x / torch.sqrt(x.pow(2).mean(-1, keepdim=True) + EPSILON)
         return (x * self.weight.float()).to(self.weight.dtype)
 
 

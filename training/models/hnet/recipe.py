@@ -4,7 +4,8 @@ Shapes: B pieces of a batch, T bytes, S stages.
 """
 
 import time
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from training.models.hnet.losses import (
     stage_of,
     stage_ratios,
 )
-from training.models.hnet.metrics import Tally, measure, next_byte_nats, positions
+from training.models.hnet.metrics import NATS_A_BIT, Tally, measure, next_byte_nats, positions
 from training.models.hnet.ngram import KneserNey, unigram_bits
 from training.models.hnet.spec import TIME_MAX
 from training.spec import Config, Evaluation, Metrics, Recipe
@@ -42,19 +43,34 @@ PROBE_BYTES = 16_384
 WORST_BITS = 8.0  # a byte costs no more with a model that knows nothing
 
 
+# The experiments of a sweep share their text and its baselines.
+@lru_cache(maxsize=1)
+def _read(data: Path | None, unit: str, seed: int, texts: int) -> tuple[Corpus, Corpus, list[str]]:
+    return (*synthetic_corpora(seed, texts), []) if data is None else read_corpora(data, unit)
+
+
+@lru_cache(maxsize=1)
+def _baseline_bits(data: Path | None, unit: str, seed: int, texts: int) -> dict[str, np.ndarray]:
+    """The information of every held-out byte, by baseline."""
+    train, valid, _ = _read(data, unit, seed, texts)
+    return {"unigram": unigram_bits(train, valid), f"{NGRAM}gram": KneserNey.fit(train, NGRAM).bits(valid)}
+
+
 class HNetRecipe(Recipe):
     """Pieces of documents; documents are held out whole."""
 
-    @cached_property
+    @property
     def corpora(self) -> tuple[Corpus, Corpus]:
         """Training and validation text."""
         return self._read[:2]
 
-    @cached_property
+    @property
     def _read(self) -> tuple[Corpus, Corpus, list[str]]:
-        if self.data is None:
-            return *synthetic_corpora(self.training["seed"], self.training["texts"]), []
-        return read_corpora(self.data, self.training["unit"])
+        return _read(*self._source)
+
+    @property
+    def _source(self) -> tuple[Path | None, str, int, int]:
+        return self.data, self.training["unit"], self.training["seed"], self.training["texts"]
 
     @cached_property
     def n_compress(self) -> list[int]:
@@ -100,11 +116,16 @@ class HNetRecipe(Recipe):
 
     def judge(self, module: nn.Module) -> Metrics:
         """Metrics on `judge_bytes` of the held-out text, from all over it."""
-        pieces = self.corpora[1].pieces(self.training["max_bytes"])
-        wanted = max(1, self.training["judge_bytes"] // self.training["max_bytes"])
-        spread = np.unique(np.linspace(0, len(pieces) - 1, min(wanted, len(pieces))).astype(int))
-        tally = measure(module, self.corpora[1], pieces[spread], self.training["batch"])
+        pieces = self._spread(self.training["judge_bytes"])
+        tally = measure(module, self.corpora[1], pieces, self.training["batch"])
         return {**tally.metrics(), "loss": self.criterion(tally)}
+
+    def _spread(self, wanted_bytes: int) -> np.ndarray:
+        """Pieces from all over the held-out text, about so many bytes; all of them if that is 0."""
+        pieces = self.corpora[1].pieces(self.training["max_bytes"])
+        wanted = wanted_bytes // self.training["max_bytes"] if wanted_bytes else len(pieces)
+        places = np.linspace(0, len(pieces) - 1, max(1, min(wanted, len(pieces))))
+        return pieces[np.unique(places.astype(int))]
 
     def criterion(self, tally: Tally) -> float:
         """Bits per byte, and more by WORST_BITS times the share by which segments fall short of `least_code_points`.
@@ -116,16 +137,13 @@ class HNetRecipe(Recipe):
         return tally.metrics()["bits_per_byte"] + WORST_BITS * short
 
     def evaluate(self, module: nn.Module) -> Evaluation:
-        """All held-out text, beside byte n-grams that read every document whole."""
-        train, valid = self.corpora
-        tally = measure(module, valid, valid.pieces(self.training["max_bytes"]), self.training["batch"])
-        metrics = {"criterion": self.criterion(tally), **tally.metrics()}
-        bits = {"unigram": unigram_bits(train, valid), f"{NGRAM}gram": KneserNey.fit(train, NGRAM).bits(valid)}
-        baselines = {
-            name: {"bits_per_byte": float(each.mean()), "cross_entropy": float(each.mean() * np.log(2))}
-            for name, each in bits.items()
-        }
-        return Evaluation(metrics=metrics, baselines=baselines)
+        """`evaluate_bytes` of held-out text, beside byte n-grams that read every document whole."""
+        pieces = self._spread(self.training["evaluate_bytes"])
+        tally = measure(module, self.corpora[1], pieces, self.training["batch"])
+        judged = np.concatenate([np.arange(begin, end) for begin, end in pieces])
+        means = {name: float(bits[judged].mean()) for name, bits in _baseline_bits(*self._source).items()}
+        baselines = {name: {"bits_per_byte": mean, "cross_entropy": mean * NATS_A_BIT} for name, mean in means.items()}
+        return Evaluation(metrics={"criterion": self.criterion(tally), **tally.metrics()}, baselines=baselines)
 
     def probe(self) -> Tensors:
         """byte_ids uint8 [pieces, time] of held-out text, each beginning with BOS; all as long."""

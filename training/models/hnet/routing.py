@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.models.hnet.precision import in_float32
-from training.scan import decayed_sums
+from training.scan import current_form, decayed_sums
 
 P_MIN = 1e-4  # of a boundary, where it smooths
 
@@ -72,8 +72,27 @@ class Chunks(NamedTuple):
     real: Tensor
 
 
-def divide(boundary_BT: Tensor) -> Chunks:
-    """The chunks that begin where `boundary` says; every row has one at its first position."""
+class ChunkMatrices(NamedTuple):
+    """Chunks for which there is always room for T, with matrices of zeros and ones in place of what cannot be sized.
+
+    starts [B, K, T] is one where a chunk starts, places [B, T, K] where a position belongs; real is bool [B, K].
+    """
+
+    starts: Tensor
+    places: Tensor
+    real: Tensor
+
+
+def divide(boundary_BT: Tensor) -> Chunks | ChunkMatrices:
+    """The chunks that begin where `boundary` says; every row has one at its first position.
+
+    In the form that has no loops, for TensorRT, their number is not read out of the data.
+    """
+    form = current_form()
+    return _matrices(boundary_BT) if form and form.kind == "doubling" else _chunks(boundary_BT)
+
+
+def _chunks(boundary_BT: Tensor) -> Chunks:
     time = boundary_BT.shape[1]
     number_BT = boundary_BT.long().cumsum(1)
     chunks = _most(number_BT[:, -1], time)
@@ -87,6 +106,14 @@ def divide(boundary_BT: Tensor) -> Chunks:
     return Chunks(starts_BK, number_BT - 1, chunk_K < number_BT[:, -1:])
 
 
+def _matrices(boundary_BT: Tensor) -> ChunkMatrices:
+    number_BT = boundary_BT.float().cumsum(1)  # TensorRT sums no integers
+    chunk_T = torch.arange(1, boundary_BT.shape[1] + 1, device=boundary_BT.device).float()
+    places_BTK = number_BT[..., None] == chunk_T
+    starts_BKT = (places_BTK & boundary_BT[..., None]).mT
+    return ChunkMatrices(starts_BKT.float(), places_BTK.float(), chunk_T <= number_BT[:, -1:])
+
+
 def _most(count_B: Tensor, time: int) -> int:
     """The most chunks of any row, at least 2: torch.export 2.13 asks of a size it cannot see whether it is 1."""
     most = count_B.max().clamp_min(2).item()
@@ -95,14 +122,21 @@ def _most(count_B: Tensor, time: int) -> int:
     return most  # type: ignore[return-value]
 
 
-def downsample(x_BTD: Tensor, chunks: Chunks) -> Tensor:
+def downsample(x_BTD: Tensor, chunks: Chunks | ChunkMatrices) -> Tensor:
     """What stands for each chunk [B, K, D]: the position that begins it."""
-    return x_BTD.gather(1, chunks.starts[..., None].expand(-1, -1, x_BTD.shape[-1]))
+    return _taken(x_BTD, chunks.starts)
 
 
-def upsample(z_BKD: Tensor, chunks: Chunks) -> Tensor:
+def upsample(z_BKD: Tensor, chunks: Chunks | ChunkMatrices) -> Tensor:
     """To each position [B, T, D], what belongs to its chunk."""
-    return z_BKD.gather(1, chunks.places[..., None].expand(-1, -1, z_BKD.shape[-1]))
+    return _taken(z_BKD, chunks.places)
+
+
+def _taken(rows_BND: Tensor, which: Tensor) -> Tensor:
+    """Rows by number [B, M], or by a matrix [B, M, N] with at most one 1 in each of its rows."""
+    if which.dim() == 3:
+        return (which.to(rows_BND.dtype) @ rows_BND) if rows_BND.is_floating_point() else (which @ rows_BND.float()) > 0
+    return rows_BND.gather(1, which[..., None].expand(-1, -1, rows_BND.shape[-1]))
 
 
 def smooth(z_BKD: Tensor, p_BK: Tensor) -> Tensor:

@@ -1,24 +1,31 @@
 """H-Net as the rest of Slipway sees it. Nothing here imports torch until it is called."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.artifact import Check
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.hnet.arch import VOCABULARY, check
+from training.models.hnet.agreement import agreement, settled
+from training.models.hnet.arch import VOCABULARY, check, integer_states, state_shapes
+from training.models.hnet.experiments import SWEEP
+from training.models.hnet.settings import CONFIG, NOTES, TINY, TRAINING
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
 TIME_MAX = 1024  # bytes of a text, with what begins it
+TRIAL_ROWS = 4  # at once
 AXES = (Axis(name="batch", min=1, opt=4, max=16), Axis(name="time", min=1, opt=256, max=TIME_MAX))
 
 
 def signature(config: Config) -> Signature:
-    """Bytes and lengths in; logits, and p and b of every stage out. `InputError` for an impossible config."""
+    """Bytes and lengths in; logits, p and b of every stage, and what each byte costs out.
+
+    `nats` of a byte given those before it: 0 for the first, which nothing predicts, and for padding. `text_bytes` are
+    the bytes again, -1 for padding. `InputError` for an impossible config.
+    """
     arch, _ = check(config)
     decisions = ("batch", "time", arch.stages)
     return Signature(
@@ -30,8 +37,36 @@ def signature(config: Config) -> Signature:
             TensorSpec(name="logits", dtype="float32", shape=("batch", "time", VOCABULARY)),
             TensorSpec(name="boundary_prob", dtype="float32", shape=decisions),
             TensorSpec(name="boundary", dtype="bool", shape=decisions),
+            TensorSpec(name="nats", dtype="float32", shape=("batch", "time")),
+            TensorSpec(name="text_bytes", dtype="int64", shape=("batch", "time")),
         ),
         axes=AXES,
+    )
+
+
+def step_signature(config: Config) -> Signature:
+    """One byte of every row and the state in; logits, p and b of every stage, and the next state out."""
+    arch, _ = check(config)
+    integers = integer_states(config)
+
+    def state(suffix: str) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                name=f"{name}_{suffix}", dtype="int64" if name in integers else "float32", shape=("batch", *shape)
+            )
+            for name, shape in state_shapes(config).items()
+        )
+
+    return Signature(
+        inputs=(TensorSpec(name="byte_ids", dtype="int64", shape=("batch", 1)), *state("in")),
+        outputs=(
+            TensorSpec(name="logits", dtype="float32", shape=("batch", 1, VOCABULARY)),
+            TensorSpec(name="boundary_prob", dtype="float32", shape=("batch", 1, arch.stages)),
+            TensorSpec(name="boundary", dtype="bool", shape=("batch", 1, arch.stages)),
+            *state("out"),
+        ),
+        axes=AXES[:1],
+        state=tuple((f"{name}_in", f"{name}_out") for name in state_shapes(config)),
     )
 
 
@@ -57,10 +92,44 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {"byte_ids": ids, "lengths": lengths.astype(np.int64)}
 
 
-def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """`boundaries`: share of positions at which both begin the same segments."""
-    same = (got["boundary"] == want["boundary"]).all(-1)
-    return {"boundaries": Check(value=float(same.mean()), limit=1.0, at_least=True)}
+def step_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+    """The bytes of `feeds`, one of each row unless a rollout asks for more."""
+    return {"byte_ids": feeds(config, rng, {"time": 1, **sizes}, probe)["byte_ids"]}
+
+
+def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
+    """The held-out texts of the probe, whole."""
+    ids = probe.get("byte_ids", np.zeros((0, 0)))[:, :TIME_MAX].astype(np.int64)
+    for start in range(0, len(ids), TRIAL_ROWS):
+        rows = ids[start : start + TRIAL_ROWS]
+        yield {"byte_ids": rows, "lengths": np.full(len(rows), rows.shape[1])}
+
+
+def scorer(module: "nn.Module") -> "nn.Module":
+    from training.models.hnet.module import HNetForCausalLM
+    from training.models.hnet.serving import HNetScorer
+
+    assert isinstance(module, HNetForCausalLM)
+    return HNetScorer(module)
+
+
+def step(module: "nn.Module") -> "nn.Module":
+    from training.models.hnet.module import HNetForCausalLM
+    from training.models.hnet.serving import HNetStep
+
+    assert isinstance(module, HNetForCausalLM)
+    return HNetStep(module)
+
+
+def whole_texts(module: "nn.Module", feeds: Tensors) -> Tensors:
+    """Logits, p and b of whole texts, by the forward pass that reads them at once."""
+    import torch
+
+    from training.models.hnet.serving import HNetStep
+
+    assert isinstance(module, HNetStep)
+    said = module.whole(torch.from_numpy(feeds["byte_ids"]))
+    return {name: tensor.numpy() for name, tensor in zip(("logits", "boundary_prob", "boundary"), said, strict=True)}
 
 
 def recipe() -> type[Recipe]:
@@ -69,52 +138,46 @@ def recipe() -> type[Recipe]:
     return HNetRecipe
 
 
-CONFIG: Config = {
-    "model_arch": "m2 T4",
-    "model_dim": "256 256",
-    "d_state": 128,
-    "attention_window": 1023,
-    "attention_capacity": 1024,
-    "align": "none",
-}
-TINY: Config = {"model_arch": "m1 T1", "model_dim": "64 64", "d_state": 16, "attention_capacity": 1024}
-TRAINING: Config = {
-    "lr": 3e-4,
-    "batch": 32,
-    "epochs": 50.0,
-    "warmup": 0.1,
-    "scheduler": "cosine",
-    "weight_decay": 0.01,
-    "beta2": 0.95,
-    "patience": 0,
-    "n_compress": "1 5",
-    "alpha": 0.03,
-    "warmup_compression_epochs": 0,
-    "lr_by_stage": True,
-    "max_bytes": 1024,
-    "unit": "document",
-    "epoch_bytes": 0,
-    "judge_bytes": 65_536,
-    "least_code_points": 1.5,
-    "texts": 400,
+SKIPS = {"vllm": "reads bytes and divides them itself: no tokenizer, and a state that vLLM cannot page"}
+PRESETS = {
+    "tiny": Preset(
+        config={**CONFIG, **TINY},
+        training={**TRAINING, "lr": 2e-3, "batch": 16, "epochs": 3.0, "max_bytes": 256},
+    ),
+    "full": Preset(config=CONFIG, training=TRAINING),
 }
 SPECS = (
     ModelSpec(
         name="hnet",
         pipeline="hnet",
-        presets={
-            "tiny": Preset(
-                config={**CONFIG, **TINY},
-                training={**TRAINING, "lr": 2e-3, "batch": 16, "epochs": 3.0, "max_bytes": 256},
-            ),
-            "full": Preset(config=CONFIG, training=TRAINING),
-        },
+        presets=PRESETS,
         signature=signature,
         build=build,
+        exported=scorer,
         feeds=feeds,
+        trial=trial,
         agreement=agreement,
+        settled=settled,
         tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
         recipe=recipe,
-        skips={"vllm": "reads bytes and divides them itself: no tokenizer, and a state that vLLM cannot page"},
+        notes=NOTES,
+        sweep=SWEEP,
+        skips=SKIPS,
+    ),
+    ModelSpec(
+        name="hnet_step",
+        pipeline="hnet_step",
+        checkpoint="hnet",
+        presets=PRESETS,
+        signature=step_signature,
+        build=build,
+        part=step,
+        feeds=step_feeds,
+        sequence=whole_texts,
+        agreement=agreement,
+        settled=settled,
+        tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
+        recipe=recipe,
+        skips=SKIPS,
     ),
 )

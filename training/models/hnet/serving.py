@@ -1,0 +1,53 @@
+"""What is exported of an H-Net: the whole text with what its bytes cost, and one byte with all state as tensors.
+
+Shapes: B batch, T bytes, S stages, V vocabulary (256).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.models.hnet.module import HNetForCausalLM
+
+NOTHING = -1  # in place of padding
+
+
+class HNetScorer(nn.Module):
+    """Whole texts: what `hnet` says, and of every byte what it cost."""
+
+    def __init__(self, hnet: HNetForCausalLM) -> None:
+        super().__init__()
+        self.hnet = hnet
+
+    def forward(self, byte_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, ...]:
+        """Logits, p, b, the nats of each byte after the first [B, T], and the bytes [B, T], -1 for padding."""
+        logits_BTV, p_BTS, b_BTS = self.hnet(byte_ids_BT, lengths_B)
+        time = byte_ids_BT.shape[1]
+        place_T = torch.arange(time, device=byte_ids_BT.device)
+        real_BT = place_T < lengths_B[:, None]
+        following_BT1 = F.pad(byte_ids_BT, (0, 1))[:, 1:, None]
+        nats_BT = -torch.log_softmax(logits_BTV, -1).gather(-1, following_BT1)[..., 0]
+        # Cut after padding: cut before it, torch.export 2.13 asks for a time other than 2.
+        nats_BT = torch.where(real_BT & (place_T > 0), F.pad(nats_BT, (1, 0))[:, :time], 0.0)
+        return logits_BTV, p_BTS, b_BTS, nats_BT, torch.where(real_BT, byte_ids_BT, NOTHING)
+
+
+class HNetStep(nn.Module):
+    """One byte of every row, with the state as tensors in the order of `state_shapes`."""
+
+    def __init__(self, hnet: HNetForCausalLM) -> None:
+        super().__init__()
+        self.hnet = hnet
+
+    def forward(self, byte_ids_B1: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Logits [B, 1, V], p and b [B, 1, S], and the state after this byte."""
+        now = dict(zip(self.hnet.shapes, state, strict=True))
+        logits_BV, p_BS, b_BS, after = self.hnet.step(byte_ids_B1[:, 0], now)
+        return logits_BV[:, None], p_BS[:, None], b_BS[:, None], *(after[name] for name in self.hnet.shapes)
+
+    def whole(self, byte_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, p and b of whole texts, by the forward pass that reads them at once."""
+        said: tuple[Tensor, Tensor, Tensor] = self.hnet(
+            byte_ids_BT, torch.full((len(byte_ids_BT),), byte_ids_BT.shape[1])
+        )
+        return said
