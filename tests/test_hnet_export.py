@@ -4,17 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from conftest import write_untrained
 from test_hnet_model import ARCHS, model, texts
 
-from export import all as export_all
 from export import parity
 from export.source import Source
 from runtimes.errors import ParityError
-from runtimes.repository import find
 from training.checkpoint import Checkpoint
 from training.models.hnet.agreement import agreement, settled
 from training.models.hnet.arch import state_shapes
@@ -146,26 +143,6 @@ def two_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     change = {"model_arch": "m1 m1T1 M1", "model_dim": "64 64 128", "attention_window": 9}
     write_untrained(find_spec("hnet"), folder / "checkpoints" / "hnet", change)
     return folder
-
-
-@pytest.mark.slow
-def test_two_stages_are_exported_and_a_step_runs_what_lies_inside_in_an_if(two_stages: Path) -> None:
-    """Proved by the export itself: at every bound, on the probe's text and over 300 streamed bytes."""
-    places = ["--checkpoints", str(two_stages / "checkpoints"), "--repository", str(two_stages / "repository")]
-    assert export_all.main(["--target", "onnx", "--model", "hnet", "--model", "hnet_step", *places]) == 0
-    graph = onnx.load(find(two_stages / "repository", "hnet_step_onnx") / "model.onnx").graph
-    (outer,) = [node for node in graph.node if node.op_type == "If"]
-    branches = {attribute.name: attribute.g for attribute in outer.attribute}
-    assert {node.op_type for node in branches["else_branch"].node} <= {
-        "Identity",
-        "Constant",
-        "Expand",
-        "Shape",
-        "Concat",
-    }
-    inside = [node.op_type for node in branches["then_branch"].node]
-    assert inside.count("If") == 1
-    assert "Gemm" in inside or "MatMul" in inside
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import toys
 
@@ -112,6 +113,14 @@ def test_a_wrong_text_is_refused_in_one_line(
     assert printed.out == ""
     assert named in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_the_step_runs_what_lies_inside_in_an_if_and_skips_it(repository: Path) -> None:
+    graph = onnx.load(find(repository, "hnet_step_onnx") / "model.onnx").graph
+    (node,) = [node for node in graph.node if node.op_type == "If"]
+    kinds = {attribute.name: {inner.op_type for inner in attribute.g.node} for attribute in node.attribute}
+    assert {"Gemm", "MatMul"} & kinds["then_branch"]
+    assert not {"Gemm", "MatMul", "Where"} & kinds["else_branch"]
 
 
 # Writing

@@ -270,7 +270,7 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (remove("running_onnx/1/model.onnx"), "model.onnx: expected this file, found none"),
     "changed": (flip_a_byte, "model.onnx: expected sha256"),
     "no version": (lambda repository: (repository / "running" / "1").rmdir(), "running: expected a version folder"),
-    "step": (edit(ENCODE, '"encode"', '"encde"'), "expected parameter step of encode, decode, found 'encde'"),
+    "step": (edit(ENCODE, '"encode"', '"encde"'), "expected parameter step of encode, decode, write, found 'encde'"),
     "program": (remove("running_encode/1/model.py"), "running_encode: version 1: expected model.py, found none"),
     "asset": (remove("running_decode/1/assets/unit.json"), "unit.json: expected this file, found none"),
     "pipeline": (another_pipeline, "found 'toi'"),
