@@ -67,8 +67,20 @@ def parse_request(text: bytes, where: str) -> Any:
 
 
 def write_answer(answer: Any) -> bytes:
-    """An answer as JSON, the same bytes wherever it is written; `EngineError` for one with NaN or infinity in it."""
+    """An answer as JSON, the same bytes wherever it is written; `EngineError` for one with NaN or infinity in it.
+
+    Numbers are rounded to float32, as the outputs they come from: the last bits of NumPy's exp in float64 are not those
+    of another version of NumPy, and a server's is older than a client's.
+    """
     try:
-        return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode()
+        return json.dumps(_narrowed(answer), ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
         raise EngineError(f"expected an answer of finite numbers, found {one_line(error)}") from error
+
+
+def _narrowed(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(np.float32(value))
+    if isinstance(value, dict):
+        return {name: _narrowed(part) for name, part in value.items()}
+    return [_narrowed(part) for part in value] if isinstance(value, list | tuple) else value

@@ -102,14 +102,23 @@ def test_predict_says_the_same_through_the_server(
         (["policy_gru", "--target", "nonsense", "--example"], "policy_gru_onnx"),
         (["policy_gru"], "--input"),
         (["policy_gru", "--input", "missing.json"], "missing.json"),
-        (["policy_gru", "--example", "--device", "tpu"], "cpu"),
-        (["policy_gru", "--input", "missing.json", "--url", "127.0.0.1:1"], "127.0.0.1:1"),
+        (["policy_gru", "--input", "request.json", "--device", "tpu"], "cpu"),
+        (["policy_gru", "--input", "request.json", "--url", "127.0.0.1:1"], "127.0.0.1:1"),
     ],
 )
 def test_predict_refuses_in_one_line(
-    arguments: list[str], named: str, repository: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    named: str,
+    repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert predict([*arguments, "--repository", str(repository)]) in (1, 2)
+    place = ["--repository", str(repository)]
+    assert predict(["policy_gru", "--example", *place]) == 0
+    (tmp_path / "request.json").write_text(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    assert predict([*arguments, *place]) in (1, 2)
     printed = capsys.readouterr().err
     assert named in printed
     assert printed.count("\n") == 1

@@ -1,6 +1,5 @@
 """A wrong request is an InputError whatever it holds, in every pipeline, and the schema knows every right one."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,9 @@ def test_a_request_that_is_no_json_in_utf_8_is_an_input_error() -> None:
 
 
 def test_an_answer_has_one_form_and_is_finite() -> None:
-    assert write_answer({"స": [1.5, "é"]}) == json.dumps({"స": [1.5, "é"]}, ensure_ascii=False).encode()
+    assert write_answer({"స": [1.5, "é", True, 2**60]}) == '{"స": [1.5, "é", true, 1152921504606846976]}'.encode()
+    third = 1 / 3
+    assert write_answer([third]) == write_answer([np.nextafter(third, 1)]) == b"[0.3333333432674408]"
     for number in (math.nan, math.inf):
         with pytest.raises(EngineError, match="expected an answer of finite numbers"):
             write_answer({"score": number})
