@@ -69,6 +69,23 @@ def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(repository:
     assert refused
 
 
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ({"a": [1.0, "b"]}, True),
+        ({"a": [1.00001, "b"]}, True),
+        ({"a": [1.01, "b"]}, False),
+        ({"a": [1.0, "c"]}, False),
+        ({"a": [1.0]}, False),
+        ({"a": [1.0, "b"], "c": 1}, False),
+        ({"a": [float("nan"), "b"]}, False),
+        ([1.0, "b"], False),
+    ],
+)
+def test_answers_are_alike_up_to_the_last_digits(answer: object, same: bool) -> None:
+    assert soak.alike(answer, {"a": [1.0, "b"]}) is same
+
+
 class Deaf:
     """A client that answers or fails as it was told."""
 
