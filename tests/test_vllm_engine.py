@@ -141,7 +141,8 @@ class TestEmbedder:
         runtime, module = vllm_embedder
         tokenizer = pytest.importorskip("tokenizers").Tokenizer.from_file(str(runtime.root / "assets/tokenizer.json"))
         ids = [encoding.ids for encoding in tokenizer.encode_batch(small_decoders.TEXTS)]
-        np.testing.assert_array_equal(runtime.embed(small_decoders.TEXTS), runtime.embed(ids))
+        # Not to the last bit: vLLM makes its batches of what has arrived by then.
+        np.testing.assert_allclose(runtime.embed(small_decoders.TEXTS), runtime.embed(ids), atol=1e-6)
         np.testing.assert_allclose(runtime.embed(ids), [module.vector(row) for row in ids], atol=1e-5)
 
     def test_it_does_not_generate(self, vllm_embedder: Embedder) -> None:
