@@ -44,8 +44,8 @@ def test_right_requests_are_answered_and_wrong_ones_declined(
 ) -> None:
     assert soak.main(["--repository", str(repository), "--seconds", "2", "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)["counts"]
-    assert counts.keys() == {soak.RIGHT, soak.DECLINED}
-    assert min(counts.values()) > 10
+    assert counts.keys() - {soak.BUSY} == {soak.RIGHT, soak.DECLINED}  # two clients may meet at the limit
+    assert min(counts[what] for what in (soak.RIGHT, soak.DECLINED)) > 10
 
 
 def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(repository: Path) -> None:
