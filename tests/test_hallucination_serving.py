@@ -21,7 +21,7 @@ from runtimes.caching import Store
 from runtimes.engines.onnxruntime import OnnxRuntime
 from runtimes.errors import ArtifactError, EngineError, InputError, ParityError
 from runtimes.grounding import EXAMPLE
-from runtimes.pipeline import Pipeline, open_pipeline
+from runtimes.pipeline import Pipeline, open_pipeline, write_answer
 from runtimes.predict import main as predict
 from runtimes.repository import find
 from runtimes.triton_server import TritonServer
@@ -285,7 +285,8 @@ def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Pa
 def test_the_ensemble_answers_as_the_pipeline_in_process(
     name: str, server: TritonServer, opened: tuple[Runtime, Pipeline]
 ) -> None:
-    close(ask(server, "hallucination", json.dumps(REQUESTS[name])), answers(opened, [REQUESTS[name]])[0])
+    want = json.loads(write_answer(answers(opened, [REQUESTS[name]])[0]))
+    close(ask(server, "hallucination", json.dumps(REQUESTS[name])), want)
 
 
 def test_the_scorer_answers_through_the_server(server: TritonServer, repository: Path) -> None:
