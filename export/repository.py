@@ -14,7 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config, writer_config
+from export.triton_config import (
+    STEPS,
+    UNLIMITED,
+    Scheduling,
+    ensemble_config,
+    model_config,
+    step_config,
+    step_name,
+    writer_config,
+)
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
 from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions, writer_name
@@ -94,16 +103,24 @@ def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
 
 
 def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
-    """The published artifact's config says this scheduling; a config that does already is not touched."""
-    model = repository / artifact.name
-    if versions(model):
-        with _publishing(artifact.name, repository) as staging:
-            config = model_config(artifact, artifact.runtime, scheduling)
-            with _config_replaced(model, config, staging):
-                _sync_one(model)
+    """The configs of the published artifact and of the steps made for it say this scheduling.
+
+    A config that does already is not touched.
+    """
+    if not versions(repository / artifact.name):
+        return
+    configs = {artifact.name: model_config(artifact, artifact.runtime, scheduling)}
+    for step in STEPS:
+        made = versions(repository / step_name(artifact.model, step))
+        if made and Artifact.load(made[-1]).key == artifact.key:
+            configs[step_name(artifact.model, step)] = step_config(artifact, step, scheduling)
+    with _publishing(artifact.name, repository) as staging:
+        for name, config in configs.items():
+            with _config_replaced(repository / name, config, staging):
+                _sync_one(repository / name)
 
 
-def publish_ensemble(artifact: Artifact, repository: Path) -> None:
+def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Scheduling = UNLIMITED) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
     Beside that of a step of a byte language model lies a model that writes texts with it.
@@ -116,7 +133,8 @@ def publish_ensemble(artifact: Artifact, repository: Path) -> None:
     with _publishing(artifact.model, repository) as staging:
         for step in STEPS:
             draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
-            _install_changes(draft, repository / f"{artifact.model}_{step}", step_config(artifact, step), staging)
+            config = step_config(artifact, step, scheduling)
+            _install_changes(draft, repository / step_name(artifact.model, step), config, staging)
         empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
         empty.mkdir()
         _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)

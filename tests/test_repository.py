@@ -298,13 +298,25 @@ def test_a_planted_fault_is_found(repository: Path, plant: Callable[[Path], None
     assert all("\n" not in line for line in lint(repository))
 
 
-def test_another_scheduling_changes_the_config_and_no_version(repository: Path) -> None:
-    version = publish_toy(repository)
+@pytest.mark.usefixtures("with_pipeline")
+def test_another_scheduling_changes_configs_and_no_version(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    artifact = Artifact.load(repository / "doubling_onnx" / "1")
     before = snapshot(repository)
-    reschedule(Artifact.load(version), repository, Scheduling())
+    reschedule(artifact, repository, Scheduling())
     assert snapshot(repository) == before
-    reschedule(Artifact.load(version), repository, Scheduling(instances=2, queue=9))
+    reschedule(artifact, repository, Scheduling(instances=2, queue=9))
     changed = {path for path, stat in snapshot(repository).items() if before[path] != stat}
-    assert changed == {"doubling_onnx/config.pbtxt"}
-    assert "max_queue_size: 9" in (repository / "doubling_onnx" / "config.pbtxt").read_text()
+    assert changed == {f"doubling_{name}/config.pbtxt" for name in ("onnx", "encode", "decode")}
+    assert all("max_queue_size: 9" in (repository / path).read_text() for path in changed)
     assert lint(repository) == []
+
+
+@pytest.mark.usefixtures("with_pipeline")
+def test_the_steps_of_another_artifact_keep_their_scheduling(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    aside = publish_toy(repository, target="openvino", key="other")
+    before = snapshot(repository)
+    reschedule(Artifact.load(aside), repository, Scheduling(instances=2, queue=9))
+    changed = {path for path, stat in snapshot(repository).items() if before[path] != stat}
+    assert changed == {"doubling_openvino/config.pbtxt"}
