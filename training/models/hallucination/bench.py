@@ -68,6 +68,22 @@ class Everything(nn.Module):
         attention, middle, after = (torch.cat(parts) for parts in zip(*views, strict=True))
         return attention, middle, after
 
+    def eagerly(self, token_ids: Tensor) -> list[np.ndarray]:
+        """The same from Hugging Face's own modules, hooked where `output_attentions=True` gives no state."""
+        decoder = self.base.model.model
+        middle: list[Tensor] = []
+        after: list[Tensor] = []
+        hooks = [
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, given: middle.append(given[0]))
+            for layer in decoder.layers
+        ]
+        hooks += [layer.register_forward_hook(lambda *given: after.append(given[-1])) for layer in decoder.layers]
+        decoder.set_attn_implementation("eager")
+        attention = decoder(token_ids, output_attentions=True).attentions
+        for hook in hooks:
+            hook.remove()
+        return [torch.cat(tuple(parts)).numpy() for parts in (attention, middle, after)]
+
     def scores_at_once(self, outputs: list[np.ndarray], given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(ECS, PKS) by chunk from what came out, with torch, all tokens of a layer at a time."""
         attention, middle, after = map(torch.from_numpy, outputs)
@@ -127,6 +143,9 @@ def bench_fused(arguments: Any) -> str:
             "fused": lambda: fused.run(None, made),
             "all attention, without scores": lambda: dense.run(None, ids),
             "all attention, scored at once": lambda: everything.scores_at_once(dense.run(None, ids), given),
+            "Hugging Face eager, scored at once": lambda: everything.scores_at_once(
+                everything.eagerly(given["token_ids"]), given
+            ),
             "all attention, scored by token": lambda: everything.scores_by_token(dense.run(None, ids), given),
         }
         _same_scores(ways)
