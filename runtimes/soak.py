@@ -20,7 +20,7 @@ from runtimes.errors import EngineError, InputError, Overloaded
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import home_of, published
 from runtimes.sampler import tree
-from runtimes.scenarios import LATE_S, poisson_arrivals, posting, side_by_side
+from runtimes.scenarios import LATE_S, Window, poisson_arrivals, posting, side_by_side
 from runtimes.statistics import knee, percentile
 from runtimes.triton_client import CLIENTS, Answer, TritonClient, new_sequence
 from runtimes.triton_server import TritonServer
@@ -240,8 +240,14 @@ def overload(question: Question, factor: float, seconds: float) -> tuple[Tally, 
         "requests a second at the knee": f"{knee_per_s:.0f}, {lanes} side by side",
         "sent a second": f"{len(arrivals) / seconds:.0f}",
         "answered rightly a second": f"{len(tally.seconds[RIGHT]) / window.wall_s:.0f}",
-        "sent late": f"{window.late / len(arrivals):.1%}, more than {LATE_S * 1e3:g} ms",
+        "sent late": f"{window.late / len(arrivals):.0%} by more than {LATE_S * 1e3:g} ms, {lateness(window)}",
     }
+
+
+def lateness(window: Window) -> str:
+    """How late requests were sent: the latencies hold it, for a request waits from when it was due."""
+    late_s = np.subtract(window.samples_s, window.service_s)
+    return "half by {:.1f}, 1 % by {:.0f} ms or more".format(*np.percentile(late_s, [50, 99]) * 1e3)
 
 
 def find_knee(question: Question) -> tuple[int, float]:
