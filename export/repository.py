@@ -26,8 +26,19 @@ from export.triton_config import (
 )
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
-from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions, writer_name
+from runtimes.pipeline import open_pipeline
+from runtimes.repository import (
+    REQUEST_SCHEMA,
+    STEP_FILE,
+    all_versions,
+    beside,
+    home_of,
+    number_of,
+    versions,
+    writer_name,
+)
 from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
+from runtimes.writing import SCHEMA as WISH_SCHEMA
 from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
@@ -103,28 +114,27 @@ def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
 
 
 def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
-    """The configs of the published artifact and of the steps made for it say this scheduling.
+    """The published artifact's config says this scheduling, and the ensemble made for it is as it would be made now.
 
-    A config that does already is not touched.
+    What is so already is not touched.
     """
-    if not versions(repository / artifact.name):
+    model = repository / artifact.name
+    if not versions(model):
         return
-    configs = {artifact.name: model_config(artifact, artifact.runtime, scheduling)}
-    for step in STEPS:
-        made = versions(repository / step_name(artifact.model, step))
-        if made and Artifact.load(made[-1]).key == artifact.key:
-            configs[step_name(artifact.model, step)] = step_config(artifact, step, scheduling)
     with _publishing(artifact.name, repository) as staging:
-        for name, config in configs.items():
-            with _config_replaced(repository / name, config, staging):
-                _sync_one(repository / name)
+        config = model_config(artifact, artifact.runtime, scheduling)
+        with _config_replaced(model, config, staging):
+            _sync_one(model)
+    steps = versions(repository / step_name(artifact.model, STEPS[0]))
+    if steps and Artifact.load(steps[-1]).key == artifact.key:
+        publish_ensemble(artifact, repository, scheduling)
 
 
 def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Scheduling = UNLIMITED) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
-    Beside that of a step of a byte language model lies a model that writes texts with it.
-    `ArtifactError` if the artifact is not served.
+    Beside that of a step of a byte language model lies a model that writes texts with it. Both say in a file what a
+    request must be. `ArtifactError` if the artifact is not served.
     """
     served = versions(repository / artifact.name)
     if not served:
@@ -135,12 +145,14 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
             draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
             config = step_config(artifact, step, scheduling)
             _install_changes(draft, repository / step_name(artifact.model, step), config, staging)
-        empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
-        empty.mkdir()
-        _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)
+        draft = staging / "ensemble"
+        draft.mkdir()
+        write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
+        _install_changes(draft, repository / artifact.model, ensemble_config(artifact), staging)
         if can_write(artifact.signature):
             name = writer_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
+            write_json(draft / REQUEST_SCHEMA, WISH_SCHEMA)
             _install_changes(draft, repository / name, writer_config(artifact, name), staging)
 
 

@@ -1,7 +1,6 @@
 """A server under load is watched by someone who would notice a wrong answer."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import toys
 
-import runtimes.pipelines
 from export.repository import drafting, publish, publish_ensemble
 from export.triton_config import Scheduling
 from runtimes import soak
@@ -25,18 +23,15 @@ pytestmark = toys.needs_server()
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Both toys with their ensembles, the stateless one with limits; the toy pipeline here and in the server."""
     repository = tmp_path_factory.mktemp("soaked") / "model_repository"
-    for signature in (toys.DOUBLING, toys.RUNNING):
-        limits = Scheduling(instances=2, queue=1)
-        with drafting(repository) as draft:
-            version = publish(draft, toys.make(draft, signature), repository, scheduling=limits)
-        publish_ensemble(Artifact.load(version), repository, limits)
     checkout = toys.checkout_with_pipeline(tmp_path_factory.mktemp("checkout"))
-    runtimes.pipelines.__path__.append(str(checkout / "runtimes" / "pipelines"))
-    with pytest.MonkeyPatch.context() as patch:
+    limits = Scheduling(instances=2, queue=1)
+    with toys.known_pipeline(checkout / "runtimes" / "pipelines"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_PATH", str(checkout))
+        for signature in (toys.DOUBLING, toys.RUNNING):
+            with drafting(repository) as draft:
+                version = publish(draft, toys.make(draft, signature), repository, scheduling=limits)
+            publish_ensemble(Artifact.load(version), repository, limits)
         yield repository
-    runtimes.pipelines.__path__.pop()
-    sys.modules.pop("runtimes.pipelines.toy", None)
 
 
 def test_right_requests_are_answered_and_wrong_ones_declined(
