@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from test_hallucination_data import ragtruth
 
 from runtimes.errors import InputError
 from training.checkpoint import Checkpoint, restore
+from training.frozen import longest_input
 from training.models.hallucination.frozen import (
+    SentenceEncoder,
     load_decoder,
     load_encoder,
     template_json,
@@ -60,6 +63,24 @@ def test_a_detector_is_fitted_over_folders_and_comes_back(
     restore(checkpoint, find_spec("hallucination"))
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_texts_are_compared_as_transformers_compares_them(family: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel, set_seed
+
+    set_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    own = AutoConfig.for_model(family, **sizes, vocab_size=50, max_position_embeddings=12, pad_token_id=1)
+    model = AutoModel.from_config(own).eval()
+    model.save_pretrained(tmp_path)
+    texts = [[0, 5, 6, 7, 8, 9], [0, 10, 11]]
+    padded = torch.tensor([text + [1] * (6 - len(text)) for text in texts])
+    with torch.inference_mode():
+        got = SentenceEncoder(str(tmp_path), "main")(padded)
+        alone = torch.cat([model(torch.tensor([text])).last_hidden_state[:, 0] for text in texts])
+    torch.testing.assert_close(got, torch.nn.functional.normalize(alone), atol=1e-6, rtol=0)
+    assert longest_input(own) == (12 if family == "bert" else 10)
+
+
 def test_an_encoder_of_another_family_is_refused(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(InputError, match="expected an encoder of the BERT family, found 'qwen2'"):
+    with pytest.raises(InputError, match="expected an encoder of bert, roberta, xlm-roberta; found 'qwen2'"):
         load_encoder(str(folders[0]), "main")
