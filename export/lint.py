@@ -184,7 +184,7 @@ def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]
     yield from _compare("output", declared(config.output), final)
     names = [step.model_name for step in config.ensemble_scheduling.step]
     yield from _check_keys(model.parent, names)
-    for encode in versions(model.parent / names[0])[-1:]:
+    for encode in [version for name in names[:1] for version in versions(model.parent / name)[-1:]]:
         with suppress(SlipwayError):  # the step has a line of its own
             artifact = Artifact.load(encode)
             verify_digests(encode, artifact.assets)

@@ -91,7 +91,7 @@ class TritonClient(ABC):
         then: Callable[[Answer], object],
         **sequence: Any,
     ) -> None:
-        """A request is on its way; `then` gets the call for its outputs, which will not wait, in another thread."""
+        """A request is on its way; once answered, `then` gets the call for its outputs, in a thread of the library."""
         with self._translated():
             future = self._submit(model, self._inputs(feeds), sequence)
         future.add_done_callback(lambda done: then(self._answer(done.result, outputs)))

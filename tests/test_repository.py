@@ -252,6 +252,11 @@ def another_pipeline(repository: Path) -> None:
     replace(Artifact.load(folder), pipeline="toi").save(folder)
 
 
+def empty_ensemble(repository: Path) -> None:
+    path = repository / "running" / "config.pbtxt"
+    path.write_text(path.read_text().partition("ensemble_scheduling")[0])
+
+
 ONNX, ENSEMBLE, ENCODE = "running_onnx/config.pbtxt", "running/config.pbtxt", "running_encode/config.pbtxt"
 SCHEMA = "running/1/request.schema.json"
 PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -291,6 +296,7 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(ENSEMBLE, 'value: "answer"', 'value: "anser"'),
         "output 'answer': expected TYPE_STRING (1,), found",
     ),
+    "no steps": (empty_ensemble, "running: output 'answer': expected TYPE_STRING (1,), found nothing"),
     "no schema": (remove(SCHEMA), "running: version 1: expected the schema of its requests, found"),
     "another schema": (edit(SCHEMA, "object", "array"), "expected the schema of its requests, found another; publish"),
     "larger": (edit(ENSEMBLE, "size: 8", "size: 16"), "step 'running_onnx': expected max_batch_size 16, found 8"),
