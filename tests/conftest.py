@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import small_decoders
 import torch
+from exported import Exports, common_folder
 
-import export.all
 import training.models
 from runtimes.engines.vllm import VllmRuntime
 from runtimes.errors import MissingPackage
@@ -107,21 +107,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def statements_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the untrained statements model, exported to ONNX."""
-    repository = tmp_path_factory.mktemp("statements") / "model_repository"
-    arguments = ["--target", "onnx", "--precision", "fp32", "--model", "statements"]
-    assert export.all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(repository)]) == 0
-    return repository
+def exports(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Every artifact of the untrained checkpoints, made when a test first asks for it."""
+    return Exports(common_folder(tmp_path_factory) / "exports", checkpoints)
 
 
 @pytest.fixture(scope="session")
-def gru_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with an untrained policy_gru, exported to ONNX."""
-    repository = tmp_path_factory.mktemp("gru") / "model_repository"
-    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
-    assert export.all.main(["--target", "onnx", "--model", "policy_gru", *places]) == 0
-    return repository
+def statements_repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the untrained statements model, exported to ONNX."""
+    return exports.onnx(tmp_path_factory.mktemp("statements") / "model_repository", "statements")
+
+
+@pytest.fixture(scope="session")
+def gru_repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with an untrained policy_gru, exported to ONNX; tests copy it before they change it."""
+    return exports.onnx(tmp_path_factory.mktemp("gru") / "model_repository", "policy_gru")
 
 
 @pytest.fixture
