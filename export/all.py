@@ -181,7 +181,7 @@ def export_one(cell: Cell, source: Source, key: str, options: Options) -> tuple[
             mounted_at=options.mounted_at,
         )
     if served and built.speaks_tensors and leads(artifact, repository):
-        publish_ensemble(artifact, repository)
+        publish_ensemble(artifact, repository, options.scheduling)
     return artifact, folder
 
 
@@ -344,8 +344,10 @@ def _parser() -> Any:
     group.add_argument("--calibration-tokens", type=int, default=TEXTS.tokens, help="of each (default: %(default)s)")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     result.add_argument("--force", action="store_true", help="convert again what could be reused")
-    result.add_argument("--instances", type=int, default=1, help="copies of a stateless model in Triton (default: 1)")
-    result.add_argument("--queue", type=int, default=0, help="requests that may wait for it; more are refused at once")
+    result.add_argument(
+        "--instances", type=int, default=1, help="copies of a stateless model and its steps (default: 1)"
+    )
+    result.add_argument("--queue", type=int, default=0, help="requests that may wait for each; more are refused")
     result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result

@@ -164,6 +164,17 @@ def test_a_dry_run_touches_nothing(run: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
+def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
+    vllm = plugins.load("export.targets", "vllm", "TARGET")
+    for spec in all_specs().values():
+        refused, own = vllm.refuse(spec), spec.skips.get("vllm")
+        assert (refused is None) == (spec.language_model is not None)
+        if refused:
+            cell = export_all.Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
+            assert own != refused
+            assert export_all.why_skipped(cell, tmp_path) == (own or refused)
+
+
 def test_a_model_without_checkpoint_is_skipped_with_the_command_that_makes_one(run: Any, tmp_path: Path) -> None:
     status, (cell,) = run("--target", "onnx", "--model", MODEL, source=tmp_path)
     assert (status, cell["status"]) == (0, "skipped")

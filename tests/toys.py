@@ -5,8 +5,10 @@
 
 import json
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
+import runtimes.pipelines
 from runtimes.artifact import ASSETS, Artifact, Facts, digests
 from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
@@ -120,6 +123,19 @@ def run_by_hand(x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total = total + step
         y[t] = total
     return y, h / 2 + (total - h)
+
+
+@contextmanager
+def known_pipeline(folder: Path) -> Iterator[None]:
+    """Inside, this process knows the toys' pipeline, whose source it puts into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "toy.py").write_text(PIPELINE_SOURCE)
+    runtimes.pipelines.__path__.append(str(folder))
+    try:
+        yield
+    finally:
+        runtimes.pipelines.__path__.remove(str(folder))
+        sys.modules.pop("runtimes.pipelines.toy", None)
 
 
 def checkout_with_pipeline(folder: Path) -> Path:

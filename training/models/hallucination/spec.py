@@ -295,7 +295,6 @@ SPECS = (
         agreement=scorer_agreement,
         tolerance={"fp32": Tolerance(absolute=2e-5, relative=1e-5)},
         recipe=scorer_recipe,
-        skips={"vllm": "not a decoder language model"},
     ),
     ModelSpec(
         name="hallucination_generator",
