@@ -10,7 +10,7 @@ export: .venv/ready
 	$(PY) -m training.run all --if-missing
 	$(PY) -m export.all --target onnx --target torch
 
-# Two processes, a test file at a time, each with one thread: half the time of one on two cores.
+# Two processes, each with one thread, take a test file at a time: a server that starts in one leaves no core idle.
 test: .venv/ready .venv-triton/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not vllm" -n 2 --dist loadfile
 
