@@ -1,5 +1,6 @@
 """How the scorer is fitted, and judged: on answers whose sources it has not seen, beside the length of their chunks."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +31,7 @@ from training.precompute import fill
 from training.spec import Config, Evaluation, Metrics, Reading, Recipe
 
 PROBE_ROWS = 16
+MOST_MAGNIFIED = 100.0  # a rounding of 1e-7 that a score makes larger than this is no longer small beside its tolerance
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
 
 
@@ -61,6 +63,12 @@ class ScorerRecipe(Recipe):
     def fit(self) -> nn.Module:
         """The module with the scorer that does best; the config then names its heads, layers and threshold."""
         fitted = fitting.fit(self.units[0], self.training)
+        if fitted.magnification > MOST_MAGNIFIED:
+            print(
+                f"warning: the features hardly differ from chunk to chunk, and scores magnify their rounding "
+                f"{fitted.magnification:.0f} times: a conversion may not keep that. Take models that tell texts apart",
+                file=sys.stderr,
+            )
         self.config = {
             **self.config,
             "heads": head_text(fitted.heads),
