@@ -10,8 +10,9 @@ export: .venv/ready
 	$(PY) -m training.run all --if-missing
 	$(PY) -m export.all --target onnx --target torch
 
+# Two processes, each with one thread, take a test file at a time: a server that starts in one leaves no core idle.
 test: .venv/ready .venv-triton/ready
-	$(PY) -m pytest -m "not vllm"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not vllm" -n 2 --dist loadfile
 
 # Where vLLM cannot be installed, each test says so and is skipped.
 test-vllm: .venv/ready .venv-triton/ready

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from training.models.hallucination.frozen import (
     template_json,
     tokenizer_json,
 )
+from training.models.hallucination.recipe import HallucinationRecipe
+from training.run import configure
 from training.run import main as run
 from training.spec import find_spec
 
@@ -79,6 +82,32 @@ def test_texts_are_compared_as_transformers_compares_them(family: str, tmp_path:
         alone = torch.cat([model(torch.tensor([text])).last_hidden_state[:, 0] for text in texts])
     torch.testing.assert_close(got, torch.nn.functional.normalize(alone), atol=1e-6, rtol=0)
     assert longest_input(own) == (12 if family == "bert" else 10)
+
+
+def test_a_decoder_without_its_last_weights_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    load_decoder(str(folders[0]), "main").model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="expected the weights of Qwen2ForCausalLM, found no lm_head"):
+        load_decoder(str(tmp_path), "main")
+
+
+def test_answers_with_too_many_tokens_are_left_out_and_named(tmp_path: Path) -> None:
+    def lengthen(sources: list[Any], rows: list[Any]) -> None:
+        rows[3]["response"] += " and" * 80
+        sources[4]["prompt"] *= 40  # is cut, and its answers are read
+
+    data = ragtruth(tmp_path / "data", lengthen)
+    spec = find_spec("hallucination")
+    settings = configure(spec, "tiny", {})
+    made = HallucinationRecipe(*settings, data)
+    train, valid = made.examples
+    assert (len(train), len(valid)) == (7, 4)
+    assert made.summary()[2].startswith("1 left out, the first: answer to source 1: expected an answer of at most")
+    assert made.summary()[2].count("\n") == 0
+    (tmp_path / "data" / "response.jsonl").write_text(
+        next(line for line in (tmp_path / "data" / "response.jsonl").read_text().splitlines() if " and and" in line)
+    )
+    with pytest.raises(InputError, match="expected answers that are short enough, found none; 1 left out"):
+        HallucinationRecipe(*settings, data).summary()
 
 
 def test_an_encoder_of_another_family_is_refused(folders: tuple[Path, Path]) -> None:

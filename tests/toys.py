@@ -172,7 +172,7 @@ def gone(pid: int | None) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
+def wait_for(happened: Callable[[], object], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < end, f"expected this within {timeout_s} s"

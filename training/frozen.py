@@ -38,6 +38,15 @@ def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
         raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
 
 
+def pretrained_model(kind: Any, source: str, revision: str, **options: Any) -> Any:
+    """`kind` of a folder or hub id; `InputError` also for a missing weight, which every start would draw anew."""
+    model, info = pretrained(kind, source, revision, **options, output_loading_info=True)
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise InputError(f"{source}: expected the weights of {type(model).__name__}, found no {missing[0]}{more}")
+    return model
+
+
 def without_pooler(model: Any) -> Any:
     """The model without its pooler, which nobody reads: where a checkpoint lacks it, each start would draw another."""
     if getattr(model, "pooler", None) is not None:

@@ -18,6 +18,7 @@ from training.frozen import (
     freeze,
     inputs,
     pretrained,
+    pretrained_model,
     real_tokens,
     stored_tokenizer,
     without_pooler,
@@ -64,7 +65,7 @@ def load_decoder(source: str, revision: str) -> Any:
     config = decoder_config(source, revision)
     if is_seeded(source):
         return freeze(seeded(0, lambda: AutoModelForCausalLM.from_config(config)))
-    return freeze(pretrained(AutoModelForCausalLM, source, revision, dtype=torch.float32))
+    return freeze(pretrained_model(AutoModelForCausalLM, source, revision, dtype=torch.float32))
 
 
 @lru_cache(maxsize=2)
@@ -76,7 +77,7 @@ def load_encoder(source: str, revision: str) -> Any:
     if is_seeded(source):
         model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
     else:
-        model = pretrained(AutoModel, source, revision, **EAGER)
+        model = pretrained_model(AutoModel, source, revision, **EAGER)
     return freeze(without_pooler(model))
 
 

@@ -17,6 +17,7 @@ from training.frozen import (
     freeze,
     inputs,
     pretrained,
+    pretrained_model,
     real_tokens,
     stored_tokenizer,
     without_pooler,
@@ -77,7 +78,7 @@ def load_encoder(source: str, revision: str) -> nn.Module:
     if config := seeded_config(source):
         model = seeded(0, lambda: XLMRobertaModel._from_config(config, **EAGER))
     else:
-        model = pretrained(AutoModel, source, revision, **EAGER)
+        model = pretrained_model(AutoModel, source, revision, **EAGER)
     return _exact(without_pooler(model))
 
 
@@ -97,7 +98,7 @@ def load_classifier(source: str, revision: str) -> nn.Module:
     if config := seeded_config(source):
         config.num_labels = len(EMOTIONS)
         return _exact(seeded(1, lambda: XLMRobertaForSequenceClassification._from_config(config, **EAGER)))
-    model = pretrained(AutoModelForSequenceClassification, source, revision, **EAGER)
+    model = pretrained_model(AutoModelForSequenceClassification, source, revision, **EAGER)
     if model.config.num_labels != len(EMOTIONS):
         raise InputError(f"{source}: expected {len(EMOTIONS)} emotions, found {model.config.num_labels} labels")
     return _exact(model)
