@@ -119,7 +119,7 @@ def test_a_state_that_grows_with_time_is_refused_because_nothing_says_how_large_
 
 def test_only_a_state_can_lie_where_its_next_lies() -> None:
     assert Signature.from_json(signature(in_place=("carry_in",)).to_json()).in_place == ("carry_in",)
-    with pytest.raises(ArtifactError, match="in place: .* found x"):
+    with pytest.raises(ArtifactError, match=r"in place: .* found x"):
         signature(in_place=("x",))
 
 

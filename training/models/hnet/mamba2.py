@@ -25,7 +25,7 @@ class Mamba2(nn.Module):
     Source: Dao and Gu, Transformers are SSMs (2024), section 7.
     """
 
-    channels: Tensor
+    head_of_I: Tensor
 
     def __init__(self, width: int, state_size: int) -> None:
         super().__init__()
@@ -38,8 +38,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
-        # [H, I] of ones and zeros: which channels a head has.
-        self.register_buffer("channels", torch.eye(self.heads).repeat_interleave(HEAD, 1), persistent=False)
+        self.register_buffer("head_of_I", torch.arange(self.heads).repeat_interleave(HEAD), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The whole sequence, from a state of zeros."""
@@ -68,17 +67,21 @@ class Mamba2(nn.Module):
         assert self.conv1d.bias is not None
         convolved_B1C = (seen_BSC * self.conv1d.weight[:, 0].mT).sum(1, keepdim=True) + self.conv1d.bias
         x_B1I, in_B1N, out_B1N = F.silu(convolved_B1C).float().split(self._sizes, -1)
-        channels_HI = self.channels.float()
-        step_B1I = F.softplus(step_B1H.float() + self.dt_bias.float()) @ channels_HI
-        kept_B1I = torch.exp(step_B1I * (self._rate() @ channels_HI))
+        step_B1I = self._by_channel(F.softplus(step_B1H.float() + self.dt_bias.float()))
+        kept_B1I = torch.exp(step_B1I * self._by_channel(self._rate()))
         ssm_BNI = kept_B1I * ssm_BNI + in_B1N.mT @ (step_B1I * x_B1I)
-        y_B1I = out_B1N @ ssm_BNI + x_B1I * (self.D.float() @ channels_HI)
+        y_B1I = out_B1N @ ssm_BNI + x_B1I * self._by_channel(self.D.float())
         y_B1I = self.norm(y_B1I * F.silu(gate_B1I.float()))
         return self.out_proj(y_B1I), seen_BSC[:, 1:].float(), ssm_BNI
 
     @property
     def _sizes(self) -> list[int]:
         return [self.inner, self.state_size, self.state_size]
+
+    def _by_channel(self, by_head: Tensor) -> Tensor:
+        """[..., H] as [..., I]: every channel has what its head has."""
+        # TensorRT-RTX 1.7 fails on a product with ones and zeros in its place.
+        return by_head.index_select(-1, self.head_of_I)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, mixed, step = self.in_proj(x).split([self.inner, self.conv1d.out_channels, self.heads], -1)
