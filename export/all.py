@@ -15,7 +15,7 @@ from export import parity
 from export.calibration_texts import CalibrationTexts, read_texts
 from export.key import artifact_key, library_versions
 from export.repository import drafting, publish, publish_again, publish_ensemble, reschedule
-from export.source import Source
+from export.source import LastSource, Source
 from export.target import Built, Target
 from export.triton_config import UNLIMITED, Scheduling
 from runtimes import plugins
@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     options = read_options(arguments)
     if not options.dry_run:
         options.repository.mkdir(parents=True, exist_ok=True)
-    outcomes = []
+    outcomes, sources = [], LastSource()
     for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
         bar.set_description(cell.label)
-        outcomes.append(fill(cell, options))
+        outcomes.append(fill(cell, options, sources))
     if arguments.json:
         print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
     else:
@@ -111,7 +111,7 @@ def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequ
                 yield Cell(spec=spec, target=target, precision=precision)
 
 
-def fill(cell: Cell, options: Options) -> Outcome:
+def fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
     """What became of one cell. Nothing that was not proved is published; nothing is dropped without a reason."""
     outcome = Outcome(model=cell.spec.name, target=cell.target.name, precision=cell.precision, status="skipped")
     started = time.perf_counter()
@@ -130,7 +130,7 @@ def fill(cell: Cell, options: Options) -> Outcome:
             return _done(outcome, artifact, found, "reused", started)
         if options.dry_run:
             return replace(outcome, reason="dry run: would be exported")
-        artifact, folder = export_one(cell, checkpoint, key, options)
+        artifact, folder = export_one(cell, sources.of(cell.spec, checkpoint, options.texts), key, options)
         return _done(outcome, artifact, folder, "ok", started)
     except NotADecoder as error:
         return replace(outcome, reason=one_line(error))
@@ -165,9 +165,9 @@ def reusable(folder: Path, key: str) -> Artifact | None:
     return artifact
 
 
-def export_one(cell: Cell, checkpoint: Checkpoint, key: str, options: Options) -> tuple[Artifact, Path]:
+def export_one(cell: Cell, source: Source, key: str, options: Options) -> tuple[Artifact, Path]:
     """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
-    source, repository = Source(cell.spec, checkpoint, options.texts), options.repository
+    repository = options.repository
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = prove(artifact, source, draft, built)
@@ -181,7 +181,7 @@ def export_one(cell: Cell, checkpoint: Checkpoint, key: str, options: Options) -
             mounted_at=options.mounted_at,
         )
     if served and built.speaks_tensors and leads(artifact, repository):
-        publish_ensemble(artifact, repository)
+        publish_ensemble(artifact, repository, options.scheduling)
     return artifact, folder
 
 
@@ -344,8 +344,10 @@ def _parser() -> Any:
     group.add_argument("--calibration-tokens", type=int, default=TEXTS.tokens, help="of each (default: %(default)s)")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     result.add_argument("--force", action="store_true", help="convert again what could be reused")
-    result.add_argument("--instances", type=int, default=1, help="copies of a stateless model in Triton (default: 1)")
-    result.add_argument("--queue", type=int, default=0, help="requests that may wait for it; more are refused at once")
+    result.add_argument(
+        "--instances", type=int, default=1, help="copies of a stateless model and its steps (default: 1)"
+    )
+    result.add_argument("--queue", type=int, default=0, help="requests that may wait for each; more are refused")
     result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result

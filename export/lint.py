@@ -1,6 +1,7 @@
 """Checks a model repository without a server: does every config say what its artifact is?"""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,13 @@ from export.lint_vllm import check_entry
 from export.repository import CONFIG
 from export.triton_config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, WRITE, dims
 from runtimes import plugins
-from runtimes.artifact import MANIFEST, Artifact, verify_digests
+from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
-from runtimes.repository import STEP_FILE, versions
+from runtimes.pipeline import open_pipeline
+from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, versions
+from runtimes.schemas import Schema
 from runtimes.tensors import BATCH, TensorSpec
+from runtimes.writing import SCHEMA as WISH_SCHEMA
 from runtimes.writing import can_write
 
 PLATFORMS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # older names of backends
@@ -138,7 +142,7 @@ def _check_step(version: Path, config: Any) -> Iterator[str]:
         yield f"version {version.name}: {error}"
         return
     if step == WRITE:
-        yield from _check_writer(artifact, config)
+        yield from _check_writer(version, artifact, config)
         return
     yield from _check_batch(artifact, config)
     given, returned = kinds(artifact.signature.free_inputs), kinds(artifact.signature.visible_outputs)
@@ -146,10 +150,11 @@ def _check_step(version: Path, config: Any) -> Iterator[str]:
     yield from _compare("output", given if step == "encode" else {ANSWER: TEXT}, declared(config.output))
 
 
-def _check_writer(artifact: Artifact, config: Any) -> Iterator[str]:
+def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
     """One request in, many answers out; the artifact is a step."""
     if not can_write(artifact.signature):
         yield f"expected a step of a byte language model to write with, found {artifact.name}"
+    yield from _check_schema(version, WISH_SCHEMA)
     if not config.model_transaction_policy.decoupled:
         yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
     if config.max_batch_size:
@@ -177,7 +182,24 @@ def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]
         known |= {value: made[key] for key, value in step.output_map.items() if key in made}
     final = {name: known[name] for name in declared(config.output) if name in known}
     yield from _compare("output", declared(config.output), final)
-    yield from _check_keys(model.parent, [step.model_name for step in config.ensemble_scheduling.step])
+    names = [step.model_name for step in config.ensemble_scheduling.step]
+    yield from _check_keys(model.parent, names)
+    for encode in [version for name in names[:1] for version in versions(model.parent / name)[-1:]]:
+        with suppress(SlipwayError):  # the step has a line of its own
+            artifact = Artifact.load(encode)
+            verify_digests(encode, artifact.assets)
+            yield from _check_schema(versions(model)[-1], open_pipeline(artifact, encode).schema())
+
+
+def _check_schema(version: Path, schema: Schema) -> Iterator[str]:
+    """What is said of requests is what the pipeline that reads them says."""
+    try:
+        if read_json(version / REQUEST_SCHEMA) == schema:
+            return
+        found = "another"
+    except SlipwayError as error:
+        found = one_line(error)
+    yield f"version {version.name}: expected the schema of its requests, found {found}; publish the ensemble again"
 
 
 def _check_keys(repository: Path, names: list[str]) -> Iterator[str]:

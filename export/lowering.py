@@ -16,6 +16,8 @@ from training.scan import Form
 if TYPE_CHECKING:
     import onnx
     import onnx_ir
+    from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
 
 OPSET = 20
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's place in the module
@@ -24,13 +26,25 @@ EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB
 
 def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
     """Write the model as ONNX with named dynamic axes, checked; `ParityError` if an axis was frozen on the way."""
+    onnx = require("onnx", extra="export")
+    program = source.program(form, precision)
+    if program not in source.onnx_programs:
+        source.onnx_programs[program] = _exported(program, source.signature)
+    weights_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    source.onnx_programs[program].save(path, external_data=weights_bytes > EXTERNAL_BYTES)
+    model = onnx.load(path, load_external_data=False)
+    name_axes(model, source.signature)
+    forget_traces(model.graph)
+    onnx.save(model, path)
+    check_onnx(path)
+
+
+def _exported(program: "ExportedProgram", signature: Signature) -> "ONNXProgram":
+    """The program in the operators of ONNX; it reads the program's own weights."""
     import torch
 
-    onnx = require("onnx", extra="export")
     # It tells at every export that torchvision is missing.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    program = source.program(form, precision)
-    signature = source.signature
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
@@ -42,15 +56,9 @@ def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
             custom_translation_table=_translations(),
             verbose=False,
         )
-    weights_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     assert exported is not None  # only the dynamo=False exporter returns None
     fold_constants(exported.model)
-    exported.save(path, external_data=weights_bytes > EXTERNAL_BYTES)
-    model = onnx.load(path, load_external_data=False)
-    name_axes(model, signature)
-    forget_traces(model.graph)
-    onnx.save(model, path)
-    check_onnx(path)
+    return exported
 
 
 def forget_traces(graph: "onnx.GraphProto") -> None:

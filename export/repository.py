@@ -14,11 +14,31 @@ from dataclasses import replace
 from pathlib import Path
 
 import runtimes
-from export.triton_config import STEPS, UNLIMITED, Scheduling, ensemble_config, model_config, step_config, writer_config
+from export.triton_config import (
+    STEPS,
+    UNLIMITED,
+    Scheduling,
+    ensemble_config,
+    model_config,
+    step_config,
+    step_name,
+    writer_config,
+)
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
 from runtimes.errors import ArtifactError, one_line
-from runtimes.repository import STEP_FILE, all_versions, beside, home_of, number_of, versions, writer_name
+from runtimes.pipeline import open_pipeline
+from runtimes.repository import (
+    REQUEST_SCHEMA,
+    STEP_FILE,
+    all_versions,
+    beside,
+    home_of,
+    number_of,
+    versions,
+    writer_name,
+)
 from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
+from runtimes.writing import SCHEMA as WISH_SCHEMA
 from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
@@ -94,20 +114,27 @@ def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
 
 
 def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
-    """The published artifact's config says this scheduling; a config that does already is not touched."""
+    """The published artifact's config says this scheduling, and the ensemble made for it is as it would be made now.
+
+    What is so already is not touched.
+    """
     model = repository / artifact.name
-    if versions(model):
-        with _publishing(artifact.name, repository) as staging:
-            config = model_config(artifact, artifact.runtime, scheduling)
-            with _config_replaced(model, config, staging):
-                _sync_one(model)
+    if not versions(model):
+        return
+    with _publishing(artifact.name, repository) as staging:
+        config = model_config(artifact, artifact.runtime, scheduling)
+        with _config_replaced(model, config, staging):
+            _sync_one(model)
+    steps = versions(repository / step_name(artifact.model, STEPS[0]))
+    if steps and Artifact.load(steps[-1]).key == artifact.key:
+        publish_ensemble(artifact, repository, scheduling)
 
 
-def publish_ensemble(artifact: Artifact, repository: Path) -> None:
+def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Scheduling = UNLIMITED) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
-    Beside that of a step of a byte language model lies a model that writes texts with it.
-    `ArtifactError` if the artifact is not served.
+    Beside that of a step of a byte language model lies a model that writes texts with it. Both say in a file what a
+    request must be. `ArtifactError` if the artifact is not served.
     """
     served = versions(repository / artifact.name)
     if not served:
@@ -116,13 +143,16 @@ def publish_ensemble(artifact: Artifact, repository: Path) -> None:
     with _publishing(artifact.model, repository) as staging:
         for step in STEPS:
             draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
-            _install_changes(draft, repository / f"{artifact.model}_{step}", step_config(artifact, step), staging)
-        empty = staging / "ensemble"  # Triton wants a version folder, even for a model without files
-        empty.mkdir()
-        _install_changes(empty, repository / artifact.model, ensemble_config(artifact), staging)
+            config = step_config(artifact, step, scheduling)
+            _install_changes(draft, repository / step_name(artifact.model, step), config, staging)
+        draft = staging / "ensemble"
+        draft.mkdir()
+        write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
+        _install_changes(draft, repository / artifact.model, ensemble_config(artifact), staging)
         if can_write(artifact.signature):
             name = writer_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
+            write_json(draft / REQUEST_SCHEMA, WISH_SCHEMA)
             _install_changes(draft, repository / name, writer_config(artifact, name), staging)
 
 

@@ -17,6 +17,7 @@ from training.spec import ModelSpec
 if TYPE_CHECKING:
     import torch
     from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
 
     from training.language_model import LanguageModel
 
@@ -32,6 +33,7 @@ class Source:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.signature = spec.signature(checkpoint.config)
+        self.onnx_programs: dict[ExportedProgram, ONNXProgram] = {}
         self._programs: dict[tuple[Any, ...], ExportedProgram] = {}
 
     @cached_property
@@ -76,18 +78,24 @@ class Source:
             return self.spec.sequence(self.module, dict(feeds))
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
-        """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed."""
-        key = (form, precision, tuple(sorted((fixed or {}).items())))
-        if key not in self._programs:
-            self._programs[key] = self._trace(form, precision, fixed or {})
-        return self._programs[key]
+        """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed.
+
+        A module without a recurrence has one program for all forms.
+        """
+        rest = (precision, tuple(sorted((fixed or {}).items())))
+        for key in ((form, *rest), (None, *rest)):
+            if key in self._programs:
+                return self._programs[key]
+        program, heeded = self._trace(form, precision, fixed or {})
+        return self._programs.setdefault((form if heeded else None, *rest), program)
 
     def example(self, fixed: Mapping[str, int]) -> Tensors:
         """Complete feeds at the opt sizes, but for those `fixed`; drawn alike every time."""
         sizes = {**self.signature.sizes("opt"), **fixed}
         return {**self.feeds(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
 
-    def _trace(self, form: Form, precision: str, fixed: Mapping[str, int]) -> "ExportedProgram":
+    def _trace(self, form: Form, precision: str, fixed: Mapping[str, int]) -> tuple["ExportedProgram", bool]:
+        """The program, and whether the form made a difference to it."""
         import torch
 
         free = [axis for axis in self.signature.axes if axis.name not in fixed]
@@ -98,18 +106,35 @@ class Source:
         module = cast(self.module, precision)
         positional, variadic = _parameters(module)
         variadic = variadic and len(shapes) > positional
-        with torch.no_grad(), scan_form(form):
-            return torch.export.export(
+        with torch.no_grad(), scan_form(form) as heed:
+            program = torch.export.export(
                 module,
                 self._arguments(self.example(fixed)),
                 dynamic_shapes=(*shapes[:positional], tuple(shapes[positional:])) if variadic else tuple(shapes),
                 strict=False,
             )
+        return program, heed.paid
 
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> tuple["torch.Tensor", ...]:
         import torch
 
         return tuple(torch.from_numpy(feeds[tensor.name]) for tensor in self.signature.inputs)
+
+
+class LastSource:
+    """The original that was asked for last: the cells of a model share what was traced, and no two models are held."""
+
+    def __init__(self) -> None:
+        self._last: Source | None = None
+
+    def of(self, spec: ModelSpec, checkpoint: Checkpoint, texts: CalibrationTexts) -> Source:
+        """The same source as before if model, checkpoint and texts are."""
+        last = self._last
+        if last and (last.spec, last.checkpoint.digest, last.texts) == (spec, checkpoint.digest, texts):
+            return last
+        last = self._last = None  # two originals may be more than there is memory for
+        self._last = Source(spec, checkpoint, texts)
+        return self._last
 
 
 def cast(module: "torch.nn.Module", precision: str) -> "torch.nn.Module":

@@ -16,7 +16,7 @@ from runtimes.turns import Settings
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print one table, and with --out keep every sample."""
+    """Measure, print one table, and with --out keep every sample; status 1 if a row failed."""
     arguments = _parser().parse_args(argv)
     settings = settings_of(arguments)
     for path in filter(None, (arguments.out, arguments.summary)):
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"schema": SCHEMA, "environment": found, "rows": rows}))
     else:
         print(row_table(rows))
-    return 0
+    return int(any("failed" in row for row in rows))
 
 
 def settings_of(arguments: Any) -> Settings:

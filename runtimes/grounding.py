@@ -24,6 +24,10 @@ EXAMPLE = {
 }
 
 
+class TooLong(InputError):
+    """An answer has more tokens than are read; whoever reads many may leave it out."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grounded:
     """An answer and the prompt it was given to, with the spans of both that are compared, in characters."""
@@ -197,12 +201,12 @@ class GroundedTokens:
         return [number for number in found if number is not None]
 
     def read(self, text: Grounded, where: str) -> Tokenized:
-        """The tokens; a prompt too long is cut at its end, the answer never. `InputError` if no context is left."""
+        """The tokens; a prompt too long is cut at its end, the answer never. `TooLong` if no context is left."""
         read = self._read(text)
         while len(read.ids) > self.max_tokens:
             kept = read.prompt[1] - read.prompt[0] - (len(read.ids) - self.max_tokens)
             if kept < 1:
-                raise InputError(
+                raise TooLong(
                     f"{where}: expected an answer inside the context window of {self.max_tokens} tokens with some of "
                     f"its context, found {read.answer[1] - read.answer[0]} tokens of answer; give a shorter answer"
                 )
@@ -213,7 +217,7 @@ class GroundedTokens:
             raise InputError(f"{where}: expected a context, found none in the {self.max_tokens} tokens that are read")
         length = read.answer[1] - read.answer[0]
         if length > self.max_rows:
-            raise InputError(f"{where}: expected an answer of at most {self.max_rows} tokens, found {length}")
+            raise TooLong(f"{where}: expected an answer of at most {self.max_rows} tokens, found {length}")
         return read
 
     def _read(self, text: Grounded) -> Tokenized:

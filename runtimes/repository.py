@@ -1,6 +1,6 @@
 """Where artifacts lie in a Triton model repository, and how the newest is found. Who publishes is above: export.
 
-    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves
+    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves; beside what takes JSON, the schema of a request
     .model_repository/unserved/NAME/{1/, 2/}         artifacts that are kept, but that no Triton here can serve
 
 The second folder lies beside the first and not in it, because Triton takes every folder in a repository for a model,
@@ -13,6 +13,7 @@ from runtimes.artifact import MANIFEST
 from runtimes.errors import InputError
 
 STEP_FILE = "model.py"
+REQUEST_SCHEMA = "request.schema.json"
 STEP_SUFFIX, WRITER_SUFFIX = "_step", "_generate"
 
 

@@ -106,9 +106,7 @@ def arriving(calls: Sequence[Call], intended_s: np.ndarray, *, queued: bool) -> 
 
     def send() -> None:
         for i, at in enumerate(intended_s):
-            if (pause := origin + at - time.perf_counter()) > 0:
-                time.sleep(pause)
-            entered[i] = time.perf_counter() - origin
+            entered[i] = _wait_until(origin + at) - origin
             waiting.put(i)
         let_go()
 
@@ -120,6 +118,27 @@ def arriving(calls: Sequence[Call], intended_s: np.ndarray, *, queued: bool) -> 
     _run_lanes([send, *(partial(lane, call) for call in calls)], let_go)
     cpu_s = (time.process_time_ns() - cpu) * 1e-9
     return account(intended_s, entered if queued else begun, done, cpu_s)
+
+
+def posting(post: Callable[[int, Callable[[], None]], None], intended_s: np.ndarray) -> Window:
+    """Requests posted at their intended times, however many are on their way already (open loop).
+
+    `post` sends request `i` without waiting for its answer, and sees to it that what it was given is called then.
+    """
+    sent, done = (np.zeros(len(intended_s)) for _ in range(2))
+    settled = threading.Semaphore(0)
+    cpu, origin = time.process_time_ns(), time.perf_counter() + LEAD_S
+
+    def settle(i: int) -> None:
+        done[i] = time.perf_counter() - origin
+        settled.release()
+
+    for i, at in enumerate(intended_s):
+        sent[i] = _wait_until(origin + at) - origin
+        post(i, partial(settle, i))
+    for _ in intended_s:
+        settled.acquire()
+    return account(intended_s, sent, done, (time.process_time_ns() - cpu) * 1e-9)
 
 
 def account(intended_s: np.ndarray, sent_s: np.ndarray, done_s: np.ndarray, cpu_s: float) -> Window:
@@ -136,6 +155,13 @@ def account(intended_s: np.ndarray, sent_s: np.ndarray, done_s: np.ndarray, cpu_
 def goodput(window: Window, bound_s: float) -> float:
     """Requests a second that were answered within the bound."""
     return sum(sample <= bound_s for sample in window.samples_s) / window.wall_s
+
+
+def _wait_until(moment: float) -> float:
+    """The time, as perf_counter tells it, once `moment` has come."""
+    if (pause := moment - time.perf_counter()) > 0:
+        time.sleep(pause)
+    return time.perf_counter()
 
 
 def _run_lanes(lanes: Sequence[Callable[[], None]], let_go: Callable[[], None]) -> None:

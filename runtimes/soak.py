@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,13 @@ from runtimes.errors import EngineError, InputError, Overloaded
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import home_of, published
 from runtimes.sampler import tree
-from runtimes.scenarios import arriving, poisson_arrivals, side_by_side
+from runtimes.scenarios import LATE_S, Window, poisson_arrivals, posting, side_by_side
 from runtimes.statistics import knee, percentile
-from runtimes.triton_client import CLIENTS, TritonClient, new_sequence
+from runtimes.triton_client import CLIENTS, Answer, TritonClient, new_sequence
 from runtimes.triton_server import TritonServer
 
 LANES = (1, 2, 4, 8, 16)
 KNEE_S = 2.0
-CLIENTS_MAX = 256  # requests that can be on their way at once
 WRONG = (b"{", b"\xff", b"null", b"[]", b'{"text": 7}', b'{"frames": [[1, 2]]}', b'{"turns": []}', b"[" * 5000)
 RIGHT, BUSY, DECLINED = "answered rightly", "refused, too many", "no request, declined"
 WRONGLY, FAILED, TAKEN, BROKEN = "answered wrongly", "failed", "no request, yet answered", "no request, failed"
@@ -60,32 +60,58 @@ class Question:
     def ask(self, tally: Tally) -> None:
         """Ask, and count what came of it."""
         started = time.perf_counter()
-        try:
-            what = RIGHT if alike(json.loads(self.answer(self.request)), self.expected) else WRONGLY
-        except Overloaded:
-            what = BUSY
-        except (InputError, EngineError):
-            what = FAILED
+        what = self.judged(lambda: self.answer(self.request))
         tally.add(what, time.perf_counter() - started)
 
+    def judged(self, answer: Callable[[], bytes]) -> str:
+        """What came of a right request with this answer."""
+        try:
+            return RIGHT if alike(json.loads(answer()), self.expected) else WRONGLY
+        except Overloaded:
+            return BUSY
+        except (InputError, EngineError):
+            return FAILED
+        except ValueError:  # no JSON
+            return WRONGLY
+
     def ask_wrongly(self, tally: Tally, request: bytes) -> None:
-        """Send what is no request of this model, and count whether it is refused as such."""
+        """Send what is no request of this model, and count whether it is declined as such."""
         started = time.perf_counter()
         try:
             self.answer(request)
             what = TAKEN
         except InputError:
             what = DECLINED
+        except Overloaded:
+            what = BUSY
         except EngineError:
             what = BROKEN
         tally.add(what, time.perf_counter() - started)
 
     def answer(self, request: bytes) -> bytes:
         """What the ensemble says to this request; `InputError` where it declines it."""
-        tensors = {"request": np.array([[request]], np.object_)}
-        whole: dict[str, Any] = {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
-        answer: bytes = self.client.send(self.model, tensors, ["answer"], **whole)()["answer"].item()
-        return answer
+        return only_answer(self.client.send(*self._asked(request), **whole_sequence()))
+
+    def post(self, then: Callable[[str], object]) -> None:
+        """The right request is on its way; `then` will be told what came of it."""
+
+        def told(answer: Answer) -> None:
+            then(self.judged(partial(only_answer, answer)))
+
+        self.client.post(*self._asked(self.request), told, **whole_sequence())
+
+    def _asked(self, request: bytes) -> tuple[str, dict[str, np.ndarray], list[str]]:
+        return self.model, {"request": np.array([[request]], np.object_)}, ["answer"]
+
+
+def only_answer(wait: Answer) -> bytes:
+    answer: bytes = wait()["answer"].item()
+    return answer
+
+
+def whole_sequence() -> dict[str, Any]:
+    """For a recurrent model: a sequence of this request alone."""
+    return {"sequence_id": new_sequence(), "sequence_start": True, "sequence_end": True}
 
 
 def alike(answer: Any, expected: Any) -> bool:
@@ -190,23 +216,52 @@ def lane(questions: Sequence[Question], tally: Tally, offset: int) -> Callable[[
 
 
 def overload(question: Question, factor: float, seconds: float) -> tuple[Tally, dict[str, str]]:
-    """`factor` times as many requests as at the knee, at random times that wait for no answer."""
-    rates = []
-    for lanes in LANES:
-        window = side_by_side([lambda: question.ask(Tally())] * lanes, KNEE_S)
-        rates.append((len(window.samples_s) / window.wall_s, float(np.median(window.samples_s))))
-    best = knee(rates)
-    rate = factor * rates[best][0]
+    """`factor` times as many requests as at the knee, at random times that wait for no answer.
+
+    What an answer took counts from the time its request should have been sent.
+    """
+    lanes, knee_per_s = find_knee(question)
+    arrivals = poisson_arrivals(factor * knee_per_s, seconds, [0])
+    outcomes = [FAILED] * len(arrivals)
+
+    def post(i: int, settle: Callable[[], None]) -> None:
+        def then(what: str) -> None:
+            outcomes[i] = what
+            settle()
+
+        question.post(then)
+
+    window = posting(post, arrivals)
     tally = Tally()
-    arrivals = poisson_arrivals(rate, seconds, [0])
-    window = arriving([lambda: question.ask(tally)] * CLIENTS_MAX, arrivals, queued=False)
+    for what, latency_s in zip(outcomes, window.samples_s, strict=True):
+        tally.add(what, latency_s)
     return tally, {
         "model": question.model,
-        "requests a second at the knee": f"{rates[best][0]:.0f}, {LANES[best]} side by side",
+        "requests a second at the knee": f"{knee_per_s:.0f}, {lanes} side by side",
         "sent a second": f"{len(arrivals) / seconds:.0f}",
         "answered rightly a second": f"{len(tally.seconds[RIGHT]) / window.wall_s:.0f}",
-        "sent late": f"{window.late / len(arrivals):.1%}",
+        "sent late": f"{window.late / len(arrivals):.0%} by more than {LATE_S * 1e3:g} ms, {lateness(window)}",
     }
+
+
+def lateness(window: Window) -> str:
+    """How late requests were sent: the latencies hold it, for a request waits from when it was due."""
+    late_s = np.subtract(window.samples_s, window.service_s)
+    return "half by {:.1f}, 1 % by {:.0f} ms or more".format(*np.percentile(late_s, [50, 99]) * 1e3)
+
+
+def find_knee(question: Question) -> tuple[int, float]:
+    """How many requests are on their way at the knee, and how many are answered rightly a second there."""
+    rates = []
+    for lanes in LANES:
+        tally = Tally()
+        window = side_by_side([partial(question.ask, tally)] * lanes, KNEE_S)
+        right = tally.seconds[RIGHT]
+        if not right:
+            raise EngineError(f"expected right answers from {question.model}, found {tally.counts}")
+        rates.append((len(right) / window.wall_s, float(np.median(right))))
+    best = knee(rates)
+    return LANES[best], rates[best][0]
 
 
 def report(tally: Tally, facts: dict[str, str]) -> str:

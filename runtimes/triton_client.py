@@ -47,8 +47,8 @@ class TritonClient(ABC):
         """The answer of the library's method `question` as a dict."""
 
     @abstractmethod
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
-        """A call that waits for the library's result of a request that is on its way."""
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
+        """The library's result, to come, of a request that is on its way."""
 
     @abstractmethod
     def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
@@ -79,11 +79,24 @@ class TritonClient(ABC):
         """
         inputs = self._inputs(feeds)
         if alone:
-            wait: Callable[[], Any] = partial(self._infer, model, inputs, sequence)
-        else:
-            with self._translated():
-                wait = self._submit(model, inputs, sequence)
+            return self._answer(partial(self._infer, model, inputs, sequence), outputs)
+        with self._translated():
+            return self._answer(self._submit(model, inputs, sequence).result, outputs)
 
+    def post(
+        self,
+        model: str,
+        feeds: Mapping[str, np.ndarray],
+        outputs: Iterable[str],
+        then: Callable[[Answer], object],
+        **sequence: Any,
+    ) -> None:
+        """A request is on its way; once answered, `then` gets the call for its outputs, in a thread of the library."""
+        with self._translated():
+            future = self._submit(model, self._inputs(feeds), sequence)
+        future.add_done_callback(lambda done: then(self._answer(done.result, outputs)))
+
+    def _answer(self, wait: Callable[[], Any], outputs: Iterable[str]) -> Answer:
         def answer() -> Tensors:
             with self._translated():
                 result = wait()
@@ -94,7 +107,8 @@ class TritonClient(ABC):
     def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
 
-        An iterator that is closed, or dropped, cancels what is still to come.
+        An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, for it
+        arrives without a status: Triton 2.51 would send one for the header `triton_grpc_error`, but may crash then.
         """
         raise InputError(f"expected protocol grpc for a stream of responses, found {self.protocol}")
 
@@ -139,7 +153,7 @@ class GrpcClient(TritonClient):
         answer: dict[str, Any] = getattr(self.client, question)(*arguments, as_json=True, client_timeout=self.timeout_s)
         return answer
 
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
         future: Future[Any] = Future()
 
         def settle(result: Any, error: Exception | None) -> None:
@@ -149,7 +163,7 @@ class GrpcClient(TritonClient):
                 future.set_exception(error)
 
         self.client.async_infer(model, inputs, settle, client_timeout=self.timeout_s, **sequence)
-        return future.result
+        return future
 
     def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
         return self.client.infer(model, inputs, client_timeout=self.timeout_s, **sequence)
@@ -207,8 +221,8 @@ class HttpClient(TritonClient):
         answer: dict[str, Any] = getattr(self.client, question)(*arguments)
         return answer
 
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Callable[[], Any]:
-        return self.threads.submit(self._infer, model, inputs, sequence).result
+    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
+        return self.threads.submit(self._infer, model, inputs, sequence)
 
     def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
         if not hasattr(self.own, "client"):

@@ -1,6 +1,7 @@
 """What several test files share: untrained checkpoints, recorded data, and a model package that is not in the tree."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 import small_decoders
 import torch
+from exported import Exports, common_folder
 
-import export.all
 import training.models
 from runtimes.engines.vllm import VllmRuntime
 from runtimes.errors import MissingPackage
@@ -87,6 +88,12 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """What tests start can be interrupted; a job in the background of a shell and its children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of recorded data; tests that need it are skipped where it is absent."""
@@ -107,21 +114,21 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def statements_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with the untrained statements model, exported to ONNX."""
-    repository = tmp_path_factory.mktemp("statements") / "model_repository"
-    arguments = ["--target", "onnx", "--precision", "fp32", "--model", "statements"]
-    assert export.all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(repository)]) == 0
-    return repository
+def exports(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+    """Every artifact of the untrained checkpoints, made when a test first asks for it."""
+    return Exports(common_folder(tmp_path_factory) / "exports", checkpoints)
 
 
 @pytest.fixture(scope="session")
-def gru_repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with an untrained policy_gru, exported to ONNX."""
-    repository = tmp_path_factory.mktemp("gru") / "model_repository"
-    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
-    assert export.all.main(["--target", "onnx", "--model", "policy_gru", *places]) == 0
-    return repository
+def statements_repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with the untrained statements model, exported to ONNX."""
+    return exports.onnx(tmp_path_factory.mktemp("statements") / "model_repository", "statements")
+
+
+@pytest.fixture(scope="session")
+def gru_repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model repository with an untrained policy_gru, exported to ONNX; tests copy it before they change it."""
+    return exports.onnx(tmp_path_factory.mktemp("gru") / "model_repository", "policy_gru")
 
 
 @pytest.fixture

@@ -108,6 +108,19 @@ def test_what_was_measured_before_an_interruption_is_kept(
     assert len(load_results(tmp_path / "rows.json")["rows"]) == 1
 
 
+def test_a_row_that_failed_is_in_the_status_and_costs_no_other(
+    gru_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{**row("torch", 3), "failed": "the engine's process died with status -9"}, row("onnx", 3)]
+    monkeypatch.setattr(bench, "measure", lambda *_: iter(rows))
+    capsys.readouterr()
+    assert bench.main(["--repository", str(gru_repository), "--out", str(tmp_path / "rows.json")]) == 1
+    assert "died with status -9" in capsys.readouterr().out
+    assert load_results(tmp_path / "rows.json")["rows"] == rows
+    rows.pop(0)
+    assert bench.main(["--repository", str(gru_repository)]) == 0
+
+
 def test_every_scenario_has_its_rows(gru_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     more = [

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from exported import Exports
 
 from export import all as export_all
 from export import parity
@@ -24,7 +25,7 @@ from training.checkpoint import MANIFEST, Checkpoint, save_checkpoint
 from training.spec import all_specs, find_spec
 
 MODEL = "policy_gru"
-TARGETS = plugins.names("export.targets")
+TARGETS = [name for name in plugins.names("export.targets") if name != "vllm"]  # that one: test_vllm_export.py
 
 
 @pytest.fixture
@@ -42,34 +43,15 @@ def run(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     return call
 
 
-@pytest.fixture(scope="session")
-def published_once(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with the ONNX artifact of one model; tests copy it before they change it."""
-    repository = tmp_path_factory.mktemp("published") / "repository"
-    arguments = [
-        "--target",
-        "onnx",
-        "--model",
-        MODEL,
-        "--checkpoints",
-        str(checkpoints),
-        "--repository",
-        str(repository),
-    ]
-    assert export_all.main(arguments) == 0
-    return repository
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "vllm"])
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("model", sorted(all_specs()))
-def test_every_model_fills_its_cell_or_says_why_not(model: str, target: str, run: Any) -> None:
-    status, (cell,) = run("--target", target, "--model", model)
-    assert status == 0, cell["reason"]
+def test_every_model_fills_its_cell_or_says_why_not(model: str, target: str, exports: Exports) -> None:
+    cell = exports.cells(model, TARGETS)[target]
     if cell["status"] == "skipped":
         assert cell["reason"]
         return
-    assert cell["status"] == "ok"
+    assert cell["status"] == "ok", cell["reason"]
     assert Path(cell["artifact"], "artifact.json").is_file()
     assert cell["bytes"] > 0
     assert all(np.isfinite(value) for value in cell["parity"].values())
@@ -77,8 +59,8 @@ def test_every_model_fills_its_cell_or_says_why_not(model: str, target: str, run
     assert cell["facts"]["compared"] or cell["reason"].startswith("built, not run")
 
 
-def test_what_is_published_answers_as_torch_does(published_once: Path, checkpoints: Path) -> None:
-    root = newest(published_once, f"{MODEL}_onnx")
+def test_what_is_published_answers_as_torch_does(gru_repository: Path, checkpoints: Path) -> None:
+    root = newest(gru_repository, f"{MODEL}_onnx")
     assert root
     source = Source(find_spec(MODEL), Checkpoint.load(checkpoints / MODEL))
     feeds = source.feeds(np.random.default_rng(7), {"batch": 5, "time": 41})
@@ -100,10 +82,12 @@ def test_nothing_changed_is_reused_and_a_change_is_not(run: Any, checkpoints: Pa
     assert run("--target", "onnx", "--model", MODEL)[1][0]["status"] == "ok"
 
 
-def test_another_checkpoint_gives_another_key(checkpoints: Path, tmp_path: Path, run: Any) -> None:
+def test_another_checkpoint_gives_another_key(
+    checkpoints: Path, tmp_path: Path, run: Any, gru_repository: Path
+) -> None:
     import torch
 
-    run("--target", "onnx", "--model", MODEL)
+    shutil.copytree(gru_repository, tmp_path / "repository")
     spec = find_spec(MODEL)
     config = spec.preset("tiny").config
     torch.manual_seed(1)
@@ -180,6 +164,17 @@ def test_a_dry_run_touches_nothing(run: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
+def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
+    vllm = plugins.load("export.targets", "vllm", "TARGET")
+    for spec in all_specs().values():
+        refused, own = vllm.refuse(spec), spec.skips.get("vllm")
+        assert (refused is None) == (spec.language_model is not None)
+        if refused:
+            cell = export_all.Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
+            assert own != refused
+            assert export_all.why_skipped(cell, tmp_path) == (own or refused)
+
+
 def test_a_model_without_checkpoint_is_skipped_with_the_command_that_makes_one(run: Any, tmp_path: Path) -> None:
     status, (cell,) = run("--target", "onnx", "--model", MODEL, source=tmp_path)
     assert (status, cell["status"]) == (0, "skipped")
@@ -212,10 +207,10 @@ def test_what_does_not_exist_is_refused_in_one_line_that_names_what_does(
 
 
 def test_a_full_disk_leaves_the_repository_as_it_was(
-    run: Any, tmp_path: Path, published_once: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, tmp_path: Path, gru_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository = tmp_path / "repository"
-    shutil.copytree(published_once, repository)
+    shutil.copytree(gru_repository, repository)
     before = contents(repository)
 
     def full(*_: Any, **__: Any) -> None:
@@ -296,9 +291,9 @@ def test_every_dynamic_axis_is_proved_at_its_bounds(source: Source) -> None:
         assert {axis.min, axis.opt, axis.max} <= {sizes[axis.name] for sizes in proved}
 
 
-def test_a_rollout_notices_a_state_that_is_not_reset(checkpoints: Path, published_once: Path) -> None:
+def test_a_rollout_notices_a_state_that_is_not_reset(checkpoints: Path, gru_repository: Path) -> None:
     source = Source(find_spec(MODEL), Checkpoint.load(checkpoints / MODEL))
-    root = newest(published_once, f"{MODEL}_onnx")
+    root = newest(gru_repository, f"{MODEL}_onnx")
     assert root
     with open_runtime(root) as runtime:
         got, want = parity.rollout(runtime, source, np.random.default_rng(0))
@@ -311,8 +306,8 @@ def test_a_rollout_notices_a_state_that_is_not_reset(checkpoints: Path, publishe
     assert np.abs(got["main_x"] - want["main_x"]).max() > 1e-4
 
 
-def test_an_artifact_names_its_checkpoint_and_libraries(published_once: Path, checkpoints: Path) -> None:
-    root = newest(published_once, f"{MODEL}_onnx")
+def test_an_artifact_names_its_checkpoint_and_libraries(gru_repository: Path, checkpoints: Path) -> None:
+    root = newest(gru_repository, f"{MODEL}_onnx")
     assert root
     artifact = Artifact.load(root)
     assert artifact.checkpoint == Checkpoint.load(checkpoints / MODEL).digest

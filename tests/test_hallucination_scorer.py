@@ -80,6 +80,22 @@ def test_the_heads_of_the_published_settings_are_those_of_the_log(data: Path) ->
     assert fitting.rank(units, "auc")[0][:3] == [31, 26, 28]
 
 
+def test_no_error_of_the_features_is_magnified_more_than_is_said(units: Units) -> None:
+    scorer = fitting.fit_published(units, SETTINGS)
+    (member,) = scorer.members
+    worst = replace(units, ecs=units.ecs - 1e-6 * np.sign(member.alpha), pks=units.pks + 1e-6 * np.sign(member.m))
+    moved = np.abs(scorer.score(worst) - scorer.score(units)).max()
+    assert moved == pytest.approx(1e-6 * scorer.magnification, rel=1e-6)
+
+
+def test_features_that_hardly_differ_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    units = synthetic_units(TINY, seed=3, count=80)
+    for name, scale in (("alike", 1e-4), ("apart", 1.0)):
+        log = write_log(tmp_path / f"{name}.json", replace(units, ecs=units.ecs * scale, pks=units.pks * scale))
+        assert run.main(["hallucination_scorer", "--scores", str(log), "--out", str(tmp_path / name)]) == 0
+        assert ("scores magnify their rounding" in capsys.readouterr().err) == (name == "alike")
+
+
 def test_the_work_of_scoring_does_not_grow_with_the_number_of_chunks(data: Path) -> None:
     """1,159 chunks are scored by as many calls of Python functions as 100: by whole tables, never chunk by chunk."""
     units = read_log(data / LOG)

@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import pytest
 import toys
+from exported import Exports
 
-from export import all as export_all
 from export.lint import lint
 from runtimes.base import open_runtime
 from runtimes.errors import InputError, SlipwayError
@@ -28,12 +28,9 @@ TEXT = "తెలుగు ఒక భాష. 😀 ok"
 
 
 @pytest.fixture(scope="module")
-def repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with the untrained H-Net, whole and as a step."""
-    folder = tmp_path_factory.mktemp("hnet") / "model_repository"
-    arguments = ["--target", "onnx", "--model", "hnet", "--model", "hnet_step"]
-    assert export_all.main([*arguments, "--checkpoints", str(checkpoints), "--repository", str(folder)]) == 0
-    return folder
+    return exports.onnx(tmp_path_factory.mktemp("hnet") / "model_repository", "hnet", "hnet_step")
 
 
 @pytest.fixture(scope="module")

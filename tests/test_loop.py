@@ -44,6 +44,11 @@ def test_gradient_checkpointing_and_worker_processes_change_no_result(tmp_path: 
         np.testing.assert_allclose(weights[0][parameter], weights[1][parameter], atol=1e-6)
 
 
+def test_bf16_trains_where_there_is_no_accelerator(tmp_path: Path) -> None:
+    arguments = ["policy_gru", "--games", "3", "--frames", "300", "--epochs", "1", "--precision", "bf16"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "named"),
     [("scheduler=none", "cosine"), ("precision=fp8", "bf16"), ("device=tpu", "cpu"), ("workers=-1", "0 or more")],

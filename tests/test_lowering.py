@@ -11,10 +11,11 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from export.lowering import check_onnx, name_axes, write_onnx
-from export.source import Source
+from export.source import OPERATOR, Source
+from export.targets.torch import tidy
 from runtimes.errors import ParityError
 from runtimes.tensors import Axis, Signature, TensorSpec
-from training.scan import Form
+from training.scan import Form, selective_scan
 from training.spec import ModelSpec, Preset, Tolerance
 
 SIGNATURE = Signature(
@@ -42,7 +43,8 @@ class OfModule(Source):
             tolerance={"fp32": Tolerance(absolute=1e-5, relative=1e-5)},
             recipe=lambda: (_ for _ in ()).throw(NotImplementedError),
         )
-        self.spec, self.signature, self.config, self._programs = spec, signature, {}, {}
+        self.spec, self.signature, self.config = spec, signature, {}
+        self._programs, self.onnx_programs = {}, {}
         self.module = module.eval().requires_grad_(False)
         self.probe = {}
 
@@ -189,3 +191,29 @@ def test_half_precision_parameters_are_half_in_the_file(tmp_path: Path) -> None:
     write_onnx(OfModule(Dense()), Form(kind="loop"), "fp16", path)
     weights = [tensor.data_type for tensor in onnx.load(path).graph.initializer if len(tensor.dims) == 2]
     assert weights == [TensorProto.FLOAT16]
+
+
+class Scanned(nn.Module):
+    """A recurrence that has several forms."""
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor]:
+        ones_BT1, state_BD1 = torch.ones_like(x_BTD[..., :1]), torch.zeros_like(x_BTD[:, 0, :, None])
+        return (selective_scan(x_BTD, x_BTD.exp(), -torch.ones(4, 1), ones_BT1, ones_BT1, state_BD1)[0],)
+
+
+@pytest.mark.parametrize(("module", "alike"), [(nn.Softmax(-1), True), (Scanned(), False)])
+def test_a_module_is_traced_again_for_another_form_only_if_it_has_a_recurrence(module: nn.Module, alike: bool) -> None:
+    source = OfModule(module)
+    program = source.program(OPERATOR, "fp32")
+    assert source.program(OPERATOR, "fp32") is program
+    assert (source.program(Form(kind="doubling", length=64), "fp32") is program) is alike
+
+
+def test_a_program_is_written_alike_before_and_after_other_targets(tmp_path: Path) -> None:
+    source = OfModule(Recurrent(nn.LSTM))
+    for name in ("first", "second"):
+        write_onnx(source, OPERATOR, "fp32", tmp_path / name)
+        tidy(source.program(OPERATOR, "fp32"))
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+    write_onnx(OfModule(Recurrent(nn.LSTM)), OPERATOR, "fp32", tmp_path / "other")
+    assert (tmp_path / "other").read_bytes() != (tmp_path / "first").read_bytes(), "other weights"

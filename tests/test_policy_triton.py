@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.http
+from exported import Exports
 from tritonclient.utils import InferenceServerException
 
-from export import all as export_all
 from export import parity
 from export.source import Source
 from export.verify import main as verify
@@ -25,13 +25,9 @@ POLICIES = [name for name in sorted(all_specs()) if name.startswith("policy_")]
 
 
 @pytest.fixture(scope="module")
-def repository(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(exports: Exports, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with every policy, as a user's export leaves it."""
-    folder = tmp_path_factory.mktemp("policies") / "model_repository"
-    models = [argument for name in POLICIES for argument in ("--model", name)]
-    arguments = ["--target", "onnx", *models, "--checkpoints", str(checkpoints), "--repository", str(folder)]
-    assert export_all.main(arguments) == 0
-    return folder
+    return exports.onnx(tmp_path_factory.mktemp("policies") / "model_repository", *POLICIES)
 
 
 # One model over HTTP is enough: the protocol does not depend on it.

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
+from toys import wait_for
 
 from runtimes.errors import InputError
 from runtimes.melee import FRAME_WIDTH, ID_COLUMNS, LABEL_WIDTH
@@ -305,6 +306,7 @@ def test_no_more_batches_are_made_than_asked_ahead() -> None:
     dataset = Counting(numbered_windows(8, 1))
     iterator = batches(dataset, 4, ahead=3)
     next(iterator)
+    wait_for(lambda: dataset.made == 4)
     time.sleep(0.1)
     assert dataset.made == 4
     iterator.close()

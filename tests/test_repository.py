@@ -1,7 +1,9 @@
 """Publishing shows whole models only, whatever interrupts it; the linter sees what was planted."""
 
 import errno
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,6 @@ from pathlib import Path
 import pytest
 import toys
 
-import runtimes.pipelines
 from export import all as export_all
 from export.lint import lint
 from export.repository import drafting, publish, publish_ensemble, reschedule
@@ -31,14 +32,10 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "model_repository"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def with_pipeline(tmp_path: Path) -> Iterator[None]:
-    (tmp_path / "plugins").mkdir()
-    (tmp_path / "plugins" / "toy.py").write_text(toys.PIPELINE_SOURCE)
-    runtimes.pipelines.__path__.append(str(tmp_path / "plugins"))
-    yield
-    runtimes.pipelines.__path__.pop()
-    sys.modules.pop("runtimes.pipelines.toy", None)
+    with toys.known_pipeline(tmp_path / "plugins"):
+        yield
 
 
 def publish_toy(repository: Path, signature: Signature = toys.DOUBLING, served: bool = True, **changes: object) -> Path:
@@ -179,6 +176,13 @@ def test_an_unchanged_ensemble_is_not_written_again(repository: Path) -> None:
     assert snapshot(repository) == before
 
 
+def test_the_ensemble_says_what_a_request_must_be(repository: Path) -> None:
+    publish_all(repository)
+    version = repository / "running" / "1"
+    assert [path.name for path in version.iterdir()] == ["request.schema.json"]
+    assert json.loads((version / "request.schema.json").read_text()) == {"type": "object"}
+
+
 def test_the_steps_follow_a_new_artifact(repository: Path) -> None:
     publish_all(repository)
     publish_all(repository, key="other")
@@ -187,7 +191,6 @@ def test_the_steps_follow_a_new_artifact(repository: Path) -> None:
     assert not (repository / "running" / "2").exists()
 
 
-@pytest.mark.usefixtures("with_pipeline")
 def test_every_config_follows_a_new_signature(repository: Path) -> None:
     publish_all(repository, toys.DOUBLING)
     smaller = (Axis(name="batch", min=1, opt=2, max=4), toys.AXES[1])
@@ -202,7 +205,6 @@ def test_an_ensemble_needs_a_served_artifact(repository: Path, tmp_path: Path) -
         publish_ensemble(artifact, repository)
 
 
-@pytest.mark.usefixtures("with_pipeline")
 @pytest.mark.parametrize("signature", [toys.RUNNING, toys.DOUBLING], ids=["recurrent", "stateless"])
 def test_what_was_published_is_as_its_artifacts_say(repository: Path, signature: Signature) -> None:
     publish_all(repository, signature)
@@ -250,7 +252,13 @@ def another_pipeline(repository: Path) -> None:
     replace(Artifact.load(folder), pipeline="toi").save(folder)
 
 
+def empty_ensemble(repository: Path) -> None:
+    path = repository / "running" / "config.pbtxt"
+    path.write_text(path.read_text().partition("ensemble_scheduling")[0])
+
+
 ONNX, ENSEMBLE, ENCODE = "running_onnx/config.pbtxt", "running/config.pbtxt", "running_encode/config.pbtxt"
+SCHEMA = "running/1/request.schema.json"
 PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "name": (edit(ONNX, '"running_onnx"', '"runing"'), "running_onnx: expected the name of its folder, found 'runing'"),
     "dtype": (edit(ONNX, "TYPE_FP32", "TYPE_FP64"), "input 'x': expected TYPE_FP32 (-1, 3), found TYPE_FP64 (-1, 3)"),
@@ -269,7 +277,10 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (remove("running_onnx/1/artifact.json"), "artifact.json: expected this file, found none"),
     "missing": (remove("running_onnx/1/model.onnx"), "model.onnx: expected this file, found none"),
     "changed": (flip_a_byte, "model.onnx: expected sha256"),
-    "no version": (lambda repository: (repository / "running" / "1").rmdir(), "running: expected a version folder"),
+    "no version": (
+        lambda repository: shutil.rmtree(repository / "running" / "1"),
+        "running: expected a version folder",
+    ),
     "step": (edit(ENCODE, '"encode"', '"encde"'), "expected parameter step of encode, decode, write, found 'encde'"),
     "program": (remove("running_encode/1/model.py"), "running_encode: version 1: expected model.py, found none"),
     "asset": (remove("running_decode/1/assets/unit.json"), "unit.json: expected this file, found none"),
@@ -285,11 +296,13 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
         edit(ENSEMBLE, 'value: "answer"', 'value: "anser"'),
         "output 'answer': expected TYPE_STRING (1,), found",
     ),
+    "no steps": (empty_ensemble, "running: output 'answer': expected TYPE_STRING (1,), found nothing"),
+    "no schema": (remove(SCHEMA), "running: version 1: expected the schema of its requests, found"),
+    "another schema": (edit(SCHEMA, "object", "array"), "expected the schema of its requests, found another; publish"),
     "larger": (edit(ENSEMBLE, "size: 8", "size: 16"), "step 'running_onnx': expected max_batch_size 16, found 8"),
 }
 
 
-@pytest.mark.usefixtures("with_pipeline")
 @pytest.mark.parametrize(("plant", "expected"), PLANTED.values(), ids=PLANTED)
 def test_a_planted_fault_is_found(repository: Path, plant: Callable[[Path], None], expected: str) -> None:
     publish_all(repository)
@@ -298,13 +311,33 @@ def test_a_planted_fault_is_found(repository: Path, plant: Callable[[Path], None
     assert all("\n" not in line for line in lint(repository))
 
 
-def test_another_scheduling_changes_the_config_and_no_version(repository: Path) -> None:
-    version = publish_toy(repository)
+def test_another_scheduling_changes_configs_and_no_version(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    artifact = Artifact.load(repository / "doubling_onnx" / "1")
     before = snapshot(repository)
-    reschedule(Artifact.load(version), repository, Scheduling())
+    reschedule(artifact, repository, Scheduling())
     assert snapshot(repository) == before
-    reschedule(Artifact.load(version), repository, Scheduling(instances=2, queue=9))
+    reschedule(artifact, repository, Scheduling(instances=2, queue=9))
     changed = {path for path, stat in snapshot(repository).items() if before[path] != stat}
-    assert changed == {"doubling_onnx/config.pbtxt"}
-    assert "max_queue_size: 9" in (repository / "doubling_onnx" / "config.pbtxt").read_text()
+    assert changed == {f"doubling_{name}/config.pbtxt" for name in ("onnx", "encode", "decode")}
+    assert all("max_queue_size: 9" in (repository / path).read_text() for path in changed)
     assert lint(repository) == []
+
+
+def test_an_ensemble_of_an_older_program_is_made_anew_when_its_artifact_is_reused(repository: Path) -> None:
+    publish_all(repository)
+    (repository / "running" / "1" / "request.schema.json").unlink()
+    (repository / "running_encode" / "1" / "model.py").write_text("an older one")
+    reschedule(Artifact.load(repository / "running_onnx" / "1"), repository, Scheduling())
+    assert lint(repository) == []
+    assert "class TritonPythonModel" in (repository / "running_encode" / "2" / "model.py").read_text()
+    assert not (repository / "running_onnx" / "2").exists()
+
+
+def test_the_steps_of_another_artifact_keep_their_scheduling(repository: Path) -> None:
+    publish_all(repository, toys.DOUBLING)
+    aside = publish_toy(repository, target="openvino", key="other")
+    before = snapshot(repository)
+    reschedule(Artifact.load(aside), repository, Scheduling(instances=2, queue=9))
+    changed = {path for path, stat in snapshot(repository).items() if before[path] != stat}
+    assert changed == {"doubling_openvino/config.pbtxt"}

@@ -211,6 +211,14 @@ def test_a_form_holds_inside_its_block_only() -> None:
     assert scan._form.get() is None
 
 
+def test_a_block_tells_whether_a_recurrence_heeded_its_form() -> None:
+    with scan_form(Form(kind="loop")) as outer:
+        torch.zeros(2).cumsum(0)
+        with scan_form(Form(kind="loop")) as inner:
+            selective_scan(*tensors(inputs(3)))
+    assert (outer.paid, inner.paid) == (False, True)
+
+
 def test_a_form_ends_with_its_block_also_when_that_fails() -> None:
     def fail() -> None:
         with scan_form(Form(kind="doubling")):

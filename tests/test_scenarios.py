@@ -1,12 +1,13 @@
 """Load: what each scenario calls, when, and what it counts."""
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from runtimes.errors import EngineError, InputError
-from runtimes.scenarios import LATE_S, account, arriving, goodput, one_by_one, poisson_arrivals, side_by_side
+from runtimes.scenarios import LATE_S, account, arriving, goodput, one_by_one, poisson_arrivals, posting, side_by_side
 
 
 def test_one_by_one_calls_once_at_least_and_times_every_call() -> None:
@@ -27,7 +28,7 @@ def test_the_device_is_asked_after_each_call_how_long_it_took() -> None:
 
 def test_as_many_calls_are_in_flight_as_there_are_lanes() -> None:
     """Each call waits until three are in flight: with fewer it would wait for ever."""
-    meeting = threading.Barrier(3, timeout=10)
+    meeting = threading.Barrier(3, timeout=120)
     window = side_by_side([lambda: meeting.wait()] * 3, 0.0)
     assert len(window.samples_s) == 3
 
@@ -106,3 +107,20 @@ def test_for_a_server_what_waits_for_a_free_lane_is_late_and_for_an_engine_it_is
     assert service[1] == pytest.approx(latency[1], abs=0.04), "sent when it entered the queue"
     latency, service = run(queued=False)
     assert service[1] < latency[1] / 2, "sent when the lane was free"
+
+
+def test_what_is_posted_waits_for_nobody_and_each_is_timed_by_itself() -> None:
+    """None of a thousand is answered before the last is posted, and then in the opposite order."""
+    waiting: list[Callable[[], None]] = []
+
+    def post(i: int, settle: Callable[[], None]) -> None:
+        assert i == len(waiting)
+        waiting.append(settle)
+        if len(waiting) == 1000:
+            for each in reversed(waiting):
+                each()
+
+    window = posting(post, np.zeros(1000))
+    assert len(window.samples_s) == 1000
+    assert window.samples_s == sorted(window.samples_s, reverse=True)
+    assert all(service <= latency for service, latency in zip(window.service_s, window.samples_s, strict=True))

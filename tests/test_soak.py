@@ -1,21 +1,19 @@
 """A server under load is watched by someone who would notice a wrong answer."""
 
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import toys
 
-import runtimes.pipelines
 from export.repository import drafting, publish, publish_ensemble
 from export.triton_config import Scheduling
 from runtimes import soak
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError, Overloaded
-from runtimes.triton_client import CLIENTS
+from runtimes.triton_client import CLIENTS, Answer, TritonClient
 from runtimes.triton_server import TritonServer
 
 pytestmark = toys.needs_server()
@@ -25,18 +23,15 @@ pytestmark = toys.needs_server()
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Both toys with their ensembles, the stateless one with limits; the toy pipeline here and in the server."""
     repository = tmp_path_factory.mktemp("soaked") / "model_repository"
-    for signature in (toys.DOUBLING, toys.RUNNING):
-        with drafting(repository) as draft:
-            limits = Scheduling(instances=2, queue=1)
-            version = publish(draft, toys.make(draft, signature), repository, scheduling=limits)
-        publish_ensemble(Artifact.load(version), repository)
     checkout = toys.checkout_with_pipeline(tmp_path_factory.mktemp("checkout"))
-    runtimes.pipelines.__path__.append(str(checkout / "runtimes" / "pipelines"))
-    with pytest.MonkeyPatch.context() as patch:
+    limits = Scheduling(instances=2, queue=1)
+    with toys.known_pipeline(checkout / "runtimes" / "pipelines"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_PATH", str(checkout))
+        for signature in (toys.DOUBLING, toys.RUNNING):
+            with drafting(repository) as draft:
+                version = publish(draft, toys.make(draft, signature), repository, scheduling=limits)
+            publish_ensemble(Artifact.load(version), repository, limits)
         yield repository
-    runtimes.pipelines.__path__.pop()
-    sys.modules.pop("runtimes.pipelines.toy", None)
 
 
 def test_right_requests_are_answered_and_wrong_ones_declined(
@@ -48,19 +43,45 @@ def test_right_requests_are_answered_and_wrong_ones_declined(
     assert min(counts[what] for what in (soak.RIGHT, soak.DECLINED)) > 10
 
 
-def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(repository: Path) -> None:
-    """The model itself is asked, without its steps: they would let through no more than it can take."""
+def test_more_than_the_knee_is_sent_whether_answers_come_or_not(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "KNEE_S", 0.1)
+    arguments = ["--repository", str(repository), "--model", "doubling", "--overload", "8", "--seconds", "1", "--json"]
+    assert soak.main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"].keys() == {soak.RIGHT, soak.BUSY}
+    assert sum(said["counts"].values()) == pytest.approx(float(said["sent a second"]), abs=1)
+
+
+def numbers(client: TritonClient, value: float) -> Answer:
+    return client.send("doubling_onnx", {"x": np.full((1, 16, 3), value, np.float32)}, ["y"])
+
+
+def words(client: TritonClient, value: float) -> Answer:
+    request = json.dumps({"x": [[value] * 3]}).encode()
+    return client.send("doubling", {"request": np.array([[request]], np.object_)}, ["answer"])
+
+
+def doubled(answer: dict[str, np.ndarray]) -> float:
+    return json.loads(answer["answer"].item())["last"][0] if "answer" in answer else answer["y"][0, -1, 0]
+
+
+@pytest.mark.parametrize("send", [numbers, words], ids=["model", "ensemble"])
+def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(
+    repository: Path, send: Callable[[TritonClient, float], Answer]
+) -> None:
+    """Of the model itself, and of the ensemble, which waits at the steps as well."""
     with TritonServer(repository) as server:
         client = CLIENTS["grpc"](server.grpc_url, 20)
         right = refused = 0
         for _ in range(50):  # how many arrive at once, the machine decides
             if right and refused:
                 break
-            values = np.arange(500, dtype=np.float32)
-            answers = [client.send("doubling_onnx", {"x": np.full((1, 16, 3), value)}, ["y"]) for value in values]
-            for value, answer in zip(values, answers, strict=True):
+            values = [float(value) for value in range(500)]
+            for value, answer in [(value, send(client, value)) for value in values]:
                 try:
-                    np.testing.assert_array_equal(answer()["y"], np.full((1, 16, 3), 2 * value))
+                    assert doubled(answer()) == 2 * value
                     right += 1
                 except Overloaded:
                     refused += 1
@@ -101,13 +122,14 @@ class Deaf:
 
 def test_every_fault_is_counted_as_what_it_is() -> None:
     client = Deaf(
-        b"1", b"1", b"2", Overloaded(""), EngineError(""), InputError(""), InputError(""), b"1", EngineError("")
-    )
+        b"1", b"1", b"2", b"{", Overloaded(""), EngineError(""), InputError(""), InputError(""), b"1", EngineError(""),
+        Overloaded(""),
+    )  # fmt: skip
     question, tally = soak.Question(client, "toy", b"{}"), soak.Tally()
-    for _ in range(5):
+    for _ in range(6):
         question.ask(tally)
-    for _ in range(3):
+    for _ in range(4):
         question.ask_wrongly(tally, b"{")
     assert tally.counts == {
-        soak.RIGHT: 1, soak.WRONGLY: 1, soak.BUSY: 1, soak.FAILED: 2, soak.DECLINED: 1, soak.TAKEN: 1, soak.BROKEN: 1
+        soak.RIGHT: 1, soak.WRONGLY: 2, soak.BUSY: 2, soak.FAILED: 2, soak.DECLINED: 1, soak.TAKEN: 1, soak.BROKEN: 1
     }  # fmt: skip

@@ -125,6 +125,21 @@ def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, run
     assert recurrent.HasField("sequence_batching")
 
 
+@pytest.mark.parametrize("step", ["encode", "decode"])
+def test_the_steps_have_the_limits_of_their_model(doubling: Artifact, running: Artifact, step: str) -> None:
+    limited = Scheduling(instances=3, queue=64, timeout_ms=250)
+    config = parsed(step_config(doubling, step, limited))
+    policy = config.dynamic_batching.default_queue_policy
+    assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
+    assert list(config.dynamic_batching.preferred_batch_size) == [1]
+    assert config.instance_group[0].count == 3
+    for free in (step_config(doubling, step), step_config(doubling, step, Scheduling(instances=3))):
+        assert not parsed(free).HasField("dynamic_batching")
+    recurrent = parsed(step_config(running, step, limited))
+    assert not recurrent.HasField("dynamic_batching")
+    assert recurrent.instance_group[0].count == 1
+
+
 @pytest.mark.parametrize(
     "wrong", [{"instances": 0}, {"queue": -1}, {"timeout_ms": -1}, {"queue": 4}, {"timeout_ms": 4}]
 )

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import toys
+from exported import Exports
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wrong_requests import VALUES, nearly
 
-import export.all
 from runtimes import soak
 from runtimes.errors import InputError
 from runtimes.triton_client import CLIENTS, TritonClient
@@ -26,14 +26,10 @@ REQUESTS = int(os.environ.get("SLIPWAY_FUZZ", "150"))
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory, checkpoints: Path) -> Path:
+def repository(tmp_path_factory: pytest.TempPathFactory, exports: Exports) -> Path:
     if given_ := os.environ.get("SLIPWAY_REPOSITORY"):
         return Path(given_)
-    place = tmp_path_factory.mktemp("fuzzed") / "model_repository"
-    models = ["--model", "policy_gru", "--model", "statements"]
-    arguments = ["--target", "onnx", *models, "--checkpoints", str(checkpoints), "--repository", str(place)]
-    assert export.all.main(arguments) == 0
-    return place
+    return exports.onnx(tmp_path_factory.mktemp("fuzzed") / "model_repository", "policy_gru", "statements")
 
 
 @pytest.fixture(scope="module")

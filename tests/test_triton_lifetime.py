@@ -133,7 +133,7 @@ def test_serve_says_what_it_serves_and_stops_cleanly(small: Path, sign: signal.S
         assert serving.stdout
         lines = [serving.stdout.readline().strip() for _ in range(4)]
         serving.send_signal(sign)
-        _, errors = serving.communicate(timeout=30)
+        _, errors = serving.communicate(timeout=120)
     assert lines[0] == f"HTTP     http://127.0.0.1:{http}"
     assert lines[3] == "doubling_onnx 1 READY"
     assert (serving.returncode, errors) == (0, "")

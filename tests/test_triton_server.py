@@ -35,11 +35,12 @@ def publish_toy(repository: Path, signature: Signature, **changes: object) -> Pa
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     repository = tmp_path_factory.mktemp("served") / "model_repository"
-    publish_toy(repository, toys.RUNNING)
-    publish_toy(repository, toys.DOUBLING)
-    return repository
+    with toys.known_pipeline(tmp_path_factory.mktemp("plugins")):
+        publish_toy(repository, toys.RUNNING)
+        publish_toy(repository, toys.DOUBLING)
+        yield repository
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ output { name: "word" data_type: TYPE_STRING dims: [1] }
 instance_group { count: 1 kind: KIND_CPU }
 model_transaction_policy { decoupled: true }
 """
-# Below 0 it refuses, 7 fails half-way, 99 goes on until its client has gone.
+# 7 fails half-way, 99 goes on until its client has gone.
 MODEL = """
 import time
 import numpy as np

@@ -53,7 +53,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 def ask(server: Server, path: str, body: Any = None, **more: Any) -> tuple[int, Any]:
     """Status and JSON; a body that is not bytes is sent as JSON."""
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **more.get("headers", {})}
     connection.request(more.get("method", "GET" if body is None else "POST"), path, data, headers)
@@ -226,7 +226,7 @@ def test_no_path_leads_out_of_the_pages_and_collections(path: str, server: Serve
 
 
 def test_every_answer_forbids_what_the_page_does_not_need(server: Server) -> None:
-    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=20)
+    connection = http.client.HTTPConnection(*server.server_address[:2], timeout=120)
     for method in ("GET", "HEAD"):
         for path in ("/", "/app.js", "/katex/katex.min.css", "/api/collections", "/nowhere"):
             connection.request(method, path)
@@ -288,7 +288,7 @@ def test_the_command_prints_its_address_and_ends_when_interrupted(folder: Path) 
     assert process.stdout
     address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\n", process.stdout.readline())
     assert address
-    connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", int(address[1]), timeout=120)
     connection.request("GET", "/api/collections")
     assert connection.getresponse().status == 200
     process.send_signal(signal.SIGINT)

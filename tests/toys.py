@@ -5,8 +5,10 @@
 
 import json
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import runtimes
+import runtimes.pipelines
 from runtimes.artifact import ASSETS, Artifact, Facts, digests
 from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
@@ -122,6 +125,19 @@ def run_by_hand(x: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return y, h / 2 + (total - h)
 
 
+@contextmanager
+def known_pipeline(folder: Path) -> Iterator[None]:
+    """Inside, this process knows the toys' pipeline, whose source it puts into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "toy.py").write_text(PIPELINE_SOURCE)
+    runtimes.pipelines.__path__.append(str(folder))
+    try:
+        yield
+    finally:
+        runtimes.pipelines.__path__.remove(str(folder))
+        sys.modules.pop("runtimes.pipelines.toy", None)
+
+
 def checkout_with_pipeline(folder: Path) -> Path:
     """A copy of the package `runtimes` with the toy pipeline in it, for a process that starts anew."""
     source = Path(runtimes.__file__).parent
@@ -156,7 +172,7 @@ def gone(pid: int | None) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def wait_for(happened: Callable[[], object], timeout_s: float = 20) -> None:
+def wait_for(happened: Callable[[], object], timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while not happened():
         assert time.monotonic() < end, f"expected this within {timeout_s} s"

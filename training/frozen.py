@@ -1,11 +1,15 @@
-"""Frozen models, taken as they come from Hugging Face and never trained: what all models that have some share."""
+"""Frozen models, taken as they come from Hugging Face and never trained: what all models that have some share.
+
+Shapes: B rows, T tokens.
+"""
 
 import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from runtimes.artifact import sha256_json
 from runtimes.errors import InputError, one_line
@@ -34,6 +38,15 @@ def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
         raise InputError(f"expected a Hugging Face folder or hub id, found '{source}': {one_line(error)}") from error
 
 
+def pretrained_model(kind: Any, source: str, revision: str, **options: Any) -> Any:
+    """`kind` of a folder or hub id; `InputError` also for a missing weight, which every start would draw anew."""
+    model, info = pretrained(kind, source, revision, **options, output_loading_info=True)
+    if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise InputError(f"{source}: expected the weights of {type(model).__name__}, found no {missing[0]}{more}")
+    return model
+
+
 def without_pooler(model: Any) -> Any:
     """The model without its pooler, which nobody reads: where a checkpoint lacks it, each start would draw another."""
     if getattr(model, "pooler", None) is not None:
@@ -43,6 +56,37 @@ def without_pooler(model: Any) -> Any:
 
 def freeze(model: Any) -> Any:
     return model.eval().requires_grad_(False)
+
+
+def real_tokens(ids_BT: Tensor, pad: int) -> Tensor:
+    """bool [B, T]; the first token counts always, so that a row of padding has something to attend to."""
+    places = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    return (ids_BT != pad) | (places == 0)
+
+
+def inputs(model: nn.Module, ids_BT: Tensor, real_BT: Tensor) -> dict[str, Tensor]:
+    """Ids, mask, types and positions: given, for inside they are gathered and summed up, which TensorRT is poor at."""
+    config: Any = model.config
+    dtype = next(model.parameters()).dtype
+    mask_B11T = ((~real_BT).to(dtype) * MASKED)[:, None, None, :]
+    result = {"input_ids": ids_BT, "attention_mask": mask_B11T}
+    if getattr(config, "type_vocab_size", 0):
+        result["token_type_ids"] = torch.zeros_like(ids_BT)
+    if _counts_behind_padding(config):
+        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) + config.pad_token_id + 1
+        result["position_ids"] = torch.where(real_BT, places_T, config.pad_token_id)
+    return result
+
+
+def longest_input(config: Any) -> int:
+    """The number of tokens that an encoder of this config has positions for."""
+    skipped = config.pad_token_id + 1 if _counts_behind_padding(config) else 0
+    return int(config.max_position_embeddings - skipped)
+
+
+def _counts_behind_padding(config: Any) -> bool:
+    """Whether positions begin behind the number of the padding token, as RoBERTa's and XLM-R's do."""
+    return "roberta" in config.model_type
 
 
 @lru_cache(maxsize=4)

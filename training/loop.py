@@ -147,7 +147,7 @@ def _short(value: Any) -> Any:
 
 
 def _arguments(training: Config, states: Path, keep: bool) -> Any:
-    from torch.cuda import is_available
+    from torch.accelerator import is_available
     from transformers import TrainingArguments
 
     try:
@@ -181,7 +181,7 @@ def _arguments(training: Config, states: Path, keep: bool) -> Any:
             disable_tqdm=not sys.stderr.isatty(),
             dataloader_num_workers=training["workers"],
             dataloader_pin_memory=is_available(),
-            use_cpu=training["device"] == "cpu",
+            use_cpu=training["device"] == "cpu" or not is_available(),
         )
     except ValueError as error:  # a scheduler that does not exist, half precision without a device for it
         raise InputError(f"expected settings that the Trainer takes, found {' '.join(str(error).split())}") from error

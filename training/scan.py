@@ -35,20 +35,32 @@ class Form:
 
 
 _form: ContextVar[Form | None] = ContextVar("form", default=None)
+_heed: ContextVar["Heed | None"] = ContextVar("heed", default=None)
+
+
+@dataclass(slots=True)
+class Heed:
+    """Whether there was anything to write in the form that was asked for."""
+
+    paid: bool = False
 
 
 @contextmanager
-def scan_form(form: Form) -> Iterator[None]:
+def scan_form(form: Form) -> Iterator[Heed]:
     """Inside, every recurrence is written in this form: while a model is traced, or to compare forms."""
-    token = _form.set(form)
+    heed = Heed()
+    form_token, heed_token = _form.set(form), _heed.set(heed)
     try:
-        yield
+        yield heed
     finally:
-        _form.reset(token)
+        _form.reset(form_token)
+        _heed.reset(heed_token)
 
 
 def current_form() -> Form | None:
     """The form that is asked for; None outside of `scan_form`."""
+    if heed := _heed.get():
+        heed.paid = True
     return _form.get()
 
 
@@ -61,7 +73,7 @@ def selective_scan(
     A must be negative, or the forms lose precision differently.
     """
     arguments = (x_BTD, step_BTD, A_DN, in_BTN, out_BTN, state_BDN)
-    form = _form.get() or (Form(kind="kernel") if _has_kernel(x_BTD) else Form(kind="loop"))
+    form = current_form() or (Form(kind="kernel") if _has_kernel(x_BTD) else Form(kind="loop"))
     if form.kind == "doubling":
         return _doubling(*arguments, length=form.length)
     return {"loop": _loop, "operator": _operator, "kernel": _kernel}[form.kind](*arguments)
@@ -77,7 +89,7 @@ def decayed_sums(
     whose length only the data tell is one piece.
     """
     arguments = (x_BTHP, decay_BTH, in_BTN, out_BTN)
-    form = _form.get()
+    form = current_form()
     if form and form.kind == "loop":
         return _decayed_loop(*arguments, state_BHPN)
     if form and form.kind != "kernel":
@@ -172,7 +184,7 @@ def _decay_between(decay_TH: Tensor) -> Tensor:
     """
     place_T = torch.arange(decay_TH.shape[-2], device=decay_TH.device)
     past_TT = place_T[:, None] >= place_T
-    if (form := _form.get()) and form.kind == "doubling":
+    if (form := current_form()) and form.kind == "doubling":
         later_TT = place_T[:, None] > place_T
         between_HTT = torch.where(later_TT, decay_TH.mT[..., None], 0.0).cumsum(-2)
     else:

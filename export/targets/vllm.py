@@ -39,12 +39,13 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     language_model = source.language_model
     folder, scheme = out / CHECKPOINT, SCHEMES.get(precision)
     folder.mkdir()
-    model = copy.deepcopy(language_model.model)  # quantizing changes it, and parity asks the original
+    # Quantizing changes both; parity and other precisions ask the original.
+    model, tokenizer = copy.deepcopy(language_model.model), copy.deepcopy(language_model.tokenizer)
     built_with: dict[str, str] = {TASK: language_model.task}
     checks: dict[str, Check] = {}
     if scheme:
         texts = source.texts.rows(language_model)
-        quantize(model, language_model.tokenizer, texts, scheme, folder)
+        quantize(model, tokenizer, texts, scheme, folder)
         built_with["scheme"] = f"{scheme.describe(model)}, from {sum(map(len, texts))} tokens in {len(texts)} texts"
         checks["bytes_of_bf16"] = Check(value=bytes_of_bf16(folder), limit=BYTES_MAX[scheme.bits])
     else:

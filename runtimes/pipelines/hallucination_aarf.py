@@ -22,7 +22,10 @@ class MitigatedPipeline(Pipeline):
     def prompt(self, request: Any, max_new_tokens: int) -> tuple[list[int], Span]:
         """The tokens of a request, cut to leave room for new ones, and where its context is among them."""
         if not isinstance(request, dict) or not request.keys() <= NAMES:
-            raise InputError(f"expected an object with 'contexts' or 'prompt'; found {ascii(request)[:80]}")
+            raise InputError(
+                f"expected an object with 'contexts' and 'question', or 'prompt', and no more; "
+                f"found {ascii(sorted(request) if isinstance(request, dict) else request)[:80]}"
+            )
         prompt, regions = read_prompt(request, "request")
         room = self.config["max_tokens"] - max_new_tokens
         if max_new_tokens < 1 or room < self.config["min_tokens"]:

@@ -68,6 +68,21 @@ class Everything(nn.Module):
         attention, middle, after = (torch.cat(parts) for parts in zip(*views, strict=True))
         return attention, middle, after
 
+    def eagerly(self, given: dict[str, Tensor]) -> list[np.ndarray]:
+        """The same from Hugging Face's own modules, hooked where `output_attentions=True` gives no state."""
+        decoder = self.base.model.model
+        middle, after = list[Tensor](), list[Tensor]()
+        hooks = [
+            layer.post_attention_layernorm.register_forward_pre_hook(lambda _, states: middle.append(states[0]))
+            for layer in decoder.layers
+        ]
+        hooks += [layer.register_forward_hook(lambda *states: after.append(states[-1])) for layer in decoder.layers]
+        decoder.set_attn_implementation("eager")
+        attention = decoder(given["token_ids"], output_attentions=True).attentions
+        for hook in hooks:
+            hook.remove()
+        return [torch.cat(tuple(parts)).numpy() for parts in (attention, middle, after)]
+
     def scores_at_once(self, outputs: list[np.ndarray], given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(ECS, PKS) by chunk from what came out, with torch, all tokens of a layer at a time."""
         attention, middle, after = map(torch.from_numpy, outputs)
@@ -127,6 +142,7 @@ def bench_fused(arguments: Any) -> str:
             "fused": lambda: fused.run(None, made),
             "all attention, without scores": lambda: dense.run(None, ids),
             "all attention, scored at once": lambda: everything.scores_at_once(dense.run(None, ids), given),
+            "Hugging Face eager, scored at once": lambda: everything.scores_at_once(everything.eagerly(given), given),
             "all attention, scored by token": lambda: everything.scores_by_token(dense.run(None, ids), given),
         }
         _same_scores(ways)
@@ -369,9 +385,7 @@ def main(argv: list[str] | None = None) -> int:
     result.add_argument("--longest-dense", type=int, default=4096, help="tokens at most with all attention kept")
     result.add_argument("--one", choices=("chunk", "token", "dense"), help="memory: measure this once, in this process")
     result.add_argument("--scores", type=Path, help="score log, for fitting")
-    result.add_argument(
-        "--repository", type=Path, default=Path("model_repository"), help="artifacts, for cached and served"
-    )
+    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="for cached and served")
     arguments = result.parse_args(argv)
     torch.set_num_threads(1)
     if arguments.one:

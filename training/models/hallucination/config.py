@@ -80,6 +80,7 @@ def check(config: Config) -> None:
 
 def settle(config: Config) -> Config:
     """The config with `all` heads and layers named; `InputError` for what base and encoder do not have."""
+    from training.frozen import longest_input
     from training.models.hallucination.frozen import decoder_config, encoder_config, window
 
     base = decoder_config(config["base"], config["base_revision"])
@@ -100,7 +101,7 @@ def settle(config: Config) -> Config:
     if config["max_tokens"] > window(base):
         raise InputError(f"{config['base']}: expected max_tokens up to {window(base)}, found {config['max_tokens']}")
     if config["level"] == "chunk":
-        longest = encoder_config(config["encoder"], config["encoder_revision"]).max_position_embeddings
+        longest = longest_input(encoder_config(config["encoder"], config["encoder_revision"]))
         if config["chunk_tokens"] > longest:
             raise InputError(
                 f"{config['encoder']}: expected chunk_tokens up to {longest}, found {config['chunk_tokens']}"

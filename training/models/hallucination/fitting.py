@@ -62,6 +62,13 @@ class Member:
         pks = scaled(own.pks.sum(1), self.pks_bounds)
         return self.m * pks - self.alpha * scaled(own.ecs.sum(1), self.ecs_bounds)
 
+    @property
+    def magnification(self) -> float:
+        """How much larger than an error of every feature that of the score can be."""
+        return abs(self.m) * len(self.layers) / _width(self.pks_bounds) + abs(self.alpha) * len(self.heads) / _width(
+            self.ecs_bounds
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
@@ -79,6 +86,11 @@ class Scorer:
     def layers(self) -> tuple[int, ...]:
         return tuple(sorted({layer for member in self.members for layer in member.layers}))
 
+    @property
+    def magnification(self) -> float:
+        """How much larger than an error of every feature that of a response's score can be."""
+        return float(np.mean([member.magnification for member in self.members])) / _width(self.bounds)
+
     def score(self, units: Units) -> np.ndarray:
         """[U]: the score of each unit, mapped as a response's."""
         return scaled(np.mean([member.score(units) for member in self.members], axis=0), self.bounds)
@@ -95,7 +107,11 @@ class Scorer:
 
 def scaled(values: np.ndarray, bounds: Bounds) -> np.ndarray:
     """`values` with the bounds at 0 and 1; all 0 where the bounds are one."""
-    return (values - bounds[0]) / ((bounds[1] - bounds[0]) or 1.0)
+    return (values - bounds[0]) / _width(bounds)
+
+
+def _width(bounds: Bounds) -> float:
+    return (bounds[1] - bounds[0]) or 1.0
 
 
 def bounds_of(values: np.ndarray) -> Bounds:

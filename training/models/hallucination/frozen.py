@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from runtimes.errors import InputError
 from training.frozen import (
     EAGER,
-    MASKED,
     FrozenModule,
     fast_tokenizer,
     freeze,
+    inputs,
     pretrained,
+    pretrained_model,
+    real_tokens,
     stored_tokenizer,
     without_pooler,
 )
 from training.seeded import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, seeded
 
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 FAMILIES = ("llama", "mistral", "qwen2")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
 # One small decoder of each family, and those that the benchmarks measure. vLLM has no attention on a CPU for heads
@@ -49,12 +52,8 @@ class SentenceEncoder(FrozenModule):
         self.model: Any = load_encoder(source, revision)
 
     def forward(self, ids_NW: Tensor) -> Tensor:
-        places_W = torch.arange(ids_NW.shape[1], device=ids_NW.device)
-        real_NW = (ids_NW != self.model.config.pad_token_id) | (places_W == 0)  # something to attend to
-        mask_N11W = ((~real_NW).to(next(self.model.parameters()).dtype) * MASKED)[:, None, None, :]
-        first_NE = self.model(
-            input_ids=ids_NW, attention_mask=mask_N11W, token_type_ids=torch.zeros_like(ids_NW)
-        ).last_hidden_state[:, 0]
+        real_NW = real_tokens(ids_NW, self.model.config.pad_token_id)
+        first_NE = self.model(**inputs(self.model, ids_NW, real_NW)).last_hidden_state[:, 0]
         return nn.functional.normalize(first_NE.float(), dim=-1, eps=1e-6)
 
 
@@ -66,7 +65,7 @@ def load_decoder(source: str, revision: str) -> Any:
     config = decoder_config(source, revision)
     if is_seeded(source):
         return freeze(seeded(0, lambda: AutoModelForCausalLM.from_config(config)))
-    return freeze(pretrained(AutoModelForCausalLM, source, revision, dtype=torch.float32))
+    return freeze(pretrained_model(AutoModelForCausalLM, source, revision, dtype=torch.float32))
 
 
 @lru_cache(maxsize=2)
@@ -78,12 +77,12 @@ def load_encoder(source: str, revision: str) -> Any:
     if is_seeded(source):
         model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
     else:
-        model = pretrained(AutoModel, source, revision, **EAGER)
+        model = pretrained_model(AutoModel, source, revision, **EAGER)
     return freeze(without_pooler(model))
 
 
 def encoder_config(source: str, revision: str) -> Any:
-    """The config of a sentence encoder; `InputError` unless it is of the BERT family."""
+    """The config of a sentence encoder; `InputError` unless it is of a family whose inputs are known here."""
     from transformers import AutoConfig, BertConfig
 
     if is_seeded(source):
@@ -97,8 +96,8 @@ def encoder_config(source: str, revision: str) -> Any:
             pad_token_id=SPECIAL.index("<pad>"),
         )
     config = pretrained(AutoConfig, source, revision)
-    if config.model_type != "bert":
-        raise InputError(f"{source}: expected an encoder of the BERT family, found '{config.model_type}'")
+    if config.model_type not in ENCODERS:
+        raise InputError(f"{source}: expected an encoder of {', '.join(ENCODERS)}; found '{config.model_type}'")
     return config
 
 

@@ -14,7 +14,7 @@ import torch
 
 from runtimes.errors import InputError, require
 from runtimes.profiles import MACHINES
-from training.frozen import freeze, pretrained
+from training.frozen import freeze, pretrained_model
 from training.models.hallucination.decoder import Decoder, layer_outputs
 from training.models.hallucination.frozen import decoder_config, load_decoder
 from training.seeded import is_seeded
@@ -135,7 +135,7 @@ def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
     if is_seeded(source):  # from_pretrained is what quantises and spreads
         load_decoder(source, revision).save_pretrained(folder.name)
         source = folder.name
-    model = pretrained(AutoModelForCausalLM, source, revision, **options)
+    model = pretrained_model(AutoModelForCausalLM, source, revision, **options)
     model.stored_in = folder  # what lies on the disk is read again at every use
     return freeze(model)
 

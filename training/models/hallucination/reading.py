@@ -79,8 +79,8 @@ class FeatureReader:
             return digest(load_decoder(source, revision))
         return f"{source}@{revision}"
 
-    def read(self, text: str) -> Tokenized:
-        return self.pipeline.read(json.loads(text), "answer")
+    def read(self, text: str, where: str = "answer") -> Tokenized:
+        return self.pipeline.read(json.loads(text), where)
 
     def lengths(self, texts: Sequence[str]) -> list[int]:
         return [len(self.read(text).ids) for text in texts]

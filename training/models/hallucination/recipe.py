@@ -1,5 +1,6 @@
 """How the scorer is fitted, and judged: on answers whose sources it has not seen, beside the length of their chunks."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from torch import nn
 
 from runtimes.caching import Store
 from runtimes.errors import InputError
+from runtimes.grounding import TooLong
 from runtimes.tensors import Tensors
 from training.models.hallucination import fitting
 from training.models.hallucination.config import LEAST_TRAINING, head_text, heads_of, layer_text, layers_of
@@ -29,6 +31,7 @@ from training.precompute import fill
 from training.spec import Config, Evaluation, Metrics, Reading, Recipe
 
 PROBE_ROWS = 16
+MOST_MAGNIFIED = 100.0  # a rounding of 1e-7 that a score makes larger than this is no longer small beside its tolerance
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
 
 
@@ -60,6 +63,12 @@ class ScorerRecipe(Recipe):
     def fit(self) -> nn.Module:
         """The module with the scorer that does best; the config then names its heads, layers and threshold."""
         fitted = fitting.fit(self.units[0], self.training)
+        if fitted.magnification > MOST_MAGNIFIED:
+            print(
+                f"warning: the features hardly differ from chunk to chunk, and scores magnify their rounding "
+                f"{fitted.magnification:.0f} times: a conversion may not keep that. Take models that tell texts apart",
+                file=sys.stderr,
+            )
         self.config = {
             **self.config,
             "heads": head_text(fitted.heads),
@@ -120,20 +129,42 @@ class HallucinationRecipe(ScorerRecipe):
 
     @cached_property
     def examples(self) -> tuple[list[Example], list[Example]]:
-        """Answers to fit to and answers to judge by."""
+        """Answers to fit to and answers to judge by, but for those in `left_out`."""
         seed, share = self.training["seed"], self.training["valid_share"]
         if self.data is None:
             return train_and_valid(synthetic_examples(seed, self.training["responses"]), share, seed)
-        return train_and_valid(read_ragtruth(self.data, self.training["generator"]), share, seed)
+        read = [example for example in self._answers if example.text not in self.left_out]
+        if not read:
+            raise InputError(f"{self.data}: expected answers that are short enough, found none; {self._why()}")
+        return train_and_valid(read, share, seed)
+
+    @cached_property
+    def _answers(self) -> list[Example]:
+        return [] if self.data is None else read_ragtruth(self.data, self.training["generator"])
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """The answers with more tokens than are read, each with the reason."""
+        result = {}
+        for example in self._answers:
+            try:
+                self.reader.read(example.text, f"answer to source {example.source}")
+            except TooLong as error:
+                result[example.text] = str(error)
+        return result
+
+    def _why(self) -> str:
+        return f"{len(self.left_out)} left out, the first: {next(iter(self.left_out.values()))}"
 
     def summary(self) -> list[str]:
         if self.training["scores"]:
             return super().summary()
         # Of the answers alone: their units are there once the frozen models have read them.
-        return [
+        told = [
             f"{len(part)} answers {what}, {sum(bool(example.hallucinated) for example in part)} of them hallucinated"
             for part, what in zip(self.examples, ("to fit to", "held out"), strict=True)
         ]
+        return [*told, self._why()] if self.left_out else told
 
     def readings(self) -> Sequence[Reading]:
         train, valid = self.examples

@@ -195,7 +195,6 @@ def _spec(backbone: str) -> ModelSpec:
             "bf16": Tolerance(absolute=2e-1, relative=1e-1),
         },
         recipe=recipe,
-        skips={"vllm": "not a decoder language model"},
         fixed=("backbone",),
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.frozen import MASKED, freeze, pretrained, stored_tokenizer, without_pooler
+from training.frozen import MASKED, freeze, pretrained, pretrained_model, stored_tokenizer, without_pooler
 from training.models.statements.data import flatten, synthetic_papers
 from training.seeded import geometry, is_seeded, seeded, train_tokenizer
 
@@ -45,7 +45,7 @@ def load_base(source: str, revision: str) -> Any:
 
     config = seeded_config(source)
     if config is None:
-        model = pretrained(AutoModel, source, revision, dtype=torch.float32)
+        model = pretrained_model(AutoModel, source, revision, dtype=torch.float32)
     else:
         model = seeded(0, lambda: AutoModel.from_config(config))
     return freeze(without_pooler(model))

@@ -16,8 +16,8 @@ from runtimes.dialogue import DISCOURSE, ROOT
 from runtimes.discourse import NO_PAIR
 from runtimes.errors import InputError, one_line
 from training.cells import run_cell
-from training.frozen import FrozenModule, freeze
-from training.models.strategy.frozen import inputs, load_encoder, load_untrained_encoder, real_tokens
+from training.frozen import FrozenModule, freeze, inputs, real_tokens
+from training.models.strategy.frozen import load_encoder, load_untrained_encoder
 from training.seeded import is_seeded, seeded
 
 CLASSES = len(DISCOURSE) + 1

@@ -7,12 +7,21 @@ import hashlib
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from runtimes.dialogue import EMOTIONS
 from runtimes.errors import InputError
-from training.frozen import EAGER, MASKED, FrozenModule, freeze, pretrained, stored_tokenizer, without_pooler
+from training.frozen import (
+    EAGER,
+    FrozenModule,
+    freeze,
+    inputs,
+    pretrained,
+    pretrained_model,
+    real_tokens,
+    stored_tokenizer,
+    without_pooler,
+)
 from training.seeded import BYTES, byte_tokenizer, geometry, is_seeded, seeded
 
 SINGLE, PAIR = "<s> $A </s>", "<s> $A </s> </s> $B </s>"  # as XLM-R puts its special tokens
@@ -22,7 +31,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": VOCABULARY},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "vocab_size": VOCABULARY},
 }
-WITHOUT_OFFSET = ("bert", "distilbert", "electra")
 
 
 class TextEncoder(FrozenModule):
@@ -62,26 +70,6 @@ class Float32LayerNorm(nn.LayerNorm):
         return nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
-def real_tokens(ids_BT: Tensor, pad: int) -> Tensor:
-    """bool [B, T]; the first token counts always, so that a row of padding has something to attend to."""
-    places = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    return (ids_BT != pad) | (places == 0)
-
-
-def inputs(model: nn.Module, ids_BT: Tensor, real_BT: Tensor) -> dict[str, Tensor]:
-    """Ids, mask, types and positions: given, for inside they are gathered and summed up, which TensorRT is poor at."""
-    config: Any = model.config
-    dtype = next(model.parameters()).dtype
-    mask_B11T = ((~real_BT).to(dtype) * MASKED)[:, None, None, :]
-    result = {"input_ids": ids_BT, "attention_mask": mask_B11T}
-    if getattr(config, "type_vocab_size", 0):
-        result["token_type_ids"] = torch.zeros_like(ids_BT)
-    if config.model_type not in WITHOUT_OFFSET and "roberta" in config.model_type:
-        places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device) + config.pad_token_id + 1
-        result["position_ids"] = torch.where(real_BT, places_T, config.pad_token_id)
-    return result
-
-
 @lru_cache(maxsize=2)
 def load_encoder(source: str, revision: str) -> nn.Module:
     """The encoder `source`, without a pooler; loaded once per process, as it never changes."""
@@ -90,7 +78,7 @@ def load_encoder(source: str, revision: str) -> nn.Module:
     if config := seeded_config(source):
         model = seeded(0, lambda: XLMRobertaModel._from_config(config, **EAGER))
     else:
-        model = pretrained(AutoModel, source, revision, **EAGER)
+        model = pretrained_model(AutoModel, source, revision, **EAGER)
     return _exact(without_pooler(model))
 
 
@@ -110,7 +98,7 @@ def load_classifier(source: str, revision: str) -> nn.Module:
     if config := seeded_config(source):
         config.num_labels = len(EMOTIONS)
         return _exact(seeded(1, lambda: XLMRobertaForSequenceClassification._from_config(config, **EAGER)))
-    model = pretrained(AutoModelForSequenceClassification, source, revision, **EAGER)
+    model = pretrained_model(AutoModelForSequenceClassification, source, revision, **EAGER)
     if model.config.num_labels != len(EMOTIONS):
         raise InputError(f"{source}: expected {len(EMOTIONS)} emotions, found {model.config.num_labels} labels")
     return _exact(model)

@@ -271,7 +271,6 @@ FUSED: dict[str, Any] = {
     "frozen": frozen,
     "settle": settle,
     "assets": assets,
-    "skips": {"vllm": "not a decoder language model"},
     "tolerance": {
         "fp32": Tolerance(absolute=2e-5, relative=1e-5),
         "fp16": Tolerance(absolute=3e-2, relative=2e-2),
