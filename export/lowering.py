@@ -53,7 +53,7 @@ def _exported(program: "ExportedProgram", signature: Signature) -> "ONNXProgram"
             opset_version=OPSET,
             input_names=[tensor.name for tensor in signature.inputs],
             output_names=[tensor.name for tensor in signature.outputs],
-            custom_translation_table=_cells(),
+            custom_translation_table=_translations(),
             verbose=False,
         )
     assert exported is not None  # only the dynamo=False exporter returns None
@@ -178,11 +178,23 @@ def check_onnx(path: Path) -> None:
         raise ParityError(f"{path.name}: expected valid ONNX, found {one_line(error)}") from error
 
 
-def _cells() -> dict[Any, Any]:
-    """How the traced cells of training/cells.py become ONNX LSTM and GRU."""
+def _translations() -> dict[Any, Any]:
+    """How the traced cells of training/cells.py become ONNX LSTM and GRU, and softplus one operator.
+
+    The exporter keeps torch's threshold of softplus by three operators; that of ONNX needs none to be right.
+    """
     import torch
+    from onnxscript import opset20
     from onnxscript.function_libs.torch_lib.ops.core import aten_gru, aten_lstm
+    from onnxscript.function_libs.torch_lib.ops.nn import aten_softplus
 
     import training.cells  # noqa: F401  registers the operators
 
-    return {torch.ops.slipway.lstm.default: aten_lstm, torch.ops.slipway.gru.default: aten_gru}
+    def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+        return opset20.Softplus(x) if beta == 1 else aten_softplus(x, beta, threshold)
+
+    return {
+        torch.ops.slipway.lstm.default: aten_lstm,
+        torch.ops.slipway.gru.default: aten_gru,
+        torch.ops.aten.softplus.default: softplus,
+    }

@@ -165,7 +165,7 @@ def step_config(artifact: Artifact, step: str, scheduling: Scheduling = UNLIMITE
             "max_batch_size": rows(artifact),
             **tensors,
             "version_policy": NEWEST,
-            **({"dynamic_batching": scheduling.policy()} if scheduling.limited else {}),
+            **(one_by_one(scheduling) if scheduling.limited else {}),
             "instance_group": instances("CPU", scheduling.instances),
             "parameters": parameters(step=step),
         }
@@ -249,6 +249,14 @@ def batches(artifact: Artifact, scheduling: Scheduling) -> Message:
         "dynamic_batching": scheduling.policy(),
         "model_warmup": [warmup(artifact, size) for size in sorted({1, batch.opt, batch.max})],
     }
+
+
+def one_by_one(scheduling: Scheduling) -> Message:
+    """A queue that hands on single requests, as a Python step handles them.
+
+    In a batch each would wait for all: at several times the knee answers took 0.20 s instead of 0.08 (`strategy`, p50).
+    """
+    return {"dynamic_batching": {"preferred_batch_size": [1], **scheduling.policy()}}
 
 
 def warmup(artifact: Artifact, batch: int) -> Message:

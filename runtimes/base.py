@@ -1,7 +1,7 @@
 """Runtime: one way to open, run and close a converted model, whatever engine runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -65,6 +65,10 @@ class Runtime(ABC):
 
     def stream(self, batch: int = 1) -> "Stream":
         """A stream of `batch` rows whose recurrent state is kept between steps, zero at first."""
+        return self.carried(batch)
+
+    def carried(self, batch: int) -> "CarriedStream":
+        """A stream whose state lies in this process, so that its rows may come and go."""
         return CarriedStream(self, batch)
 
     def fresh(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
@@ -111,9 +115,7 @@ class CarriedStream(Stream):
         self.visible = Signature(inputs=whole.free_inputs, outputs=whole.visible_outputs, axes=whole.axes)
 
     def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        sizes = self.visible.check_inputs(feeds)
-        if sizes[BATCH] != self.batch:
-            raise InputError(f"expected {self.batch} rows as in every step, found {sizes[BATCH]}")
+        sizes = self.check(feeds)
         outputs = self.runtime.infer({**feeds, **self.state})
         self.state = {source: outputs.pop(result) for source, result in self.runtime.signature.state}
         self.visible.check_outputs(outputs, sizes)
@@ -125,6 +127,23 @@ class CarriedStream(Stream):
         self.state = {name: array.copy() for name, array in self.state.items()}
         for array in self.state.values():
             array[chosen] = 0
+
+    def choose(self, rows: Sequence[int | None]) -> None:
+        """Go on with these rows, by their numbers until now, and with a new one for each None."""
+        kept = [(place, row) for place, row in enumerate(rows) if row is not None]
+        before, self.state = self.state, self.runtime.signature.zero_state(len(rows))
+        self.batch = len(rows)
+        if kept:
+            places, old = map(list, zip(*kept, strict=True))
+            for name, array in self.state.items():
+                array[places] = before[name][old]
+
+    def check(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The size of every axis; `InputError` unless `feeds` is a right next piece of every row."""
+        sizes = self.visible.check_inputs(feeds)
+        if sizes[BATCH] != self.batch:
+            raise InputError(f"expected {self.batch} rows as in every step, found {sizes[BATCH]}")
+        return sizes
 
 
 def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = True, **options: Any) -> Runtime:

@@ -58,12 +58,17 @@ class TensorSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """Inputs, outputs and axes of a model, and the pairs (input, output) that carry a recurrent state."""
+    """Inputs, outputs and axes of a model, and the pairs (input, output) that carry a recurrent state.
+
+    `in_place` names the inputs of those pairs that may lie in the memory of their output: the model reads nothing there
+    once it has written there. An engine that shares the memory need not copy what does not change, such as a ring.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: tuple[Axis, ...]
     state: tuple[tuple[str, str], ...] = ()
+    in_place: tuple[str, ...] = ()
     _axes: dict[str, Axis] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -84,6 +89,8 @@ class Signature:
                     f"state '{source}' -> '{result}': expected an input and an output of one dtype and shape, "
                     f"with no dynamic axis but {BATCH}"
                 )
+        if stray := set(self.in_place) - {source for source, _ in self.state}:
+            raise ArtifactError(f"in place: expected inputs that carry a state, found {', '.join(sorted(stray))}")
 
     def axis(self, name: str) -> Axis:
         return self._axes[name]
@@ -177,6 +184,7 @@ class Signature:
             "outputs": [asdict(tensor) for tensor in self.outputs],
             "axes": [asdict(axis) for axis in self.axes],
             "state": [list(pair) for pair in self.state],
+            "in_place": list(self.in_place),
         }
 
     @classmethod
@@ -189,6 +197,7 @@ class Signature:
             outputs=tensors(data["outputs"]),
             axes=tuple(Axis(**axis) for axis in data["axes"]),
             state=tuple((source, result) for source, result in data["state"]),
+            in_place=tuple(data["in_place"]),
         )
 
 

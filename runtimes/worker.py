@@ -93,9 +93,9 @@ def example_feeds(runtime: Runtime, sizes: Mapping[str, int]) -> Tensors:
 
 
 def prepare(runtime: Runtime, sizes: Mapping[str, int]) -> Call:
-    """One call as a user makes it: the next step of a stream where time is 1, else a whole piece from a fresh state."""
+    """One call as a user makes it: the next step of a stream, or where time is not 1 a piece from a fresh state."""
     feeds = example_feeds(runtime, sizes)
-    if runtime.artifact.signature.state and sizes.get("time") == 1:
+    if runtime.artifact.signature.state and sizes.get("time", 1) == 1:
         stream = runtime.stream(sizes[BATCH])
         return lambda: stream.step(feeds)
     return lambda: runtime.fresh(feeds)

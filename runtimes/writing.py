@@ -114,31 +114,26 @@ class Desk:
         self.runtime = runtime
         self.places = runtime.signature.axis(BATCH).max
         self.writings: list[Writing] = []
-        self._state = runtime.signature.zero_state(0)
+        self._stream = runtime.carried(0)
 
     def add(self, writing: Writing) -> None:
         """Let a text begin at the next step."""
         if len(self.writings) == self.places:
             raise InputError(f"expected at most {self.places} texts at once, found one more")
-        new = self.runtime.signature.zero_state(1)
-        self._state = {name: np.concatenate([state, new[name]]) for name, state in self._state.items()}
+        self._stream.choose([*range(len(self.writings)), None])
         self.writings.append(writing)
 
     def remove(self, writing: Writing) -> None:
         """Forget a text that is finished or not wanted any more; one that is not here is forgotten already."""
         kept = [row for row, each in enumerate(self.writings) if each is not writing]
-        self._state = {name: state[kept] for name, state in self._state.items()}
+        self._stream.choose(kept)
         self.writings = [self.writings[row] for row in kept]
 
     def step(self) -> list[tuple[Writing, str]]:
         """Every text with the character that this step completed in it; finished ones are removed."""
-        signature = self.runtime.signature
         ids = np.array([[writing.next] for writing in self.writings], np.int64)
-        outputs = self.runtime.infer({"byte_ids": ids, **self._state})
-        self._state = {source: outputs[result] for source, result in signature.state}
-        said = [
-            (writing, writing.take(logits[0])) for writing, logits in zip(self.writings, outputs["logits"], strict=True)
-        ]
+        logits = self._stream.step({"byte_ids": ids})["logits"]
+        said = [(writing, writing.take(row[0])) for writing, row in zip(self.writings, logits, strict=True)]
         for writing, _ in said:
             if writing.finish_reason:
                 self.remove(writing)

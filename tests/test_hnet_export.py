@@ -4,14 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import write_untrained
 from test_hnet_model import ARCHS, model, texts
 
+from export import all as export_all
 from export import parity
 from export.source import Source
+from runtimes.base import CarriedStream, open_runtime
 from runtimes.errors import ParityError
+from runtimes.repository import find
 from training.checkpoint import Checkpoint
 from training.models.hnet.agreement import agreement, settled
 from training.models.hnet.arch import state_shapes
@@ -140,9 +144,58 @@ def test_too_many_near_ties_other_bits_and_no_numbers_are_noticed() -> None:
 @pytest.fixture(scope="module")
 def two_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    change = {"model_arch": "m1 m1T1 M1", "model_dim": "64 64 128", "attention_window": 9}
+    change = {"model_arch": "m1 t1 m1t1", "model_dim": "64 64 128", "attention_window": 9, "attention_capacity": 5}
     write_untrained(find_spec("hnet"), folder / "checkpoints" / "hnet", change)
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_stage_repository(two_stages: Path) -> Path:
+    folder = two_stages / "model_repository"
+    arguments = ["--target", "onnx", "--model", "hnet", "--model", "hnet_step"]
+    places = ["--checkpoints", str(two_stages / "checkpoints"), "--repository", str(folder)]
+    assert export_all.main([*arguments, *places]) == 0
+    return folder
+
+
+def branches(graph: onnx.GraphProto) -> dict[str, onnx.GraphProto]:
+    """The branches of the one If of a graph."""
+    (node,) = [node for node in graph.node if node.op_type == "If"]
+    return {attribute.name: attribute.g for attribute in node.attribute}
+
+
+@pytest.mark.slow
+def test_each_stage_of_a_step_is_an_if_in_that_of_the_stage_around_it(two_stage_repository: Path) -> None:
+    outer = branches(onnx.load(find(two_stage_repository, "hnet_step_onnx") / "model.onnx").graph)
+    inner = branches(outer["then_branch"])
+    assert {"Gemm", "MatMul"} & {node.op_type for node in inner["then_branch"].node}
+    for skipped in (outer["else_branch"], inner["else_branch"]):
+        work = {node.op_type for node in skipped.node} - {"Identity", "ConstantOfShape", "Constant", "Shape", "Expand"}
+        assert not work - {"Cast", "Concat", "Unsqueeze", "Reshape"}
+        assert sum(node.op_type == "Identity" for node in skipped.node) > 1
+
+
+@pytest.mark.slow
+def test_rings_that_are_written_where_they_lie_say_what_copied_ones_say(two_stage_repository: Path) -> None:
+    """Rings of 5 and 10 places go round; a row is reset, one goes and two come."""
+    ids = texts(4, 80).numpy()
+    with open_runtime(find(two_stage_repository, "hnet_step_onnx")) as runtime:
+        bound, copied = runtime.stream(3), CarriedStream(runtime, 3)
+        assert type(bound) is not CarriedStream
+        for t in range(80):
+            if t == 30:
+                bound.reset([1])
+                copied.reset([1])
+            if t == 50:
+                bound.choose([2, 0, None, None])
+                copied.choose([2, 0, None, None])
+            feeds = {"byte_ids": ids[: 3 if t < 50 else 4, t : t + 1]}
+            got, want = bound.step(feeds), copied.step(feeds)
+            for name in want:
+                np.testing.assert_array_equal(got[name], want[name])
+        assert runtime.signature.in_place
+        for name, array in copied.state.items():
+            np.testing.assert_array_equal(bound.state[name], array)
 
 
 @pytest.mark.slow

@@ -96,6 +96,15 @@ def test_a_tiny_addend_is_deleted_by_the_exporter_and_a_clamp_is_not(tmp_path: P
         assert np.isfinite(run_onnx(path, x=zeros)).all() == finite, f"{guard}: rewrite the models that clamp for this"
 
 
+def test_softplus_is_one_operator_and_right_far_from_zero(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    write_onnx(OfModule(nn.Softplus()), Form(kind="operator"), "fp32", path)
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["Softplus"]
+    x = np.linspace(-120, 120, 8 * 64 * 4, dtype=np.float32).reshape(8, 64, 4)
+    want = nn.functional.softplus(torch.from_numpy(x).double(), threshold=1e9)
+    np.testing.assert_allclose(run_onnx(path, x=x), want, rtol=1e-6, atol=1e-30)
+
+
 def test_no_path_of_the_machine_that_exported_is_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     write_onnx(OfModule(Softmax("clamp")), Form(kind="loop"), "fp32", path)

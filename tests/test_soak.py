@@ -43,6 +43,17 @@ def test_right_requests_are_answered_and_wrong_ones_declined(
     assert min(counts[what] for what in (soak.RIGHT, soak.DECLINED)) > 10
 
 
+def test_more_than_the_knee_is_sent_whether_answers_come_or_not(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "KNEE_S", 0.1)
+    arguments = ["--repository", str(repository), "--model", "doubling", "--overload", "8", "--seconds", "1", "--json"]
+    assert soak.main(arguments) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"].keys() == {soak.RIGHT, soak.BUSY}
+    assert sum(said["counts"].values()) == pytest.approx(float(said["sent a second"]), abs=1)
+
+
 def numbers(client: TritonClient, value: float) -> Answer:
     return client.send("doubling_onnx", {"x": np.full((1, 16, 3), value, np.float32)}, ["y"])
 

@@ -117,6 +117,12 @@ def test_a_state_that_grows_with_time_is_refused_because_nothing_says_how_large_
         Signature(inputs=inputs, outputs=outputs, axes=(BATCH, TIME), state=(("h_in", "h_out"),))
 
 
+def test_only_a_state_can_lie_where_its_next_lies() -> None:
+    assert Signature.from_json(signature(in_place=("carry_in",)).to_json()).in_place == ("carry_in",)
+    with pytest.raises(ArtifactError, match=r"in place: .* found x"):
+        signature(in_place=("x",))
+
+
 def test_right_feeds_give_the_size_of_every_axis() -> None:
     assert signature().check_inputs(feeds(batch=4, time=9)) == {"batch": 4, "time": 9}
     assert signature().check_inputs(feeds(batch=1, time=2)) == {"batch": 1, "time": 2}

@@ -131,6 +131,7 @@ def test_the_steps_have_the_limits_of_their_model(doubling: Artifact, running: A
     config = parsed(step_config(doubling, step, limited))
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
+    assert list(config.dynamic_batching.preferred_batch_size) == [1]
     assert config.instance_group[0].count == 3
     for free in (step_config(doubling, step), step_config(doubling, step, Scheduling(instances=3))):
         assert not parsed(free).HasField("dynamic_batching")

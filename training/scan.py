@@ -122,29 +122,35 @@ def _decayed_piece(
 def _decayed_pieces(
     x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`_decayed_piece` without a loop: what every piece adds, the state before every piece, then what each says."""
-    time, device = x_BTHP.shape[1], x_BTHP.device
-    # One more than needed, and gathered instead of cut: torch.export 2.13 would ask whether there is just one piece,
-    # and whether the pieces are longer than the sequence.
-    pieces = (time + 2 * PIECE - 1) // PIECE
-    place_CQ = torch.arange(pieces, device=device)[:, None] * PIECE + torch.arange(PIECE, device=device)
+    """`_decayed_piece` without a loop: what every piece adds, the state before every piece, then what each says.
+
+    C pieces of Q positions. What all heads share is one product for all of them, of I = H x P channels.
+    """
+    time, (heads, channels) = x_BTHP.shape[1], x_BTHP.shape[2:]
+    # torch.export 2.13 asks of every size whether it is 1, so there are two pieces at least.
+    pieces = torch.sym_max((time + PIECE - 1) // PIECE, 2)
 
     def cut(tensor: Tensor) -> Tensor:
         """[B, T, ...] as [B, C, Q, ...], filled up with zeros, which add and decay nothing."""
-        real_CQ = (place_CQ < time).view(1, pieces, PIECE, *[1] * (tensor.dim() - 2))
-        return torch.where(real_CQ, tensor[:, place_CQ.clamp_max(time - 1)], 0.0)
+        filled = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pieces * PIECE - time))
+        return filled.unflatten(1, (pieces, PIECE))
 
     x_BCQHP, decay_BCQH, in_BCQN, out_BCQN = cut(x_BTHP), cut(decay_BTH), cut(in_BTN), cut(out_BTN)
     kept_BCHQQ = torch.exp(_decay_between(decay_BCQH))
-    added_BCHPN = _added(x_BCQHP, kept_BCHQQ, in_BCQN)
+    added_BCNI = in_BCQN.mT @ (x_BCQHP * kept_BCHQQ[..., -1, :].mT[..., None]).flatten(-2)
     # The first of S states is the one before all pieces, and nothing decays before it.
-    states_BSHPN = torch.cat([state_BHPN[:, None], added_BCHPN], 1)
+    states_BSNI = torch.cat([state_BHPN.permute(0, 3, 1, 2).flatten(2)[:, None], added_BCNI], 1)
     between_BHSS = torch.exp(_decay_between(F.pad(decay_BCQH.sum(2), (0, 0, 1, 0))))
-    states_BSHPN = (
-        (between_BHSS @ states_BSHPN.transpose(1, 2).flatten(3)).transpose(1, 2).unflatten(3, state_BHPN.shape[2:])
-    )
-    y_BCQHP = _said(x_BCQHP, decay_BCQH, kept_BCHQQ, in_BCQN, out_BCQN, states_BSHPN[:, :-1])
-    return y_BCQHP.flatten(1, 2)[:, torch.arange(time, device=device)], states_BSHPN[:, -1]
+    states_BHSNP = states_BSNI.unflatten(-1, (heads, channels)).permute(0, 3, 1, 2, 4)
+    states_BHSNP = (between_BHSS @ states_BHSNP.flatten(3)).unflatten(3, states_BHSNP.shape[3:])
+    states_BSNI = states_BHSNP.permute(0, 2, 3, 1, 4).flatten(3)
+    weights_BCHQQ = kept_BCHQQ * (out_BCQN @ in_BCQN.mT)[:, :, None]
+    within_BCQHP = (weights_BCHQQ @ x_BCQHP.transpose(2, 3)).transpose(2, 3)
+    before_BCQHP = (out_BCQN @ states_BSNI[:, :-1]).unflatten(-1, (heads, channels))
+    y_BCQHP = within_BCQHP + before_BCQHP * torch.exp(decay_BCQH.cumsum(2))[..., None]
+    # Picked and not cut: torch.export 2.13 would ask whether the pieces are longer than the sequence.
+    y_BTHP = y_BCQHP.flatten(1, 2).index_select(1, torch.arange(time, device=x_BTHP.device))
+    return y_BTHP, states_BHSNP[:, :, -1].mT
 
 
 def _said(
@@ -182,9 +188,12 @@ def _decay_between(decay_TH: Tensor) -> Tensor:
         later_TT = place_T[:, None] > place_T
         between_HTT = torch.where(later_TT, decay_TH.mT[..., None], 0.0).cumsum(-2)
     else:
-        reach_HT = decay_TH.double().cumsum(-2).mT
+        # Turned before it is summed: ONNX Runtime 1.32 moves a transposition of sums behind their differences.
+        reach_HT = decay_TH.mT.double().cumsum(-1)
         between_HTT = (reach_HT[..., :, None] - reach_HT[..., None, :]).to(decay_TH.dtype)
-    return between_HTT.masked_fill(~past_TT, -torch.inf)
+    # Added, which is faster in ONNX Runtime than a choice.
+    future_TT = torch.zeros_like(past_TT, dtype=decay_TH.dtype).masked_fill(~past_TT, -torch.inf)
+    return between_HTT + future_TT
 
 
 def _decayed_loop(

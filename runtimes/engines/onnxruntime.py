@@ -1,11 +1,11 @@
 """ONNX Runtime on CPU or CUDA."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import CarriedStream, Runtime, refuse_device
 from runtimes.errors import EngineError, one_line, require
 from runtimes.tensors import Tensors
 
@@ -39,8 +39,16 @@ class OnnxRuntime(Runtime):
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         names = [tensor.name for tensor in self.signature.outputs]
+        return dict(zip(names, self.guarded(lambda: self.session.run(names, dict(feeds))), strict=True))
+
+    def carried(self, batch: int) -> CarriedStream:
+        bound = self.device == "cpu" and self.signature.state
+        return BoundStream(self, batch) if bound else super().carried(batch)
+
+    def guarded(self, act: Callable[[], Any]) -> Any:
+        """What ONNX Runtime answers; `EngineError` if it fails."""
         try:
-            return dict(zip(names, self.session.run(names, dict(feeds)), strict=True))
+            return act()
         except _ort_errors(require("onnxruntime", extra="onnx")) as error:
             raise EngineError(f"onnxruntime failed on {self.artifact.name}: {one_line(error)}") from error
 
@@ -50,6 +58,63 @@ class OnnxRuntime(Runtime):
     @property
     def provider(self) -> str:
         return self.session.get_providers()[0] if self.session else "not open"
+
+
+class BoundStream(CarriedStream):
+    """A stream whose arrays stay where they are: ONNX Runtime reads the state from one set and writes it to another.
+
+    The sets change places at every step. A state that the model may write in place is in both, and so never copied.
+    """
+
+    runtime: OnnxRuntime
+
+    def __init__(self, runtime: OnnxRuntime, batch: int) -> None:
+        super().__init__(runtime, batch)
+        self._sizes: dict[str, int] = {}  # what is bound; nothing yet
+        self._feeds: Tensors = {}
+        self._said: Tensors = {}
+        self._next: Tensors = {}
+        self._bindings: list[Any] = []  # of this step and of the one after it
+
+    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+        sizes = self.check(feeds)
+        if sizes != self._sizes:
+            self._bind(sizes)
+        for name, array in self._feeds.items():
+            np.copyto(array, feeds[name])
+        session, binding = self.runtime.session, self._bindings[0]
+        self.runtime.guarded(lambda: session.run_with_iobinding(binding))
+        self._bindings.reverse()
+        self.state, self._next = self._next, self.state
+        return {name: array.copy() for name, array in self._said.items()}
+
+    def reset(self, rows: Iterable[int]) -> None:
+        chosen = list(rows)
+        for array in self.state.values():
+            array[chosen] = 0
+
+    def choose(self, rows: Sequence[int | None]) -> None:
+        super().choose(rows)
+        self._sizes = {}
+
+    def _bind(self, sizes: dict[str, int]) -> None:
+        signature = self.runtime.signature
+        self._feeds = {spec.name: spec.zeros(sizes) for spec in signature.free_inputs}
+        self._said = {spec.name: spec.zeros(sizes) for spec in signature.visible_outputs}
+        self._next = signature.zero_state(self.batch) | {name: self.state[name] for name in signature.in_place}
+        self._bindings = [self._binding(self.state, self._next), self._binding(self._next, self.state)]
+        self._sizes = sizes
+
+    def _binding(self, before: Tensors, after: Tensors) -> Any:
+        binding = self.runtime.session.io_binding()
+        results = {result: after[source] for source, result in self.runtime.signature.state}
+        for arrays, bind in (
+            (self._feeds | before, binding.bind_input),
+            (self._said | results, binding.bind_output),
+        ):
+            for name, array in arrays.items():
+                bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
 
 
 def _ort_errors(ort: Any) -> tuple[type[Exception], ...]:

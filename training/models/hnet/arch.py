@@ -134,10 +134,10 @@ def residual_branches(layers: str) -> int:
 def state_shapes(config: Mapping[str, Any]) -> StateShapes:
     """The state of one row while bytes are read one by one, in the order a step takes and gives it.
 
-    `conv` and `ssm` of the Mamba-2 layers, `keys` and `values` of the attention layers as rings, `count` of the
-    positions that attention has seen (chunks, not bytes), all by part: `encoder_`, `decoder_`, `main_` for what lies
-    inside.
-    `router` is the last output of the encoder, `started` whether there was one, `average` the smoothed chunk.
+    `conv` and `ssm` of every Mamba-2 layer, `keys` and `values` of every attention layer as rings, each with the number
+    of the layer before it; `count` of the positions that attention has seen (chunks, not bytes). All by part:
+    `encoder_`, `decoder_`, `main_` for what lies inside. `router` is what the router keeps of the last position,
+    `started` whether there was one, `average` the smoothed chunk.
     """
     arch, widths = check(config)
     return dict(_stage_shapes(config, arch, widths))
@@ -148,6 +148,11 @@ def integer_states(config: Mapping[str, Any]) -> frozenset[str]:
     return frozenset(name for name in state_shapes(config) if name.endswith(("count", "started")))
 
 
+def is_ring(state: str) -> bool:
+    """Whether a step changes just one place of this state, and reads nothing there once it has written it."""
+    return state.endswith(("keys", "values"))
+
+
 def _stage_shapes(config: Mapping[str, Any], arch: Arch, widths: list[int]) -> Iterator[tuple[str, tuple[int, ...]]]:
     width = widths[0]
     if not arch.stages:
@@ -155,24 +160,24 @@ def _stage_shapes(config: Mapping[str, Any], arch: Arch, widths: list[int]) -> I
         return
     reach = config["attention_window"] + 1
     yield from _layer_shapes(config, "encoder_", arch.encoders[0], width, reach)
-    yield "router", (width,)
+    yield "router", (1, width)
     yield "started", (1,)
     for name, shape in _stage_shapes(config, arch.inner, widths[1:]):
         yield f"main_{name}", shape
-    yield "average", (width,)
+    yield "average", (1, width)
     yield from _layer_shapes(config, "decoder_", arch.decoders[0], width, reach)
 
 
 def _layer_shapes(
     config: Mapping[str, Any], prefix: str, layers: str, width: int, ring: int
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    mamba = sum(letter in "mM" for letter in layers)
-    attention = len(layers) - mamba
-    if mamba:
-        inner, state = 2 * width, config["d_state"]
-        yield f"{prefix}conv", (mamba, TAPS - 1, inner + 2 * state)
-        yield f"{prefix}ssm", (mamba, inner // HEAD, HEAD, state)
-    if attention:
-        yield f"{prefix}keys", (attention, ring, width)
-        yield f"{prefix}values", (attention, ring, width)
+    inner, state = 2 * width, config["d_state"]
+    for i, letter in enumerate(layers):
+        if letter in "mM":
+            yield f"{prefix}{i}_conv", (TAPS - 1, inner + 2 * state)
+            yield f"{prefix}{i}_ssm", (state, inner)
+        else:
+            yield f"{prefix}{i}_keys", (width // HEAD, ring, HEAD)
+            yield f"{prefix}{i}_values", (width // HEAD, ring, HEAD)
+    if "t" in layers.lower():
         yield f"{prefix}count", (1,)

@@ -1,9 +1,8 @@
 """Attention, MLP and the stack of pre-norm blocks that every stage is made of.
 
-Shapes: B batch, T time, D width, H heads, P width of a head, R places of a ring, L layers.
+Shapes: B batch, T time, D width, H heads, P width of a head, R places of a ring.
 """
 
-from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ State = dict[str, Tensor]
 class Attention(nn.Module):
     """Causal attention over the last `reach` positions, heads of 64, of which 32 dimensions are rotated.
 
-    State: rotated keys and values as rings [B, R, D]; the place of position t is t mod R.
+    State: rotated keys and values as rings [B, H, R, P]; the place of position t is t mod R.
     Source: Su et al., RoFormer (2021), section 3.2.2; the layout of qkv and of the rotation is flash-attn's.
     """
 
@@ -45,22 +44,31 @@ class Attention(nn.Module):
         y_BTD: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return y_BTD
 
-    def step(self, x_BD: Tensor, keys_BRD: Tensor, values_BRD: Tensor, count_B1: Tensor) -> tuple[Tensor, ...]:
-        """One position, the `count`-th of its row: (output, its key, its value); who called writes them into the ring.
+    def step(
+        self, x_B1D: Tensor, keys_BHRP: Tensor, values_BHRP: Tensor, count_B1: Tensor, moved_B: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One position, the `count`-th of its row, and the rings with it; those of rows not `moved` stay as they are.
 
+        The place it takes in a ring holds nothing yet, or what is out of reach now, so a ring is read as it was:
+        whether it is written before or after it was read changes nothing, and it may be written where it lies.
         Written out: in an ONNX If, shape inference of onnx 1.23 fails on what the exporter makes of torch's own.
         """
-        query, key, value = self.Wqkv(x_BD).chunk(3, -1)
-        query, key = self._rotate(self._heads(query), count_B1), self._rotate(self._heads(key), count_B1)
-        key_BD, value_BD = key.flatten(1).float(), value.float()
-        keys_BHRP = self._heads(torch.cat([keys_BRD, key_BD[:, None]], 1)).transpose(1, 2).to(query.dtype)
-        values_BHRP = self._heads(torch.cat([values_BRD, value_BD[:, None]], 1)).transpose(1, 2).to(query.dtype)
-        scores_BH1R = (query[:, :, None] @ keys_BHRP.mT).float() * HEAD**-0.5
-        place_R = torch.arange(self.reach + 1, device=x_BD.device)
-        # The last is its own; the place it will take holds nothing yet, or what is out of reach now.
-        seen_BR = ((place_R < count_B1) & (place_R != count_B1 % self.reach)) | (place_R == self.reach)
-        weights_BH1R = scores_BH1R.masked_fill(~seen_BR[:, None, None], -torch.inf).softmax(-1).to(query.dtype)
-        return self.out_proj((weights_BH1R @ values_BHRP).flatten(1)), key_BD, value_BD
+        query, key, value = (
+            self._heads(part).transpose(1, 2) for part in self.Wqkv(x_B1D).chunk(3, -1)
+        )  # [B, H, 1, P]
+        place_B11, place_R = count_B1[..., None], torch.arange(self.reach, device=x_B1D.device)
+        query, key = self._rotate(query, place_B11), self._rotate(key, place_B11)
+        hidden_BR = (place_R >= count_B1) | (place_R == count_B1 % self.reach)
+        scores_BH1R = query @ keys_BHRP.transpose(2, 3).to(query.dtype)
+        scores_BH1R = scores_BH1R.masked_fill(hidden_BR[:, None, None], -torch.inf)
+        scores = torch.cat([scores_BH1R, (query * key).sum(-1, keepdim=True)], -1).float() * HEAD**-0.5
+        weights_BH1R, weight_BH11 = scores.softmax(-1).to(query.dtype).split([self.reach, 1], -1)
+        mixed_BH1P = weights_BH1R @ values_BHRP.to(query.dtype) + weight_BH11 * value
+        here = (place_B11[..., None] % self.reach).expand_as(key)
+        keys_BHRP, values_BHRP = (
+            _written(ring, here, new.float(), moved_B) for ring, new in ((keys_BHRP, key), (values_BHRP, value))
+        )
+        return self.out_proj(mixed_BH1P.transpose(1, 2).flatten(2)), keys_BHRP, values_BHRP
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, HEAD))
@@ -107,9 +115,9 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self._finish(x_BTD, self.mixer(self.norm1(x_BTD)))
 
-    def step(self, x_BD: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        mixed, *after = self.mixer.step(self.norm1(x_BD), *state)
-        return self._finish(x_BD, mixed), *after
+    def step(self, x_B1D: Tensor, *state: Any) -> tuple[Tensor, ...]:
+        mixed, *after = self.mixer.step(self.norm1(x_B1D), *state)
+        return self._finish(x_B1D, mixed), *after
 
     def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         x = x + mixed.float()
@@ -145,28 +153,21 @@ class Isotropic(nn.Module):
         out: Tensor = self.rmsnorm(x_BTD)
         return out
 
-    def step(self, x_BD: Tensor, state: State) -> tuple[Tensor, State]:
-        """One position; `state` holds `conv`, `ssm`, `keys`, `values` and `count`, as far as there are such layers."""
-        x_BD = x_BD.float()
-        after: dict[str, list[Tensor]] = {name: [] for name in state if name != "count"}
-        number = {"m": count(), "t": count()}
-        for letter, layer in zip(self.letters, self.layers, strict=True):
-            own = ("conv", "ssm") if letter in "mM" else ("keys", "values")
-            i = next(number[letter.lower()])
-            shared = [state["count"]] if letter in "tT" else []
-            x_BD, *new = layer.step(x_BD, *(state[name][:, i] for name in own), *shared)  # type: ignore[operator]
-            for name, tensor in zip(own, new, strict=True):
-                after[name].append(tensor)
-        result = {name: torch.stack(tensors, 1) for name, tensors in after.items()}
+    def step(self, x_B1D: Tensor, state: State, moved_B: Tensor | None = None) -> tuple[Tensor, State]:
+        """One position and the state after it; the rings of rows that have not `moved` stay as they are."""
+        x_B1D, after = x_B1D.float(), dict(state)
+        for i, (letter, layer) in enumerate(zip(self.letters, self.layers, strict=True)):
+            names = [f"{i}_{name}" for name in (("conv", "ssm") if letter in "mM" else ("keys", "values"))]
+            shared = [] if letter in "mM" else [state["count"], moved_B]
+            x_B1D, *new = layer.step(x_B1D, *(state[name] for name in names), *shared)  # type: ignore[operator]
+            after.update(zip(names, new, strict=True))
         if "count" in state:
-            for name in ("keys", "values"):
-                result[name] = _in_ring(state[name], result[name], state["count"])
-            result["count"] = state["count"] + 1
-        return self.rmsnorm(x_BD), result
+            after["count"] = state["count"] + 1
+        return self.rmsnorm(x_B1D), after
 
 
-def _in_ring(ring_BLRD: Tensor, new_BLD: Tensor, count_B1: Tensor) -> Tensor:
-    """The rings of all layers with what is new at the place of the `count`-th position."""
-    reach = ring_BLRD.shape[2]
-    here_BR = torch.arange(reach, device=ring_BLRD.device) == count_B1 % reach
-    return torch.where(here_BR[:, None, :, None], new_BLD[:, :, None], ring_BLRD)
+def _written(ring_BHRP: Tensor, here: Tensor, new_BH1P: Tensor, moved_B: Tensor | None) -> Tensor:
+    """The ring with what is new at the place `here` [B, H, 1, P], for rows that have moved."""
+    if moved_B is not None:
+        new_BH1P = torch.where(moved_B[:, None, None, None], new_BH1P, ring_BHRP.gather(2, here))
+    return ring_BHRP.scatter(2, here, new_BH1P)

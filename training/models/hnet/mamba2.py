@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from training.models.hnet.arch import HEAD, TAPS
 from training.models.hnet.precision import RMSNorm, in_float32
-from training.scan import decayed_step, decayed_sums
+from training.scan import decayed_sums
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
@@ -21,9 +21,11 @@ A_MIN, A_MAX = 1.0, 16.0
 class Mamba2(nn.Module):
     """Expand by 2, convolve over 4 taps, one decay a head, one group; normed after the gate.
 
-    State: the last K - 1 inputs of the convolution [B, K-1, C] and the recurrence [B, H, P, N], in float32.
+    State: the last K - 1 inputs of the convolution [B, K-1, C] and the recurrence [B, N, I], in float32.
     Source: Dao and Gu, Transformers are SSMs (2024), section 7.
     """
+
+    head_of_I: Tensor
 
     def __init__(self, width: int, state_size: int) -> None:
         super().__init__()
@@ -36,6 +38,7 @@ class Mamba2(nn.Module):
         self.D = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.inner)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
+        self.register_buffer("head_of_I", torch.arange(self.heads).repeat_interleave(HEAD), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """The whole sequence, from a state of zeros."""
@@ -54,21 +57,31 @@ class Mamba2(nn.Module):
         y_BTD: Tensor = self.out_proj(y_BTI)
         return y_BTD
 
-    def step(self, x_BD: Tensor, conv_BKC: Tensor, ssm_BHPN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, from the state given to the next."""
-        gate_BI, mixed_BC, step_BH = self._project(x_BD)
-        seen_BSC = torch.cat([conv_BKC.to(mixed_BC.dtype), mixed_BC[:, None]], 1)
+    def step(self, x_B1D: Tensor, conv_BKC: Tensor, ssm_BNI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One position, from the state given to the next.
+
+        Every channel lies in the last axis, also in the state: nothing is transposed, and heads are never cut apart.
+        """
+        gate_B1I, mixed_B1C, step_B1H = self._project(x_B1D)
+        seen_BSC = torch.cat([conv_BKC.to(mixed_B1C.dtype), mixed_B1C], 1)
         assert self.conv1d.bias is not None
-        convolved_BC = F.silu((seen_BSC * self.conv1d.weight[:, 0].mT).sum(1) + self.conv1d.bias)
-        x_BHP, in_BN, out_BN = self._split(convolved_BC)
-        step_BH = F.softplus(step_BH.float() + self.dt_bias.float())
-        x_BHP = x_BHP.float()
-        y_BHP, ssm_BHPN = decayed_step(
-            x_BHP * step_BH[..., None], step_BH * self._rate(), in_BN.float(), out_BN.float(), ssm_BHPN
-        )
-        y_BHP = y_BHP + x_BHP * self.D.float()[:, None]
-        y_BI = self.norm(y_BHP.flatten(-2) * F.silu(gate_BI.float()))
-        return self.out_proj(y_BI), seen_BSC[:, 1:].float(), ssm_BHPN
+        convolved_B1C = (seen_BSC * self.conv1d.weight[:, 0].mT).sum(1, keepdim=True) + self.conv1d.bias
+        x_B1I, in_B1N, out_B1N = F.silu(convolved_B1C).float().split(self._sizes, -1)
+        step_B1I = self._by_channel(F.softplus(step_B1H.float() + self.dt_bias.float()))
+        kept_B1I = torch.exp(step_B1I * self._by_channel(self._rate()))
+        ssm_BNI = kept_B1I * ssm_BNI + in_B1N.mT @ (step_B1I * x_B1I)
+        y_B1I = out_B1N @ ssm_BNI + x_B1I * self._by_channel(self.D.float())
+        y_B1I = self.norm(y_B1I * F.silu(gate_B1I.float()))
+        return self.out_proj(y_B1I), seen_BSC[:, 1:].float(), ssm_BNI
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [self.inner, self.state_size, self.state_size]
+
+    def _by_channel(self, by_head: Tensor) -> Tensor:
+        """[..., H] as [..., I]: every channel has what its head has."""
+        # TensorRT-RTX 1.7 fails on a product with ones and zeros in its place.
+        return by_head.index_select(-1, self.head_of_I)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, mixed, step = self.in_proj(x).split([self.inner, self.conv1d.out_channels, self.heads], -1)
@@ -83,7 +96,7 @@ class Mamba2(nn.Module):
         return F.silu(x_BTC)
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, into, out = mixed.split([self.inner, self.state_size, self.state_size], -1)
+        x, into, out = mixed.split(self._sizes, -1)
         return x.unflatten(-1, (self.heads, HEAD)), into, out
 
     def _rate(self) -> Tensor:

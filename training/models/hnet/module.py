@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.models.hnet.arch import VOCABULARY, Arch, check, integer_states, state_shapes
+from training.models.hnet.arch import VOCABULARY, Arch, check, integer_states, is_ring, state_shapes
 from training.models.hnet.blocks import Isotropic, State
 from training.models.hnet.precision import in_float32
 from training.models.hnet.routing import (
@@ -86,73 +86,86 @@ class HNet(nn.Module):
         b_inside = [b_BT & upsample(b_BK[..., None], chunks)[..., 0] for b_BK in b_inside]
         return self.decoder(y_BTD)[..., :around], ([p_BT, *p_inside], [b_BT, *b_inside])
 
-    def step(self, x_BD: Tensor, closed_B: Tensor | None, state: State) -> tuple[Tensor, Decisions, State]:
-        """One position of `forward` for every row, wherever each of them stands."""
-        around = x_BD.shape[-1]
-        x_BD = self._widen(x_BD)
+    def step(
+        self, x_B1D: Tensor, closed_B1: Tensor | None, state: State, moved_B: Tensor | None = None
+    ) -> tuple[Tensor, Decisions, State]:
+        """One position of `forward` for every row, wherever each of them stands.
+
+        Of rows that have not `moved`, nothing is said that counts, and the rings stay as they are.
+        """
+        around = x_B1D.shape[-1]
+        x_B1D = self._widen(x_B1D)
         if isinstance(self.main_network, Isotropic):
-            y_BD, state = self.main_network.step(x_BD, state)
-            return y_BD[..., :around], ([], []), state
-        x_BD, encoder = self.encoder.step(x_BD, part(state, "encoder_"))
-        p_B = _open(self.routing_module.step(x_BD, state["router"], state["started"]), closed_B, state["started"])
-        b_B = begins(p_B)
-        z_BD, inside, main = self._advance(x_BD, b_B, part(state, INNER))
-        smoothed_BD = torch.where(b_B[:, None], smooth_step(z_BD, p_B, state["average"]), state["average"])
-        y_BD, decoder = self.decoder.step(smoothed_BD + self._residual(x_BD), part(state, "decoder_"))
+            y_B1D, state = self.main_network.step(x_B1D, state, moved_B)
+            return y_B1D[..., :around], ([], []), state
+        x_B1D, encoder = self.encoder.step(x_B1D, part(state, "encoder_"), moved_B)
+        p_B1 = self.routing_module.step(x_B1D, state["router"], state["started"])
+        p_B1 = _open(p_B1, closed_B1, state["started"])
+        b_B1 = begins(p_B1) if moved_B is None else begins(p_B1) & moved_B[:, None]
+        average_B1D, inside, main = self._advance(x_B1D, p_B1, b_B1, state["average"], part(state, INNER))
+        y_B1D, decoder = self.decoder.step(average_B1D + self._residual(x_B1D), part(state, "decoder_"), moved_B)
         after = {
             **named(encoder, "encoder_"),
-            "router": x_BD.float(),
-            "started": torch.ones_like(state["started"]),
+            "router": self.routing_module.earlier(x_B1D),
+            "started": state["started"].clamp_min(1),
             **named(main, INNER),
-            "average": smoothed_BD,
+            "average": average_B1D,
             **named(decoder, "decoder_"),
         }
-        return y_BD[..., :around], ([p_B, *inside[0]], [b_B, *inside[1]]), after
+        return y_B1D[..., :around], ([p_B1, *inside[0]], [b_B1, *inside[1]]), after
 
-    def _advance(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
-        """What lies inside, run for the rows where a chunk begins and for no others; those keep their state.
+    def _advance(
+        self, x_B1D: Tensor, p_B1: Tensor, b_B1: Tensor, average_B1D: Tensor, state: State
+    ) -> tuple[Tensor, Decisions, State]:
+        """The average of chunks, what is decided inside and its state; those of rows where no chunk begins are kept.
 
-        While a model is traced, it is run for all rows where a chunk begins in any of them, and else skipped.
+        What lies inside runs for the rows where a chunk begins and for no others. While a model is traced, it runs for
+        all rows where a chunk begins in any of them, and else is skipped.
         """
         assert isinstance(self.main_network, HNet)
         if torch.compiler.is_compiling() or current_form():
-            return self._advance_traced(x_BD, b_B, state)
-        rows = b_B.nonzero()[:, 0]
-        z_BD, (p, b), same = self._stay(x_BD, b_B, state)
+            return self._advance_traced(x_B1D, p_B1, b_B1, average_B1D, state)
+        rows = b_B1[:, 0].nonzero()[:, 0]
+        p, b = self._nothing(p_B1, b_B1)
         if not len(rows):
-            return z_BD, (p, b), same
+            return average_B1D, (p, b), state
+        if len(rows) == len(b_B1):  # nothing has to be picked out
+            z_B1D, decisions, state = self.main_network.step(x_B1D, None, state)
+            return smooth_step(z_B1D, p_B1, average_B1D), decisions, state
         now = {name: tensor[rows] for name, tensor in state.items()}
-        z, (p_rows, b_rows), after = self.main_network.step(x_BD[rows], None, now)
+        z_B1D, (p_rows, b_rows), after = self.main_network.step(x_B1D[rows], None, now)
+        averages = smooth_step(z_B1D, p_B1[rows], average_B1D[rows])
         p = [all_.index_copy(0, rows, some) for all_, some in zip(p, p_rows, strict=True)]
         b = [all_.index_copy(0, rows, some) for all_, some in zip(b, b_rows, strict=True)]
         state = {name: tensor.index_copy(0, rows, after[name]) for name, tensor in state.items()}
-        return z_BD.index_copy(0, rows, z), (p, b), state
+        return average_B1D.index_copy(0, rows, averages), (p, b), state
 
-    def _advance_traced(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
+    def _advance_traced(
+        self, x_B1D: Tensor, p_B1: Tensor, b_B1: Tensor, average_B1D: Tensor, state: State
+    ) -> tuple[Tensor, Decisions, State]:
         inside, names, stages = self.main_network, list(state), self.stages - 1
         assert isinstance(inside, HNet)
 
-        def run(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            z_BD, (p, b), after = inside.step(x_BD, None, dict(zip(names, tensors, strict=True)))
-            moved = [
-                torch.where(_wide(b_B, before), after[name], before)
-                for name, before in zip(names, tensors, strict=True)
-            ]
-            return z_BD.contiguous(), *(p_B * b_B for p_B in p), *(b_B & inner_B for inner_B in b), *moved
+        def run(x: Tensor, p_B1: Tensor, b_B1: Tensor, average: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            before, b_B = dict(zip(names, tensors, strict=True)), b_B1[:, 0]
+            z, (p, b), after = inside.step(x, None, before, b_B)
+            average = torch.where(b_B1[..., None], smooth_step(z, p_B1, average), average)
+            moved = [after[name] if is_ring(name) else torch.where(_wide(b_B, before[name]), after[name], before[name])
+                     for name in names]  # fmt: skip
+            return average.contiguous(), *(each * b_B1 for each in p), *b, *moved
 
-        def stay(x_BD: Tensor, b_B: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            z_BD, (p, b), _ = self._stay(x_BD, b_B, {})
-            return z_BD, *p, *b, *(tensor.clone() for tensor in tensors)
+        def stay(x: Tensor, p_B1: Tensor, b_B1: Tensor, average: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            p, b = self._nothing(p_B1, b_B1)
+            return average.clone(), *p, *b, *(tensor.clone() for tensor in tensors)
 
-        z_BD, *rest = torch.cond(b_B.any(), run, stay, (x_BD, b_B, *state.values()))
+        average_B1D, *rest = torch.cond(b_B1.any(), run, stay, (x_B1D, p_B1, b_B1, average_B1D, *state.values()))
         after = dict(zip(names, rest[2 * stages :], strict=True))
-        return z_BD, (rest[:stages], rest[stages : 2 * stages]), after
+        return average_B1D, (rest[:stages], rest[stages : 2 * stages]), after
 
-    def _stay(self, x_BD: Tensor, b_B: Tensor, state: State) -> tuple[Tensor, Decisions, State]:
-        """What is said where no chunk begins."""
+    def _nothing(self, p_B1: Tensor, b_B1: Tensor) -> Decisions:
+        """What is decided inside where no chunk begins."""
         stages = self.stages - 1
-        p = [x_BD.new_zeros(len(x_BD), dtype=torch.float32) for _ in range(stages)]
-        return torch.zeros_like(x_BD), (p, [torch.zeros_like(b_B) for _ in range(stages)]), state
+        return [torch.zeros_like(p_B1) for _ in range(stages)], [torch.zeros_like(b_B1) for _ in range(stages)]
 
     @property
     def stages(self) -> int:
@@ -174,7 +187,7 @@ def _open(p: Tensor, closed: Tensor | None, started: Tensor | None = None) -> Te
     if closed is None:
         return p
     if started is not None:
-        return torch.where(closed & (started[:, 0] > 0), 0.0, p)
+        return torch.where(closed & (started > 0), 0.0, p)
     first = torch.arange(p.shape[1], device=p.device) == 0
     return torch.where(closed & ~first, 0.0, p)
 
@@ -221,10 +234,15 @@ class HNetForCausalLM(nn.Module):
 
     def step(self, byte_ids_B: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
         """One byte of every row: logits [B, V], p and b [B, S], and the next state; the one given is not written to."""
-        closed = is_continuation(byte_ids_B) if self.align else None
-        x_BD, (p, b), state = self.backbone.step(self.embeddings(byte_ids_B), closed, state)
-        p_BS = torch.stack(p, -1) if p else x_BD.new_zeros(len(x_BD), 0)
-        return self.lm_head(x_BD).float(), p_BS, torch.stack(b, -1) if b else p_BS > 0, state
+        logits_B1V, p_B1S, b_B1S, state = self.read(byte_ids_B[:, None], state)
+        return logits_B1V[:, 0], p_B1S[:, 0], b_B1S[:, 0], state
+
+    def read(self, byte_ids_B1: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
+        """`step` with an axis of time, along which there is one byte."""
+        closed = is_continuation(byte_ids_B1) if self.align else None
+        x_B1D, (p, b), state = self.backbone.step(self.embeddings(byte_ids_B1), closed, state)
+        p_B1S = torch.stack(p, -1) if p else x_B1D.new_zeros(*byte_ids_B1.shape, 0)
+        return self.lm_head(x_B1D).float(), p_B1S, torch.stack(b, -1) if b else p_B1S > 0, state
 
     def zero_state(self, rows: int) -> State:
         """The state of rows that have read nothing."""

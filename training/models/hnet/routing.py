@@ -14,6 +14,7 @@ from training.models.hnet.precision import in_float32
 from training.scan import current_form, decayed_sums
 
 P_MIN = 1e-4  # of a boundary, where it smooths
+LENGTH_MIN = 1e-12  # of a vector, where it is divided by its length
 
 
 class Router(nn.Module):
@@ -34,20 +35,29 @@ class Router(nn.Module):
         """p [B, T] in float32; 1 at the first position."""
         time = x_BTD.shape[1]
         # Cut after padding: cut before it, torch.export 2.13 asks for a time other than 2.
-        earlier_BTD = F.pad(self.q_proj_layer(x_BTD), (0, 0, 1, 0))[:, :time]
+        earlier_BTD = F.pad(self.earlier(x_BTD), (0, 0, 1, 0))[:, :time]
         first_T = torch.arange(time, device=x_BTD.device) == 0
-        return torch.where(first_T, 1.0, _unlikeness(earlier_BTD, self.k_proj_layer(x_BTD)))
+        return torch.where(first_T, 1.0, self._unlikeness(earlier_BTD, x_BTD))
 
-    def step(self, x_BD: Tensor, earlier_BD: Tensor, started_B1: Tensor) -> Tensor:
-        """p [B] of one position after another; 1 for a row that has not `started`."""
-        earlier_BD = self.q_proj_layer(earlier_BD.to(x_BD.dtype))
-        return torch.where(started_B1[:, 0] > 0, _unlikeness(earlier_BD, self.k_proj_layer(x_BD)), 1.0)
+    def step(self, x_B1D: Tensor, earlier_B1D: Tensor, started_B1: Tensor) -> Tensor:
+        """p [B, 1] of a position after what `earlier` says of the one before; 1 for a row that has not `started`."""
+        return torch.where(started_B1 > 0, self._unlikeness(earlier_B1D, x_B1D), 1.0)
+
+    def earlier(self, x: Tensor) -> Tensor:
+        """What the position after `x` is compared with: a direction in float32."""
+        return _direction(self.q_proj_layer(x))
+
+    def _unlikeness(self, earlier: Tensor, x: Tensor) -> Tensor:
+        with in_float32(x):
+            cosine = (earlier * _direction(self.k_proj_layer(x))).sum(-1)
+            return ((1 - cosine) / 2).clamp(0, 1)
 
 
-def _unlikeness(one: Tensor, other: Tensor) -> Tensor:
-    with in_float32(one):
-        cosine = (F.normalize(one.float(), dim=-1) * F.normalize(other.float(), dim=-1)).sum(-1)
-        return ((1 - cosine) / 2).clamp(0, 1)
+def _direction(x: Tensor) -> Tensor:
+    """x over its length, in float32; zero stays zero."""
+    x = x.float()
+    # As torch's normalize, which an exporter writes with the shape of x in it.
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(LENGTH_MIN)
 
 
 def begins(p: Tensor) -> Tensor:
@@ -149,7 +159,7 @@ def smooth(z_BKD: Tensor, p_BK: Tensor) -> Tensor:
         return decayed_sums(x_BK1D, torch.log(1 - p_BK)[..., None], one_BK1, one_BK1, zero_B1D1)[0][:, :, 0]
 
 
-def smooth_step(z_BD: Tensor, p_B: Tensor, average_BD: Tensor) -> Tensor:
-    """One chunk of `smooth`."""
-    p_B1 = p_B.clamp(P_MIN, 1 - P_MIN)[:, None]
-    return p_B1 * z_BD.float() + (1 - p_B1) * average_BD
+def smooth_step(z: Tensor, p: Tensor, average: Tensor) -> Tensor:
+    """One chunk of `smooth`: z and average [..., D], p [...]."""
+    p = p.clamp(P_MIN, 1 - P_MIN)[..., None]
+    return p * z.float() + (1 - p) * average

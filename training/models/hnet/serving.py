@@ -42,8 +42,8 @@ class HNetStep(nn.Module):
     def forward(self, byte_ids_B1: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, 1, V], p and b [B, 1, S], and the state after this byte."""
         now = dict(zip(self.hnet.shapes, state, strict=True))
-        logits_BV, p_BS, b_BS, after = self.hnet.step(byte_ids_B1[:, 0], now)
-        return logits_BV[:, None], p_BS[:, None], b_BS[:, None], *(after[name] for name in self.hnet.shapes)
+        *said, after = self.hnet.read(byte_ids_B1, now)
+        return *said, *(after[name] for name in self.hnet.shapes)
 
     def whole(self, byte_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, p and b of whole texts, by the forward pass that reads them at once."""

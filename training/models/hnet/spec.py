@@ -7,7 +7,7 @@ import numpy as np
 
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.models.hnet.agreement import agreement, settled
-from training.models.hnet.arch import VOCABULARY, check, integer_states, state_shapes
+from training.models.hnet.arch import VOCABULARY, check, integer_states, is_ring, state_shapes
 from training.models.hnet.experiments import SWEEP
 from training.models.hnet.settings import CONFIG, NOTES, TINY, TRAINING
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
@@ -67,6 +67,7 @@ def step_signature(config: Config) -> Signature:
         ),
         axes=AXES[:1],
         state=tuple((f"{name}_in", f"{name}_out") for name in state_shapes(config)),
+        in_place=tuple(f"{name}_in" for name in state_shapes(config) if is_ring(name)),
     )
 
 
