@@ -14,7 +14,8 @@ from exported import Exports
 
 from export import all as export_all
 from export import parity
-from export.source import Source
+from export.calibration_texts import CalibrationTexts
+from export.source import LastSource, Source
 from export.targets import onnx as onnx_target
 from runtimes import plugins
 from runtimes.artifact import Artifact
@@ -304,6 +305,20 @@ def test_a_rollout_notices_a_state_that_is_not_reset(checkpoints: Path, gru_repo
         got, want = parity.rollout(runtime, source, np.random.default_rng(0))
         forgetful.undo()
     assert np.abs(got["main_x"] - want["main_x"]).max() > 1e-4
+
+
+def test_the_cells_of_one_model_share_one_original(checkpoints: Path) -> None:
+    sources = LastSource()
+
+    def source_of(model: str, samples: int = 8) -> Source:
+        return sources.of(find_spec(model), Checkpoint.load(checkpoints / model), CalibrationTexts(samples=samples))
+
+    first = source_of("policy_gru")
+    assert source_of("policy_gru") is first
+    other = source_of("policy_lstm")
+    assert other.spec.name == "policy_lstm"
+    assert source_of("policy_gru") is not first, "one original is held at a time"
+    assert source_of("policy_gru", samples=9).texts.samples == 9
 
 
 def test_an_artifact_names_its_checkpoint_and_libraries(gru_repository: Path, checkpoints: Path) -> None:

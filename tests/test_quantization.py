@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from export.calibration_texts import CalibrationTexts, read_texts
 from export.quantization import group_size, pinning_left_out
 from export.source import Source
-from export.targets.vllm import CPU_BITS, CPU_HEADS, CPU_MULTIPLE, why_not_on_cpu
+from export.targets.vllm import CPU_BITS, CPU_HEADS, CPU_MULTIPLE, why_not_on_cpu, why_nowhere
 from runtimes.device import gpu
 from runtimes.errors import InputError, MissingPackage
 from runtimes.vllm_server import find_python
@@ -93,6 +93,15 @@ def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
     changes: dict[str, int], precision: str, reason: str | None
 ) -> None:
     assert why_not_on_cpu(llama(**changes), precision) == (reason and f"built, not run: vLLM on a CPU {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "refused"), [("qwen2", 32, True), ("qwen2", 16, False), ("llama", 32, False)]
+)
+def test_heads_of_a_width_that_vllm_does_not_ask_for_are_named(kind: str, width: int, refused: bool) -> None:
+    config = AutoConfig.for_model(kind, hidden_size=64, num_attention_heads=4, head_dim=width)
+    reason = "built, not run: vLLM takes heads of qwen2 to be 16 wide, here they are 32"
+    assert why_nowhere(config) == (reason if refused else None)
 
 
 @pytest.mark.vllm

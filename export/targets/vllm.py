@@ -85,7 +85,16 @@ def why_idle(model: Any, precision: str) -> str | None:
         find_python()
     except MissingPackage as error:
         return f"built, not run: {error}"
-    return None if gpu() else why_not_on_cpu(model, precision)
+    return why_nowhere(model.config) or (None if gpu() else why_not_on_cpu(model, precision))
+
+
+def why_nowhere(config: Any) -> str | None:
+    """The reason why vLLM reads this model wrongly on any device, or None."""
+    usual = config.hidden_size // config.num_attention_heads  # its models/qwen2.py asks for nothing else
+    width = getattr(config, "head_dim", None) or usual
+    if config.model_type == "qwen2" and width != usual:
+        return f"built, not run: vLLM takes heads of qwen2 to be {usual} wide, here they are {width}"
+    return None
 
 
 def why_not_on_cpu(model: Any, precision: str) -> str | None:
