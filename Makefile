@@ -22,7 +22,7 @@ test-vllm: .venv/ready .venv-triton/ready
 test-fast: .venv/ready
 	$(PY) -m pytest -m "not slow"
 
-# Ten thousand nearly right requests to the ensembles that were exported.
+# A thousand nearly right requests to each of the ensembles that were exported.
 fuzz: .venv/ready .venv-triton/ready
 	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/test_triton_fuzz.py -s
 
