@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,13 @@ def leads(artifact: Artifact, repository: Path) -> bool:
     """Whether the ensemble goes through this artifact: onnx before all other targets, and these by name.
 
     Of each target only its first precision counts, and of all artifacts only those of the same checkpoint: an ensemble
-    is of the newest.
+    is of the newest. What is damaged, or of an earlier format and to be exported again, counts for nothing.
     """
-    served = [root for root in published(repository) if root.is_relative_to(home_of(repository, True))]
-    found = [artifact, *map(Artifact.load, served)]
+    found = [artifact]
+    for root in published(repository):
+        if root.is_relative_to(home_of(repository, True)):
+            with suppress(SlipwayError):
+                found.append(Artifact.load(root))
     alike = [each for each in found if (each.model, each.checkpoint) == (artifact.model, artifact.checkpoint)]
     first = {
         name: plugins.load("export.targets", name, "TARGET").precisions[0] for name in plugins.names("export.targets")

@@ -126,7 +126,7 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
         with _config_replaced(model, config, staging):
             _sync_one(model)
     steps = versions(repository / step_name(artifact.model, STEPS[0]))
-    if steps and Artifact.load(steps[-1]).key == artifact.key:
+    if steps and Artifact.load(steps[-1]).name == artifact.name:
         publish_ensemble(artifact, repository, scheduling)
 
 

@@ -19,7 +19,7 @@ from export import all as export_all
 from export.lint import lint
 from export.repository import drafting, publish, publish_ensemble, reschedule
 from export.triton_config import Scheduling
-from runtimes.artifact import Artifact
+from runtimes.artifact import FORMAT, Artifact, write_manifest
 from runtimes.errors import ArtifactError
 from runtimes.repository import newest, published
 from runtimes.tensors import Axis, Signature
@@ -223,6 +223,12 @@ def test_the_ensemble_goes_through_onnx_whatever_is_exported_last(repository: Pa
     assert lead(target="onnx", checkpoint="newer")
 
 
+def test_a_damaged_artifact_stands_in_the_way_of_no_ensemble(repository: Path) -> None:
+    for damaged in (publish_toy(repository, model="other"), publish_toy(repository, target="openvino")):
+        write_manifest(damaged / "artifact.json", FORMAT, {"model": "of an earlier version"})
+    assert export_all.leads(Artifact.load(publish_toy(repository, target="tensorrt")), repository)
+
+
 def edit(file: str, old: str, new: str) -> Callable[[Path], None]:
     def plant(repository: Path) -> None:
         path = repository / file
@@ -332,6 +338,14 @@ def test_an_ensemble_of_an_older_program_is_made_anew_when_its_artifact_is_reuse
     assert lint(repository) == []
     assert "class TritonPythonModel" in (repository / "running_encode" / "2" / "model.py").read_text()
     assert not (repository / "running_onnx" / "2").exists()
+
+
+def test_an_ensemble_that_an_interrupted_export_left_behind_is_made_anew(repository: Path) -> None:
+    publish_all(repository)
+    artifact = Artifact.load(publish_toy(repository, toys.RUNNING, key="newer"))
+    assert lint(repository) != []
+    reschedule(artifact, repository, Scheduling())
+    assert lint(repository) == []
 
 
 def test_the_steps_of_another_artifact_keep_their_scheduling(repository: Path) -> None:
