@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from training.models.hnet.arch import HEAD, TAPS
 from training.models.hnet.precision import RMSNorm, in_float32
-from training.scan import decayed_sums
+from training.scan import current_form, decayed_sums
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0
@@ -88,8 +88,11 @@ class Mamba2(nn.Module):
         return gate, mixed, step
 
     def _convolve(self, seen_BSC: Tensor, time: int) -> Tensor:
-        """conv1d and SiLU, time before channels, as a sum of shifted products: nothing is transposed."""
+        """conv1d and SiLU; in torch as a sum of shifted products, so that nothing is transposed."""
         assert self.conv1d.bias is not None
+        if (form := current_form()) and form.kind == "operator":  # ONNX Runtime is faster with the convolution
+            x_BCT = F.conv1d(seen_BSC.mT, self.conv1d.weight, self.conv1d.bias, groups=self.conv1d.groups)
+            return F.silu(x_BCT.mT.contiguous())
         x_BTC = self.conv1d.bias
         for k in range(TAPS):
             x_BTC = x_BTC + self.conv1d.weight[:, 0, k] * seen_BSC[:, k : k + time]
