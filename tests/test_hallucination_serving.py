@@ -214,11 +214,7 @@ def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
             parity.require_proof(parity.compare(source, nan, want, tolerance))
     want["gaps"][:] = 1e-7
     limit = parity.compare(source, want, want, tolerance)["near_ties"]
-    assert limit == Check(value=1.0, limit=0.25), "a model all of whose choices are ties is not proved"
-    few = {"gaps": np.ones((1, 1, 4)), "scores": want["scores"][:1, :1]}
-    for ties, passed in ((1, True), (2, False)):
-        few["gaps"][..., :ties] = 1e-7
-        assert spec.agreement(few, few, tolerance)["near_ties"].passed == passed, "one of a few choices may be a tie"
+    assert limit == Check(value=1.0, limit=0.05), "a model all of whose choices are ties is not proved"
     assert spec.exact == ("encoder", "scorer")
 
 
