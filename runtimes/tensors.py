@@ -197,7 +197,7 @@ class Signature:
             outputs=tensors(data["outputs"]),
             axes=tuple(Axis(**axis) for axis in data["axes"]),
             state=tuple((source, result) for source, result in data["state"]),
-            in_place=tuple(data["in_place"]),
+            in_place=tuple(data.get("in_place", ())),  # older manifests name none
         )
 
 

@@ -235,3 +235,9 @@ def test_the_feeds_of_every_model_fit_its_signature(spec: ModelSpec, bound: Any)
     sizes = own.sizes(bound)
     arrays = spec.feeds(config, np.random.default_rng(0), sizes, {})
     assert own.check_inputs({**arrays, **own.zero_state(sizes["batch"])}) == sizes
+
+
+def test_a_signature_from_before_states_lay_in_place_is_read() -> None:
+    signature = Signature(inputs=(), outputs=(), axes=(), state=())
+    older = {name: value for name, value in signature.to_json().items() if name != "in_place"}
+    assert Signature.from_json(older) == signature
