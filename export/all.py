@@ -24,6 +24,7 @@ from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.quiet import native_talk_on_stderr
 from runtimes.repository import home_of, newest, published
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
@@ -87,9 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     if not options.dry_run:
         options.repository.mkdir(parents=True, exist_ok=True)
     outcomes, sources = [], LastSource()
-    for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
-        bar.set_description(cell.label)
-        outcomes.append(fill(cell, options, sources))
+    with native_talk_on_stderr():  # TensorRT-RTX warns on the standard output
+        for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
+            bar.set_description(cell.label)
+            outcomes.append(fill(cell, options, sources))
     if arguments.json:
         print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
     else:

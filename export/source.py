@@ -106,6 +106,7 @@ class Source:
         module = cast(self.module, precision)
         positional, variadic = _parameters(module)
         variadic = variadic and len(shapes) > positional
+        torch._dynamo.reset()  # a recurrence that was traced before brings its guards along, wrong for another dtype
         with torch.no_grad(), scan_form(form) as heed:
             program = torch.export.export(
                 module,

@@ -1,5 +1,6 @@
-"""Progress bars of libraries, where nobody sees them move."""
+"""What libraries say of their own accord, kept from where it does not belong."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -14,3 +15,17 @@ def bars_on_a_terminal_only() -> Iterator[None]:
         return
     with redirect_stderr(StringIO()):
         yield
+
+
+@contextmanager
+def native_talk_on_stderr() -> Iterator[None]:
+    """What code outside Python writes to the standard output goes to stderr meanwhile: an answer there stays alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -7,6 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import write_untrained
 from onnx import TensorProto, helper
 from torch import nn
 
@@ -15,8 +16,9 @@ from export.source import OPERATOR, Source
 from export.targets.torch import tidy
 from runtimes.errors import ParityError
 from runtimes.tensors import Axis, Signature, TensorSpec
+from training.checkpoint import Checkpoint
 from training.scan import Form, selective_scan
-from training.spec import ModelSpec, Preset, Tolerance
+from training.spec import ModelSpec, Preset, Tolerance, find_spec
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", "time", 4)),),
@@ -207,6 +209,14 @@ def test_a_module_is_traced_again_for_another_form_only_if_it_has_a_recurrence(m
     program = source.program(OPERATOR, "fp32")
     assert source.program(OPERATOR, "fp32") is program
     assert (source.program(Form(kind="doubling", length=64), "fp32") is program) is alike
+
+
+def test_a_recurrence_is_traced_in_one_precision_after_another(tmp_path: Path) -> None:
+    spec = find_spec("policy_mamba")
+    write_untrained(spec, tmp_path / "policy_mamba", {})
+    source = Source(spec, Checkpoint.load(tmp_path / "policy_mamba"))
+    outputs = [source.program(OPERATOR, precision).graph_signature.user_outputs for precision in ("fp32", "fp16")]
+    assert len(outputs[0]) == len(outputs[1]) == len(source.signature.outputs)
 
 
 def test_a_program_is_written_alike_before_and_after_other_targets(tmp_path: Path) -> None:
