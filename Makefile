@@ -72,7 +72,7 @@ MATRIX := benchmarks/matrix
 matrix: .venv/ready
 	$(PY) -m training.run all --if-missing
 	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
-	-$(PY) -m runtimes.bench --summary $(MATRIX)/results.json
+	-$(PY) -m runtimes.bench --rounds 6 --most-rounds 18 --seconds 0.1 --summary $(MATRIX)/results.json
 	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
 
 # NVIDIA's own load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
