@@ -1,7 +1,7 @@
 """Runtime: one way to open, run and close a converted model, whatever engine runs it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -80,6 +80,13 @@ class Runtime(ABC):
         if not shape:
             raise InputError(f"input '{name}': expected an array with rows, found {type(feeds[name]).__name__}")
         return self.run({**feeds, **self.signature.zero_state(shape[0])})
+
+    def repeated(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
+        """A call that answers as `fresh(feeds)` does, each time it is called; what stays may be done once.
+
+        `feeds` stay as they are as long as it is in use.
+        """
+        return lambda: self.fresh(feeds)
 
     def __enter__(self: Opened) -> Opened:
         self.open()

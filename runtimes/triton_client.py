@@ -18,6 +18,7 @@ from runtimes.tensors import Tensors
 BUSY = ("maximum queue size", "timeout expired")  # in the words of Triton's batcher
 REFUSED = ("400", "StatusCode.INVALID_ARGUMENT")
 UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
+ANY_LENGTH = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 Answer = Callable[[], Tensors]
 
@@ -40,28 +41,40 @@ class TritonClient(ABC):
 
     @abstractmethod
     def _connect(self) -> Any:
-        """The library's client."""
+        """What `close` closes."""
 
     @abstractmethod
-    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
-        """The answer of the library's method `question` as a dict."""
+    def _server_metadata(self) -> dict[str, Any]:
+        """The server's name, version and extensions."""
 
     @abstractmethod
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
-        """The library's result, to come, of a request that is on its way."""
+    def _model_metadata(self, model: str) -> dict[str, Any]:
+        """What `metadata` returns."""
 
     @abstractmethod
-    def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
-        """The library's result of a request, sent and waited for in this thread."""
+    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+        """What is sent, which may be more than once."""
+
+    @abstractmethod
+    def _submit(self, request: Any) -> "Future[Any]":
+        """The server's answer, to come, to a request that is on its way."""
+
+    @abstractmethod
+    def _infer(self, request: Any) -> Any:
+        """The server's answer to a request, sent and waited for in this thread."""
+
+    @abstractmethod
+    def _result(self, answered: Any) -> Any:
+        """The library's result, which has `as_numpy`, of an answer."""
 
     def server_version(self) -> str:
         with self._translated():
-            return str(self._ask("get_server_metadata")["version"])
+            return str(self._server_metadata()["version"])
 
     def metadata(self, model: str) -> dict[str, Any]:
         """What the server says of a model: versions, platform, inputs, outputs."""
         with self._translated():
-            return self._ask("get_model_metadata", model)
+            return self._model_metadata(model)
 
     def send(
         self,
@@ -75,13 +88,14 @@ class TritonClient(ABC):
         """A call that waits for the outputs of a request that is on its way.
 
         One that is `alone` is sent by that call, in its thread: without the library's threads between, it takes a third
-        less. `sequence` are its sequence_id, sequence_start and sequence_end.
+        less. Called again, it sends the same request again. `sequence` are its sequence_id, sequence_start and
+        sequence_end.
         """
-        inputs = self._inputs(feeds)
+        request = self._request(model, feeds, sequence)
         if alone:
-            return self._answer(partial(self._infer, model, inputs, sequence), outputs)
+            return self._answer(partial(self._infer, request), outputs)
         with self._translated():
-            return self._answer(self._submit(model, inputs, sequence).result, outputs)
+            return self._answer(self._submit(request).result, outputs)
 
     def post(
         self,
@@ -93,13 +107,13 @@ class TritonClient(ABC):
     ) -> None:
         """A request is on its way; once answered, `then` gets the call for its outputs, in a thread of the library."""
         with self._translated():
-            future = self._submit(model, self._inputs(feeds), sequence)
+            future = self._submit(self._request(model, feeds, sequence))
         future.add_done_callback(lambda done: then(self._answer(done.result, outputs)))
 
     def _answer(self, wait: Callable[[], Any], outputs: Iterable[str]) -> Answer:
         def answer() -> Tensors:
             with self._translated():
-                result = wait()
+                result = self._result(wait())
                 return {name: result.as_numpy(name) for name in outputs}
 
         return answer
@@ -144,33 +158,54 @@ class TritonClient(ABC):
 
 
 class GrpcClient(TritonClient):
+    """Speaks the protocol itself, with the library's messages: a request is built once and may be sent again."""
+
     protocol = "grpc"
 
     def _connect(self) -> Any:
-        return self.library.InferenceServerClient(self.url)
+        self.grpc = require("grpc", extra="client")
+        channel = self.grpc.insecure_channel(self.url, options=ANY_LENGTH)
+        self.stub = self.library.service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        return channel
 
-    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
-        answer: dict[str, Any] = getattr(self.client, question)(*arguments, as_json=True, client_timeout=self.timeout_s)
-        return answer
+    def _server_metadata(self) -> dict[str, Any]:
+        asked = self.library.service_pb2.ServerMetadataRequest()
+        return self._as_dict(self.stub.ServerMetadata(asked, timeout=self.timeout_s))
 
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
+    def _model_metadata(self, model: str) -> dict[str, Any]:
+        asked = self.library.service_pb2.ModelMetadataRequest(name=model)
+        return self._as_dict(self.stub.ModelMetadata(asked, timeout=self.timeout_s))
 
-        def settle(result: Any, error: Exception | None) -> None:
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+    def _as_dict(self, message: Any) -> dict[str, Any]:
+        to_dict = require("google.protobuf.json_format", extra="client").MessageToDict
+        found: dict[str, Any] = to_dict(message, preserving_proto_field_name=True)
+        return found
 
-        self.client.async_infer(model, inputs, settle, client_timeout=self.timeout_s, **sequence)
+    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+        request = self.library.service_pb2.ModelInferRequest(model_name=model)
+        for name, array in feeds.items():
+            datatype = self.utils.np_to_triton_dtype(array.dtype)
+            request.inputs.add(name=name, datatype=datatype, shape=array.shape)
+            content = self.utils.serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
+            request.raw_input_contents.append(content)
+        for name, value in sequence.items():
+            kind = "bool_param" if isinstance(value, bool) else "int64_param"
+            setattr(request.parameters[name], kind, value)
+        return request
+
+    def _submit(self, request: Any) -> "Future[Any]":
+        future: Future[Any] = self.stub.ModelInfer.future(request, timeout=self.timeout_s)
         return future
 
-    def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
-        return self.client.infer(model, inputs, client_timeout=self.timeout_s, **sequence)
+    def _infer(self, request: Any) -> Any:
+        return self.stub.ModelInfer(request, timeout=self.timeout_s)
+
+    def _result(self, answered: Any) -> Any:
+        return self.library.InferResult(answered)
 
     def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         arrived: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-        connection = self._connect()  # the library allows one stream a connection, and callers may want several
+        connection = self.library.InferenceServerClient(self.url)  # of its own: it has one stream at a time
         try:
             with self._translated():
                 connection.start_stream(lambda result, error: arrived.put((result, error)))
@@ -200,6 +235,14 @@ class GrpcClient(TritonClient):
             tensors = {output.name: result.as_numpy(output.name) for output in message.outputs}
         return tensors, message.parameters["triton_final_response"].bool_param
 
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        with super()._translated():
+            try:
+                yield
+            except self.grpc.RpcError as error:
+                raise self.utils.InferenceServerException(error.details(), str(error.code())) from error
+
 
 class HttpClient(TritonClient):
     """Waits in threads: the library's own async_infer sleeps for 10 ms per request (tritonclient 2.73)."""
@@ -217,17 +260,30 @@ class HttpClient(TritonClient):
         timeouts = {"connection_timeout": self.timeout_s, "network_timeout": self.timeout_s}
         return self.library.InferenceServerClient(self.url, **timeouts)
 
-    def _ask(self, question: str, *arguments: str) -> dict[str, Any]:
-        answer: dict[str, Any] = getattr(self.client, question)(*arguments)
-        return answer
+    def _server_metadata(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.get_server_metadata()
+        return found
 
-    def _submit(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> "Future[Any]":
-        return self.threads.submit(self._infer, model, inputs, sequence)
+    def _model_metadata(self, model: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.client.get_model_metadata(model)
+        return found
 
-    def _infer(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
+    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+        return partial(self._send, model, self._inputs(feeds), sequence)
+
+    def _send(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
         if not hasattr(self.own, "client"):
             self.own.client = self._new_client()
         return self.own.client.infer(model, inputs, **sequence)
+
+    def _submit(self, request: Any) -> "Future[Any]":
+        return self.threads.submit(request)
+
+    def _infer(self, request: Any) -> Any:
+        return request()
+
+    def _result(self, answered: Any) -> Any:
+        return answered
 
     def close(self) -> None:
         self.threads.shutdown()  # each thread's client goes with it

@@ -98,7 +98,7 @@ def prepare(runtime: Runtime, sizes: Mapping[str, int]) -> Call:
     if runtime.artifact.signature.state and sizes.get("time", 1) == 1:
         stream = runtime.stream(sizes[BATCH])
         return lambda: stream.step(feeds)
-    return lambda: runtime.fresh(feeds)
+    return runtime.repeated(feeds)
 
 
 def check_device(runtime: Runtime) -> None:

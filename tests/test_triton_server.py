@@ -102,6 +102,21 @@ def test_windows_are_answered_as_in_process(
         np.testing.assert_array_equal(found[spec.name], expected[spec.name])
 
 
+@pytest.mark.parametrize("name", ["running_onnx", "doubling_onnx"])
+def test_a_repeated_request_is_answered_each_time_as_a_fresh_one(served: Callable[[str], Runtime], name: str) -> None:
+    feeds, other = ({"x": random_x(np.random.default_rng(seed), 2)} for seed in (0, 1))
+    with served(name) as runtime:
+        call, expected = runtime.repeated(feeds), runtime.fresh(feeds)
+        for _ in range(3):
+            found = call()
+            assert found.keys() == expected.keys()
+            for output, array in found.items():
+                np.testing.assert_array_equal(array, expected[output])
+            runtime.fresh(other)  # what happens between makes no difference
+        with pytest.raises(InputError, match="expected finite numbers"):
+            runtime.repeated({"x": feeds["x"] * np.nan})()
+
+
 def test_a_stream_of_300_steps_says_what_the_model_in_process_says(
     repository: Path, served: Callable[[str], Runtime]
 ) -> None:

@@ -1,6 +1,6 @@
 """A model behind a Triton server, over gRPC or HTTP: what a client of the deployment gets."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ class TritonRuntime(Runtime):
         separate = list(rows(feeds))
         alone = len(separate) == 1
         return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
+
+    def repeated(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
+        """As the base class says; a request that starts no sequence is checked and built once."""
+        if self.recurrent:
+            return super().repeated(feeds)
+        self.signature.check_inputs(feeds)
+        return self.send(feeds, alone=True)
 
     def stream(self, batch: int = 1) -> Stream:
         return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
