@@ -72,6 +72,7 @@ MATRIX := benchmarks/matrix
 matrix: .venv/ready
 	$(PY) -m training.run all --if-missing
 	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
+	-$(MAKE) peer-optimum
 	-$(PY) -m runtimes.bench --rounds 6 --most-rounds 18 --seconds 0.1 --summary $(MATRIX)/results.json
 	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
 

@@ -73,7 +73,8 @@ def matrix(cells: Sequence[Cell], rows: Sequence[Row], environment: Mapping[str,
         places = ([cell for cell in cells if (cell["model"], cell["target"]) == (model, target)] for target in targets)
         lines.append(f"| {model} | {' | '.join(place_text(place, rows, reasons) for place in places)} |")
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join([*lines, "", legend(environment), *([""] if notes else []), *notes])
+    blocks = [lines, [legend(environment)], others(models, targets, rows), notes]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
 def place_text(cells: Sequence[Cell], rows: Sequence[Row], reasons: dict[str, int]) -> str:
@@ -100,9 +101,17 @@ def cell_text(cell: Cell, rows: Sequence[Row], reasons: dict[str, int]) -> str:
 
 def row_of(cell: Cell, rows: Sequence[Row]) -> Row | None:
     """The first row of this cell's engine for one request, if it was measured."""
-    wanted = [cell["model"], cell["target"], cell["precision"], cell["target"], "single-stream"]
-    keys = ("model", "target", "precision", "engine", "scenario")
-    return next((row for row in rows if [row[key] for key in keys] == wanted and row.get("p50_s")), None)
+    return _first(rows, cell["model"], cell["target"], cell["precision"])
+
+
+def others(models: Sequence[str], targets: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """A line for each engine that has no column: how fast it was for the models that were measured with it in fp32."""
+    lines = []
+    for engine in sorted({row["engine"] for row in rows} - {*targets}):
+        speeds = ((model, speed_of(_first(rows, model, engine, "fp32"), rows)) for model in models)
+        if measured := [f"{model} {speed}" for model, speed in speeds if speed]:
+            lines.append(f"- For comparison, `{engine}` in fp32: {', '.join(measured)}")
+    return lines
 
 
 def speed_of(row: Row | None, rows: Sequence[Row]) -> str:
@@ -147,6 +156,13 @@ def _parity(parity: Mapping[str, float], row: Row | None) -> str:
     text = f"{max(differences):.2g}" if differences else "ok"
     agreement = row["agreement"] if row else None
     return f"{text} ({agreement:.3f})" if agreement is not None and agreement < 0.9995 else text
+
+
+def _first(rows: Sequence[Row], model: str, engine: str, precision: str) -> Row | None:
+    """The first row of one request to this engine."""
+    wanted = [model, engine, precision, "single-stream"]
+    keys = ("model", "engine", "precision", "scenario")
+    return next((row for row in rows if [row[key] for key in keys] == wanted and row.get("p50_s")), None)
 
 
 def _note(reason: str, reasons: dict[str, int]) -> str:

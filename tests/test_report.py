@@ -243,6 +243,7 @@ def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
     assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
     unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
     assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
+    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy 2.0x", "a baseline that is no target"
     assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
 
 
