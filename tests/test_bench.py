@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import bench, suite, turns
+from runtimes import bench, plugins, suite, turns
 from runtimes.artifact import Artifact, Check
+from runtimes.base import DEVICES, device_for
 from runtimes.measure import Measurement, Worker
 from runtimes.repository import find
 from runtimes.results import load_results, row_table
@@ -20,7 +21,7 @@ from runtimes.sampler import Peak
 from runtimes.scenarios import Window
 from runtimes.statistics import SAMPLES_FOR
 from runtimes.turns import Settings, Subject, Taken, joined
-from tests.toys import gone, needs_server
+from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
@@ -224,6 +225,30 @@ def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp3
     subject = Subject(artifact=artifact, root=Path(), label=engine)
     result = measurement([[seconds] * samples])
     return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
+
+
+def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_path: Path) -> None:
+    """With one engine refusing the device, a benchmark on a GPU would always fail."""
+    engines = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+    for target, engine in engines.items():
+        make(tmp_path / f"doubling_{target}" / "1", DOUBLING, target=target, runtime=engine)
+    for wanted, expected in (
+        ("cuda", {"torch": "cuda", "torch.compile": "cuda", "onnx": "cuda", "openvino": "cpu", "tensorrt": "cuda"}),
+        ("cpu", {"torch": "cpu", "torch.compile": "cpu", "onnx": "cpu", "openvino": "cpu", "tensorrt": "cuda"}),
+    ):
+        subjects = list(suite.choose(tmp_path, [], [], {"device": wanted, "threads": 1}))
+        point = {"scenario": "offline", "sizes": {"batch": 1}, "more": {}, "result": measurement([[0.1]])}
+        rows = [joined([Taken(subject=each, **point)]) for each in subjects]
+        assert {row["engine"]: row["device"] for row in rows} == expected
+        assert {each.label: each.options["device"] for each in subjects} == expected
+        assert all(each.options["threads"] == 1 for each in subjects)
+
+
+@pytest.mark.parametrize("engine", plugins.names("runtimes.engines"))
+def test_the_device_an_engine_is_measured_on_is_one_it_has(engine: str) -> None:
+    has = plugins.load("runtimes.engines", engine, "RUNTIME").devices
+    assert has
+    assert all(device_for(engine, wanted) in has for wanted in DEVICES)
 
 
 def test_a_row_tells_what_the_conversion_cost() -> None:

@@ -105,9 +105,27 @@ def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     assert (tmp_path / "summary.md").read_text() == printed
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ROWS)
-    assert {line.count("|") for line in lines} == {len(report.HEADER) + 1}
+    assert len({line.count("|") for line in lines}) == 1
     (int8,) = (line for line in lines if "onnx int8" in line)
     assert "| 8.00 | 0.970 |" in int8
+
+
+def test_what_a_gpu_took_has_columns_where_a_row_has_any(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"device": "cuda", "device_p50_s": 0.00025, "gpu_memory_bytes": 70_000_000}
+    on_gpu = row("torch", 4.0, **figures)
+    assert report.main([str(results)]) == 0
+    assert "device" not in capsys.readouterr().out.replace(report.READING, "")
+    write_json(tmp_path / "gpu.json", {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": [*ROWS, on_gpu]})
+    assert report.main([str(tmp_path / "gpu.json")]) == 0
+    header, _, first, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    names, cpu, gpu = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, last))
+    told = [names.index(name) for name in ("device", "device ms", "GPU MB")]
+    assert [cpu[i] for i in told] == ["cpu", "-", "-"]
+    assert [gpu[i] for i in told] == ["cuda", "0.250", "70"]
+    assert report.main([str(tmp_path / "gpu.json"), "--html", str(tmp_path / "gpu.html")]) == 0
+    assert "<th>device ms</th>" in (tmp_path / "gpu.html").read_text()
 
 
 def test_an_empty_or_strange_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
