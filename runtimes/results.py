@@ -49,6 +49,7 @@ def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, i
         "model": artifact.model,
         "target": artifact.target,
         "precision": artifact.precision,
+        "checkpoint": artifact.checkpoint,
         "engine": label,
         "scenario": scenario,
         "sizes": dict(sizes),
@@ -120,9 +121,9 @@ def sizes_text(row: Row) -> str:
 
 
 def eager_row(rows: Sequence[Row], row: Row) -> Row | None:
-    """Torch eager in fp32 at the same sizes under the same load, if it is in the file."""
-    wanted = [*(row[key] for key in ("model", "scenario", "sizes")), row.get("lanes"), BASELINE, "fp32"]
-    keys = ("model", "scenario", "sizes", "lanes", "engine", "precision")
+    """Torch eager in fp32 of the same checkpoint, at the same sizes under the same load, if it is in the file."""
+    keys = ("model", "checkpoint", "scenario", "sizes", "lanes", "engine", "precision")
+    wanted = [*(row.get(key) for key in keys[:-2]), BASELINE, "fp32"]
     same = (other for other in rows if [other.get(key) for key in keys] == wanted and "rate_per_s" not in other)
     return next((other for other in same if "failed" not in other), None)
 
