@@ -168,7 +168,7 @@ def milliseconds(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1e3, 3)
 
 
-def _mega(size: float | None) -> float | None:
+def megabytes(size: float | None) -> float | None:
     return None if size is None else size / 1e6
 
 
@@ -193,7 +193,7 @@ COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
     "device ms": lambda rows, row: milliseconds(row["device_p50_s"]),
     "rows/s": lambda rows, row: number(row["rows_per_s"], 0),
     "MB": lambda rows, row: number(row["memory_bytes"] / 1e6, 0),
-    "GPU MB": lambda rows, row: number(_mega(row["gpu_memory_bytes"]), 0),
+    "GPU MB": lambda rows, row: number(megabytes(row["gpu_memory_bytes"]), 0),
     "x eager": lambda rows, row: number(times_eager(rows, row), 2),
     "agreement": lambda rows, row: number(row["agreement"], 3),
     "note": lambda rows, row: note_of(row),
