@@ -12,16 +12,28 @@ from typing import Any
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import InputError
 from runtimes.plots import Series, bars, curves, strips
-from runtimes.results import Row, load_results, milliseconds, name_of, note_of, number, sizes_text, times_eager
+from runtimes.results import (
+    Row,
+    counted_samples,
+    load_results,
+    milliseconds,
+    name_of,
+    note_of,
+    number,
+    sizes_text,
+    times_eager,
+)
 
 STYLE = Path(__file__).with_name("report.css")
 HEADER = ("scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p99 ms", "rows/s", "MB",
           "x eager", "agreement", "note")  # fmt: skip
 READING = (
-    "Milliseconds are of one call. A percentile is pooled from raw samples; a dash stands where there are too few to "
-    "speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times as fast as torch eager in "
+    "Milliseconds are of one call. A percentile is pooled from the raw samples of the steady windows; a dash stands "
+    "where there are too few to speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times as fast as torch eager in "
     "float32, measured in turns with it. Agreement: the worst check of decisions against the original, when it was "
-    "exported. Unstable: the last three windows differed by more than 10 %."
+    "exported. Unstable: the last three windows differed by more than 10 %, or under arrivals: the engine fell behind "
+    "them or changed its pace by more than that; the figures are then of all windows. Refused: by a server that had "
+    "enough to do; in no percentile, and no good answer."
 )
 
 
@@ -78,7 +90,7 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     yield ("Throughput against latency, requests side by side", "The number is how many are in flight; the ring marks "
            "the knee, past which more of them wait longer than they win.", sweep(measured, "concurrency"))  # fmt: skip
     yield "Throughput against latency, by batch", "The number is the rows of a batch.", sweep(measured, "offline")
-    served = [(_named(row), row["engine"], row["samples_s"], row["p50_s"]) for row in _where(measured, "server")]
+    served = [(_named(row), row["engine"], counted_samples(row), row["p50_s"]) for row in _where(measured, "server")]
     caption = "ms, Poisson arrivals, counted from when a request should have been sent"
     yield "Latency under arrivals", caption, strips([_in_ms(line) for line in served], "ms")
     request = _first_sizes(single)
@@ -93,7 +105,7 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
 
 
 def latency_strips(rows: Sequence[Row]) -> str:
-    return strips([_in_ms((name_of(row), row["engine"], row["samples_s"], row["p50_s"])) for row in rows], "ms")
+    return strips([_in_ms((name_of(row), row["engine"], counted_samples(row), row["p50_s"])) for row in rows], "ms")
 
 
 def sweep(rows: Sequence[Row], scenario: str) -> str:
