@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runtimes.base import DEVICES
 from runtimes.command import command, existing_folder, parser
 from runtimes.environment import environment
 from runtimes.errors import InputError
@@ -84,7 +85,8 @@ def _parser() -> Any:
     result.add_argument("--scenario", action="append", default=[], choices=(*SCENARIOS, "all"),
                         help="what load (default: single-stream)")  # fmt: skip
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    result.add_argument("--device", choices=DEVICES, default="cpu",
+                        help="where engines run that can run there (default: cpu)")  # fmt: skip
     result.add_argument("--threads", type=int, default=1, help="threads of each engine (default: 1)")
     result.add_argument("--seconds", type=float, default=0.2, help="length of a window (default: 0.2)")
     result.add_argument("--rounds", type=int, default=10, help="windows for each engine (default: 10)")

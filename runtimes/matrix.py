@@ -140,7 +140,8 @@ def legend(environment: Mapping[str, Any]) -> str:
         "A cell: the largest difference from the original in units of the tolerance (1 is the limit), with the "
         "agreement of decisions where it is not 1; the size of the artifact; the speed of one request as a multiple of "
         "torch eager's, whose own time is given: on a CPU the CPU time, which other work on the machine hardly "
-        f"disturbs. `{UNSTABLE}`: the engine, or torch eager beside it, was unstable while it was measured. Measured {day} on {where}, {environment.get('threads')} thread an engine, load {load}."
+        f"disturbs. `{UNSTABLE}`: the engine, or torch eager beside it, was unstable while it was measured. "
+        f"Measured {day} on {where}, {environment.get('threads')} thread an engine, load {load}."
     )
 
 

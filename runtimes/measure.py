@@ -73,9 +73,14 @@ class Measurement:
         return steady_from(self.windows) is not None
 
     @property
+    def counted_from(self) -> int:
+        """The first window that counts: that of the steady stretch, or where there is none the first of all."""
+        return steady_from(self.windows) or 0
+
+    @property
     def counted(self) -> "Measurement":
-        """The same with the windows that count: the steady stretch, or all where there is none."""
-        return replace(self, windows=self.windows[steady_from(self.windows) or 0 :])
+        """The same with the windows that count alone."""
+        return replace(self, windows=self.windows[self.counted_from :])
 
 
 class Worker:

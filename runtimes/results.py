@@ -1,6 +1,6 @@
 """Results files: rows with their raw samples, the same for every scenario, and the table of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,6 @@ def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
     `windows` says how many samples each has, `counted` whether they are in the figures.
     """
     samples, parts = whole.samples_s, [run.counted for run in runs]
-    before = [len(run.windows) - len(part.windows) for run, part in zip(runs, parts, strict=True)]
     device = [each for window in whole.windows for each in window.device_s]
     return {
         "provider": whole.provider,
@@ -85,7 +84,7 @@ def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
         "run_medians_s": [part.run_median_s for part in parts],
         "run_cpu_s_per_call": [part.cpu_s_per_call for part in parts],
         "windows": [len(window.samples_s) for run in runs for window in run.windows],
-        "counted": [i >= start for run, start in zip(runs, before, strict=True) for i in range(len(run.windows))],
+        "counted": [i >= run.counted_from for run in runs for i in range(len(run.windows))],
         "samples_s": [round(sample, 9) for run in runs for sample in run.samples_s],
     }
 
@@ -106,8 +105,9 @@ def counted_samples(row: Row) -> list[float]:
     """The samples that a row's figures are of; all that it has, in a file that does not say which count."""
     if "counted" not in row:
         return list(row["samples_s"])
-    counts = np.repeat(row["counted"], row["windows"])  # a file without samples has none of them
-    return [sample for sample, counts_too in zip(row["samples_s"], counts, strict=False) if counts_too]
+    counted = np.repeat(row["counted"], row["windows"])
+    samples = np.asarray(row["samples_s"])
+    return list(samples[counted[: len(samples)]])  # a file without samples has none
 
 
 def name_of(row: Row) -> str:
@@ -118,6 +118,11 @@ def name_of(row: Row) -> str:
     if row["precision"] != "fp32":
         parts.append(row["precision"])
     return " ".join(parts)
+
+
+def device_of(row: Row) -> str:
+    """Where a row was measured; before rows told it, all were measured on a CPU."""
+    return str(row.get("device", "cpu"))
 
 
 def sizes_text(row: Row) -> str:
@@ -146,26 +151,21 @@ def times_eager(rows: Sequence[Row], row: Row) -> float | None:
 
 def row_table(rows: Sequence[Row]) -> str:
     """The rows as text, each with its median as a multiple of torch eager's speed in the same run."""
-    header = ["model", "scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
-    header += ["rows/s", "MB", "x eager", "agreement", "note"]
-    return table(header, [table_line(rows, row) for row in rows])
+    return table(*table_of(rows, COLUMNS))
 
 
-def table_line(rows: Sequence[Row], row: Row) -> list[str]:
-    head = [row["model"], row["scenario"], sizes_text(row), name_of(row)]
+def table_of(rows: Sequence[Row], columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and a line for each row. What no row has to tell, of a GPU above all, has no column."""
+    lines = [{name: COLUMNS[name](rows, row) for name in HEAD} | _figures(rows, row) for row in rows]
+    header = [name for name in columns if name not in SELDOM or any(line[name] != SELDOM[name] for line in lines)]
+    return header, [[line[name] for name in header] for line in lines]
+
+
+def _figures(rows: Sequence[Row], row: Row) -> dict[str, str]:
+    rest = [name for name in COLUMNS if name not in HEAD]
     if "failed" in row:
-        return [*head, *["-"] * 10, row["failed"]]
-    return [
-        *head,
-        f"{row['load_s']:.2f}",
-        f"{row['first_call_s'] * 1e3:.1f}",
-        *(milliseconds(row[f"p{p}_s"]) for p in SAMPLES_FOR),
-        f"{row['rows_per_s']:.0f}",
-        f"{row['memory_bytes'] / 1e6:.0f}",
-        number(times_eager(rows, row), 2),
-        number(row["agreement"], 3),
-        note_of(row),
-    ]
+        return {**dict.fromkeys(rest, "-"), "note": row["failed"]}
+    return {name: COLUMNS[name](rows, row) for name in rest}
 
 
 def note_of(row: Row) -> str:
@@ -185,8 +185,38 @@ def milliseconds(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1e3, 3)
 
 
+def _mega(size: float | None) -> float | None:
+    return None if size is None else size / 1e6
+
+
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percentile_ms(p: int) -> Callable[[Sequence[Row], Row], str]:
+    return lambda rows, row: milliseconds(row[f"p{p}_s"])
+
+
+# The columns of a table: what each says of a row among rows.
+COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
+    "model": lambda rows, row: row["model"],
+    "scenario": lambda rows, row: row["scenario"],
+    "sizes": lambda rows, row: sizes_text(row),
+    "engine": lambda rows, row: name_of(row),
+    "device": lambda rows, row: device_of(row),
+    "load s": lambda rows, row: number(row["load_s"], 2),
+    "first ms": lambda rows, row: number(row["first_call_s"] * 1e3, 1),
+    **{f"p{p} ms": _percentile_ms(p) for p in SAMPLES_FOR},
+    "device ms": lambda rows, row: milliseconds(row["device_p50_s"]),
+    "rows/s": lambda rows, row: number(row["rows_per_s"], 0),
+    "MB": lambda rows, row: number(row["memory_bytes"] / 1e6, 0),
+    "GPU MB": lambda rows, row: number(_mega(row["gpu_memory_bytes"]), 0),
+    "x eager": lambda rows, row: number(times_eager(rows, row), 2),
+    "agreement": lambda rows, row: number(row["agreement"], 3),
+    "note": lambda rows, row: note_of(row),
+}
+HEAD = ("model", "scenario", "sizes", "engine", "device")  # what is known of a row that failed as well
+SELDOM = {"device": "cpu", "device ms": "-", "GPU MB": "-"}  # columns that are left out where every row says this
 
 
 def run_medians(row: Row, clock: str) -> np.ndarray:

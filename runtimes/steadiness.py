@@ -1,6 +1,7 @@
 """From which window on an engine was steady. What lies before is kept, and is in no figure."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import ceil
 
 import numpy as np
@@ -18,18 +19,14 @@ def steady_from(windows: Sequence[Window]) -> int | None:
     STEADY_SPREAD of each other. Arrivals: `arrivals_steady`, and three quarters of all windows or more, for in fewer a
     slow drift would not show.
     """
-    arrivals = bool(windows) and windows[0].rate_per_s > 0
-    least = max(STEADY_WINDOWS, ceil(0.75 * len(windows)) if arrivals else 0)
-    agree = arrivals_steady if arrivals else calls_steady
-    return next((start for start in range(len(windows) - least + 1) if agree(windows[start:])), None)
-
-
-def calls_steady(windows: Sequence[Window]) -> bool:
-    """Whether every window has the same median latency and the same throughput, within STEADY_SPREAD."""
-    if not all(window.samples_s for window in windows):
-        return False
-    medians = [float(np.median(window.samples_s)) for window in windows]
-    return within(medians) and within([len(window.samples_s) / window.wall_s for window in windows])
+    if windows and windows[0].rate_per_s:
+        least = max(STEADY_WINDOWS, ceil(0.75 * len(windows)))
+        return next((i for i in range(len(windows) - least + 1) if arrivals_steady(windows[i:])), None)
+    # A window without an answer has no median, and agrees with none.
+    medians = [float(np.median(window.samples_s)) if window.samples_s else 0.0 for window in windows]
+    rates = [len(window.samples_s) / window.wall_s for window in windows]
+    starts = range(len(windows) - STEADY_WINDOWS + 1)
+    return next((i for i in starts if min(medians[i:]) > 0 and within(medians[i:]) and within(rates[i:])), None)
 
 
 def arrivals_steady(windows: Sequence[Window]) -> bool:
@@ -41,12 +38,16 @@ def arrivals_steady(windows: Sequence[Window]) -> bool:
     before them; where fewer than a median needs did, as with a server that is never idle, the time per request while
     it was busy.
     """
-    settled = [len(window.samples_s) + window.refused for window in windows]
-    busy_s = [window.busy_s for window in windows]
-    if sum(busy_s) / sum(settled) * windows[0].rate_per_s > 1 + STEADY_SPREAD:
+    if windows[0].rate_per_s * busy_per_request_s(windows) > 1 + STEADY_SPREAD:
         return False
-    parts = [list(part) for part in np.array_split(np.arange(len(windows)), PARTS)]
-    alone = [[sample for i in part for sample in windows[i].alone_s] for part in parts]
+    bounds = [len(windows) * i // PARTS for i in range(PARTS + 1)]  # the first is the shortest: a slow start shows
+    parts = [windows[start:end] for start, end in pairwise(bounds)]
+    alone = [[sample for window in part for sample in window.alone_s] for part in parts]
     if min(map(len, alone)) >= SAMPLES_FOR[50]:
         return within([float(np.median(samples)) for samples in alone])
-    return within([sum(busy_s[i] for i in part) / sum(settled[i] for i in part) for part in parts])
+    return within([busy_per_request_s(part) for part in parts])
+
+
+def busy_per_request_s(windows: Sequence[Window]) -> float:
+    """How long the engine had something to do, for each request that it settled by an answer or a refusal."""
+    return sum(window.busy_s for window in windows) / sum(len(window.samples_s) + window.refused for window in windows)

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import bench, suite, turns
+from runtimes import bench, plugins, suite, turns
 from runtimes.artifact import Artifact, Check
+from runtimes.base import DEVICES, device_for
 from runtimes.measure import Measurement, Worker
 from runtimes.repository import find
-from runtimes.results import load_results, row_table
+from runtimes.results import counted_samples, load_results, row_table
 from runtimes.sampler import Peak
 from runtimes.scenarios import Window
 from runtimes.statistics import SAMPLES_FOR
 from runtimes.turns import Settings, Subject, Taken, joined
-from tests.toys import gone, needs_server
+from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
@@ -50,6 +51,65 @@ def test_throughput_counts_the_rows_of_the_batch_over_the_time_that_passed() -> 
     assert measurement([[0.1, 0.3], [0.1]]).cpu_s_per_call == pytest.approx(2 * 0.5 / 3)
 
 
+def row_of(*runs: Measurement, scenario: str = "single-stream", **more: Any) -> dict[str, Any]:
+    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32")
+    subject = Subject(artifact=artifact, root=Path(), label="onnx")
+    taken = [Taken(subject=subject, scenario=scenario, sizes=STEP, more=more, result=run) for run in runs]
+    return joined(taken)
+
+
+def test_figures_are_of_the_steady_windows_and_the_others_are_kept() -> None:
+    """50 samples before, 3 x 30 steady: enough for p95; and a second run whose first window is steady."""
+    late = measurement([[2.0] * 50, [1.0] * 30, [1.02] * 30, [1.04] * 30], batch=4)
+    row = row_of(late)
+    assert (row["stable"], row["p50_s"], row["p90_s"]) == (True, 1.02, 1.04)
+    assert row["p95_s"] == 1.04, "90 samples count"
+    assert row_of(measurement([[2.0] * 50, [1.0] * 30, [1.02] * 30, [1.04] * 29]))["p95_s"] is None, "89 count"
+    assert row["rows_per_s"] == pytest.approx(4 / 1.02)
+    assert row["cpu_s_per_call"] == pytest.approx(2 * 1.02)
+    assert row["run_medians_s"] == [1.02]
+    assert (row["windows"], row["counted"]) == ([50, 30, 30, 30], [False, True, True, True])
+    assert len(row["samples_s"]) == 140
+    assert counted_samples(row) == row["samples_s"][50:]
+    assert counted_samples({**row, "samples_s": []}) == [], "a file without samples"
+    both = row_of(late, measurement([[1.0] * 9] * 3))
+    assert both["counted"] == [False, True, True, True, True, True, True]
+    assert both["run_medians_s"] == [1.02, 1.0]
+    assert counted_samples(both) == both["samples_s"][50:]
+
+
+def test_an_unstable_row_is_of_all_windows() -> None:
+    row = row_of(measurement([[2.0] * 10, [1.0] * 10, [1.5] * 10]))
+    assert (row["stable"], row["p50_s"], row["counted"]) == (False, 1.5, [True] * 3)
+
+
+def test_the_knee_is_looked_for_in_the_steady_windows() -> None:
+    """Without its slow start the second point has twice the throughput at nearly the same latency."""
+    rows = [row_of(measurement([[1.0] * 9] * 3)), row_of(measurement([[9.0] * 99, *[[1.1] * 9] * 3], batch=2))]
+    suite.mark_knee(rows)
+    assert [row["knee"] for row in rows] == [False, True]
+
+
+def test_refusals_have_a_share_and_are_no_good_answers() -> None:
+    """30 answers within the bound and 10 refusals in each of three windows of ten seconds."""
+    found = measurement([])
+    for _ in range(3):
+        found.windows.append(Window(samples_s=[0.1] * 30, wall_s=10.0, cpu_s=1.0, refused=10, service_s=[0.1] * 30,
+                                    alone_s=[0.1] * 30, busy_s=3.0, rate_per_s=4.0, late=4))  # fmt: skip
+    row = row_of(found, scenario="server", rate_per_s=4.0, bound_s=0.2)
+    assert (row["stable"], row["refused"], row["refused_share"]) == (True, 30, 0.25)
+    assert (row["goodput_per_s"], row["late_share"], row["rows_per_s"]) == (3.0, 0.1, 3.0)
+    assert len(row["samples_s"]) == 90
+    assert "25.0% refused, 3.0/s within 200 ms, 10.0% sent late" in row_table([row])
+    assert "refused" not in row_table([row_of(measurement([[0.1] * 9] * 3))])
+
+
+def test_a_row_that_was_refused_altogether_has_failed() -> None:
+    found = measurement([])
+    found.windows = [Window(samples_s=[], wall_s=1.0, cpu_s=0.1, refused=7)] * 3
+    assert row_of(found)["failed"].startswith("expected answers, found 21 refusals; ")
+
+
 def test_stable_is_about_latency_and_about_throughput() -> None:
     assert measurement([[1.0] * 5, [1.05] * 5, [1.09] * 5]).stable
     assert not measurement([[1.0] * 5, [1.05] * 5, [1.11] * 5]).stable
@@ -68,7 +128,7 @@ def test_bench_writes_the_documented_schema(
     data = load_results(out)
     assert json.loads(capsys.readouterr().out)["rows"] == data["rows"]
     assert set(data) == {"schema", "environment", "rows"}
-    assert data["schema"] == "slipway.bench/1"
+    assert data["schema"] == "slipway.bench/2"
     assert data["environment"]["threads"] == 1
     assert data["environment"].keys() >= {"cpu", "cpus", "cpu_mhz", "gpu", "gpu_state", "git", "load", "versions"}
     assert [row["sizes"] for row in data["rows"]] == [STEP, WINDOW]
@@ -86,6 +146,7 @@ def check_row(row: Mapping[str, Any]) -> None:
     samples = row["samples_s"]
     assert sum(row["windows"]) == len(samples)
     assert len(row["run_medians_s"]) == len(row["run_cpu_s_per_call"]) == 2
+    samples = counted_samples(row)
     for p, needed in SAMPLES_FOR.items():
         want = np.percentile(samples, p) if len(samples) >= needed else None
         assert row[f"p{p}_s"] == (want if want is None else pytest.approx(want, abs=1e-9))
@@ -183,7 +244,8 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
         yield suite._taken(entrants, "single-stream", STEP)
 
     ((row,),) = toy.run(points)
-    assert len(row["windows"]) == expected
+    assert len(row["windows"]) == len(row["counted"]) == expected
+    assert row["counted"][0] is (expected < 4), "what came before the steady stretch does not count"
     assert row["stable"] is (expected >= 4)
 
 
@@ -224,6 +286,30 @@ def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp3
     subject = Subject(artifact=artifact, root=Path(), label=engine)
     result = measurement([[seconds] * samples])
     return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
+
+
+def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_path: Path) -> None:
+    """With one engine refusing the device, a benchmark on a GPU would always fail."""
+    engines = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+    for target, engine in engines.items():
+        make(tmp_path / f"doubling_{target}" / "1", DOUBLING, target=target, runtime=engine)
+    for wanted, expected in (
+        ("cuda", {"torch": "cuda", "torch.compile": "cuda", "onnx": "cuda", "openvino": "cpu", "tensorrt": "cuda"}),
+        ("cpu", {"torch": "cpu", "torch.compile": "cpu", "onnx": "cpu", "openvino": "cpu", "tensorrt": "cuda"}),
+    ):
+        subjects = list(suite.choose(tmp_path, [], [], {"device": wanted, "threads": 1}))
+        point = {"scenario": "offline", "sizes": {"batch": 1}, "more": {}, "result": measurement([[0.1]])}
+        rows = [joined([Taken(subject=each, **point)]) for each in subjects]
+        assert {row["engine"]: row["device"] for row in rows} == expected
+        assert {each.label: each.options["device"] for each in subjects} == expected
+        assert all(each.options["threads"] == 1 for each in subjects)
+
+
+@pytest.mark.parametrize("engine", plugins.names("runtimes.engines"))
+def test_the_device_an_engine_is_measured_on_is_one_it_has(engine: str) -> None:
+    has = plugins.load("runtimes.engines", engine, "RUNTIME").devices
+    assert has
+    assert all(device_for(engine, wanted) in has for wanted in DEVICES)
 
 
 def test_a_row_tells_what_the_conversion_cost() -> None:

@@ -96,6 +96,30 @@ def test_a_file_without_samples_still_makes_a_page(results: Path, tmp_path: Path
     assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
 
 
+def test_a_file_from_before_rows_told_which_windows_count_is_still_read(results: Path, tmp_path: Path) -> None:
+    data = json.loads(results.read_text())
+    assert not any("counted" in each or "refused_share" in each for each in data["rows"])
+    write_json(results, {**data, "schema": "slipway.bench/1"})
+    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
+    write_json(results, {**data, "schema": "slipway.bench/0"})
+    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 2
+
+
+def test_a_distribution_is_that_of_the_windows_that_count() -> None:
+    """A second before the steady stretch would stretch the axis, which has no other figure as large."""
+    before = row("onnx", 1.0, counted=[False, True], windows=[1, 100])
+    before["samples_s"] = [1.0, *before["samples_s"]]
+    drawn = [report.latency_strips([each]) for each in (before, row("onnx", 1.0))]
+    assert drawn[0] == drawn[1]
+    assert report.latency_strips([{**before, "counted": [True, True]}]) != drawn[1]
+
+
+def test_a_row_says_how_much_was_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(results, {"schema": SCHEMA, "environment": {}, "rows": [row("triton", 1.0, refused_share=0.125)]})
+    assert report.main([str(results)]) == 0
+    assert "12.5% refused" in capsys.readouterr().out
+
+
 def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,9 +129,27 @@ def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     assert (tmp_path / "summary.md").read_text() == printed
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ROWS)
-    assert {line.count("|") for line in lines} == {len(report.HEADER) + 1}
+    assert len({line.count("|") for line in lines}) == 1
     (int8,) = (line for line in lines if "onnx int8" in line)
     assert "| 8.00 | 0.970 |" in int8
+
+
+def test_what_a_gpu_took_has_columns_where_a_row_has_any(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"device": "cuda", "device_p50_s": 0.00025, "gpu_memory_bytes": 70_000_000}
+    on_gpu = row("torch", 4.0, **figures)
+    assert report.main([str(results)]) == 0
+    assert "device" not in capsys.readouterr().out.replace(report.READING, "")
+    write_json(tmp_path / "gpu.json", {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": [*ROWS, on_gpu]})
+    assert report.main([str(tmp_path / "gpu.json")]) == 0
+    header, _, first, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    names, cpu, gpu = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, last))
+    told = [names.index(name) for name in ("device", "device ms", "GPU MB")]
+    assert [cpu[i] for i in told] == ["cpu", "-", "-"]
+    assert [gpu[i] for i in told] == ["cuda", "0.250", "70"]
+    assert report.main([str(tmp_path / "gpu.json"), "--html", str(tmp_path / "gpu.html")]) == 0
+    assert "<th>device ms</th>" in (tmp_path / "gpu.html").read_text()
 
 
 def test_an_empty_or_strange_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,8 +285,22 @@ def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
     assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
     unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
     assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
-    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy 2.0x", "a baseline that is no target"
+    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy ~2.0x", "a baseline that is no target"
     assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
+
+
+def test_a_speed_that_was_not_steady_is_marked_and_so_is_a_multiple_of_one() -> None:
+    def speeds(*stable: bool) -> list[str]:
+        rows = [
+            row(engine, ms, stable=each) for engine, ms, each in zip(("torch", "onnx"), (4, 1), stable, strict=True)
+        ]
+        line = matrix.matrix([cell("torch"), cell("onnx")], rows, ENVIRONMENT).splitlines()[2]
+        return [text.rpartition(" · ")[2].strip() for text in line.strip("|").split("|")[1:]]
+
+    assert speeds(True, True) == ["4 ms", "4.0x"]
+    assert speeds(True, False) == ["4 ms", "~4.0x"]
+    assert speeds(False, True) == ["~4 ms", "~4.0x"]
+    assert "`~`: the engine, or torch eager beside it, was unstable" in matrix.legend(ENVIRONMENT)
 
 
 def test_the_matrix_is_put_between_its_marks_and_checked(

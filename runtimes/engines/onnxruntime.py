@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import CarriedStream, Runtime, refuse_device
+from runtimes.base import CarriedStream, Runtime
 from runtimes.errors import EngineError, one_line, require
 from runtimes.tensors import Tensors
 
@@ -21,7 +21,7 @@ class OnnxRuntime(Runtime):
 
     def open(self) -> None:
         ort = require("onnxruntime", extra="onnx")
-        refuse_device(self.engine, self.device, PROVIDERS)
+        self.refuse_device()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
