@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         subjects = [subject for subject in subjects if not subject.options.get("compiled")]
     if not subjects:
         raise InputError(f"expected artifacts that can run here in {repository}, found none; run python -m export.all")
-    for model in sorted({subject.artifact.model for subject in subjects}):
-        if not has_baseline(model, subjects):
-            remedy = f"python -m export.all --target torch --model {model}"
-            print(f"no baseline for {model}; make one: {remedy}", file=sys.stderr)
+    artifacts = [subject.artifact for subject in subjects]
+    for model in sorted({each.model for each in artifacts if not has_baseline(each, subjects)}):
+        remedy = f"python -m export.all --target torch --model {model}"
+        print(f"no torch eager of the same checkpoint beside {model}; make one: {remedy}", file=sys.stderr)
     found = environment(arguments.threads)  # before: the load is that of the others
     scenarios = SCENARIOS if "all" in arguments.scenario else arguments.scenario or SCENARIOS[:1]
     rows: list[Row] = []

@@ -50,6 +50,7 @@ def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, i
         "model": artifact.model,
         "target": artifact.target,
         "precision": artifact.precision,
+        "checkpoint": artifact.checkpoint,
         "engine": label,
         "scenario": scenario,
         "sizes": dict(sizes),
@@ -136,9 +137,9 @@ def sizes_text(row: Row) -> str:
 
 
 def eager_row(rows: Sequence[Row], row: Row) -> Row | None:
-    """Torch eager in fp32 at the same sizes under the same load, if it is in the file."""
-    wanted = [*(row[key] for key in ("model", "scenario", "sizes")), row.get("lanes"), BASELINE, "fp32"]
-    keys = ("model", "scenario", "sizes", "lanes", "engine", "precision")
+    """Torch eager in fp32 of the same checkpoint, at the same sizes under the same load, if it is in the file."""
+    keys = ("model", "checkpoint", "scenario", "sizes", "lanes", "engine", "precision")
+    wanted = [*(row.get(key) for key in keys[:-2]), BASELINE, "fp32"]
     same = (other for other in rows if [other.get(key) for key in keys] == wanted and "rate_per_s" not in other)
     return next((other for other in same if "failed" not in other), None)
 
@@ -185,7 +186,7 @@ def milliseconds(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1e3, 3)
 
 
-def _mega(size: float | None) -> float | None:
+def megabytes(size: float | None) -> float | None:
     return None if size is None else size / 1e6
 
 
@@ -210,7 +211,7 @@ COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
     "device ms": lambda rows, row: milliseconds(row["device_p50_s"]),
     "rows/s": lambda rows, row: number(row["rows_per_s"], 0),
     "MB": lambda rows, row: number(row["memory_bytes"] / 1e6, 0),
-    "GPU MB": lambda rows, row: number(_mega(row["gpu_memory_bytes"]), 0),
+    "GPU MB": lambda rows, row: number(megabytes(row["gpu_memory_bytes"]), 0),
     "x eager": lambda rows, row: number(times_eager(rows, row), 2),
     "agreement": lambda rows, row: number(row["agreement"], 3),
     "note": lambda rows, row: note_of(row),

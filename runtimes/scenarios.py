@@ -66,7 +66,7 @@ def one_by_one(call: Call, seconds: float, device_time: Callable[[], float] | No
         if device_time and taken[-1] is not None:
             device.append(device_time())
     wall = time.perf_counter_ns() - started
-    return _closed(taken, wall, time.process_time_ns() - cpu, device)
+    return _closed_loop(taken, wall, time.process_time_ns() - cpu, device)
 
 
 def side_by_side(calls: Sequence[Call], seconds: float) -> Window:
@@ -86,7 +86,7 @@ def side_by_side(calls: Sequence[Call], seconds: float) -> Window:
     cpu, started = time.process_time_ns(), time.perf_counter_ns()
     _run_lanes([partial(lane, *each) for each in zip(calls, taken, strict=True)], together.abort)
     wall, cpu = time.perf_counter_ns() - started, time.process_time_ns() - cpu
-    return _closed([each for own in taken for each in own], wall, cpu)
+    return _closed_loop([each for own in taken for each in own], wall, cpu)
 
 
 def poisson_arrivals(rate_per_s: float, seconds: float, seed: Sequence[int]) -> np.ndarray:
@@ -205,7 +205,7 @@ def _answered_in(call: Call) -> float | None:
     return (time.perf_counter_ns() - sent) * 1e-9
 
 
-def _closed(taken: Sequence[float | None], wall_ns: int, cpu_ns: int, device_s: Sequence[float] = ()) -> Window:
+def _closed_loop(taken: Sequence[float | None], wall_ns: int, cpu_ns: int, device_s: Sequence[float] = ()) -> Window:
     """Calls that waited for each other as a window; None was refused."""
     samples = [each for each in taken if each is not None]
     refused = len(taken) - len(samples)

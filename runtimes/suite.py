@@ -47,10 +47,10 @@ def choose(
             yield replace(subject, label="triton", served=True)
 
 
-def has_baseline(model: str, subjects: Sequence[Subject]) -> bool:
-    """Whether torch eager in fp32 is measured beside this model."""
-    found = ((each.label, each.artifact.precision, each.artifact.model) for each in subjects)
-    return (BASELINE, "fp32", model) in found
+def has_baseline(artifact: Artifact, subjects: Sequence[Subject]) -> bool:
+    """Whether torch eager in fp32 of the same checkpoint is measured beside this artifact."""
+    eager = [each.artifact for each in subjects if (each.label, each.artifact.precision) == (BASELINE, "fp32")]
+    return (artifact.model, artifact.checkpoint) in ((each.model, each.checkpoint) for each in eager)
 
 
 def measure(subjects: Sequence[Subject], scenarios: Sequence[str], settings: Settings) -> Iterator[Row]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from runtimes.artifact import Artifact, Check
 from runtimes.base import DEVICES, device_for
 from runtimes.measure import Measurement, Worker
 from runtimes.repository import find
-from runtimes.results import counted_samples, load_results, row_table
+from runtimes.results import counted_samples, load_results, row_table, times_eager
 from runtimes.sampler import Peak
 from runtimes.scenarios import Window
 from runtimes.statistics import SAMPLES_FOR
@@ -26,7 +27,19 @@ from tests.toys import DOUBLING, gone, make, needs_server
 MODEL = "policy_gru"
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
 KEYS = {
-    *("model", "target", "precision", "engine", "scenario", "sizes", "load_s", "first_call_s", "p50_s", "p90_s"),
+    *(
+        "model",
+        "target",
+        "precision",
+        "checkpoint",
+        "engine",
+        "scenario",
+        "sizes",
+        "load_s",
+        "first_call_s",
+        "p50_s",
+        "p90_s",
+    ),
     *("p95_s", "p99_s", "rows_per_s", "memory_bytes", "agreement", "samples_s"),
 }
 
@@ -217,7 +230,7 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
     rounds: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first window is twice as slow: four windows end in three alike."""
-    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32")
+    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
     subject = Subject(artifact=artifact, root=Path(), label="onnx")
 
     class Toy:
@@ -282,7 +295,7 @@ def test_an_engine_that_fails_or_dies_costs_its_own_row(gru_repository: Path, mo
 
 def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp32") -> dict[str, Any]:
     parity = {"same": Check(value=0.5, limit=0.4, at_least=True), "difference_y": Check(value=0.1, limit=1.0)}
-    artifact: Any = SimpleNamespace(model=MODEL, target="onnx", precision=precision, parity=parity)
+    artifact: Any = SimpleNamespace(model=MODEL, target="onnx", precision=precision, checkpoint="1", parity=parity)
     subject = Subject(artifact=artifact, root=Path(), label=engine)
     result = measurement([[seconds] * samples])
     return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
@@ -322,6 +335,23 @@ def test_a_table_says_how_many_times_as_fast_as_eager_each_engine_is() -> None:
     header, _, *lines = row_table(rows).splitlines()
     end = header.index("x eager") + len("x eager")
     assert [line[:end].split()[-1] for line in lines] == ["1.00", "4.00", "2.00"]
+
+
+def test_only_eager_of_the_same_checkpoint_is_a_baseline(
+    gru_repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, other = row("torch", 10, 0.004), {**row("onnx", 10, 0.002), "checkpoint": "another"}
+    assert times_eager([eager, other], other) is None
+    assert times_eager([eager, other], {**other, "checkpoint": eager["checkpoint"]}) == pytest.approx(2)
+    onnx = next(suite.choose(gru_repository, [], [], {"device": "cpu"}))
+    torch = replace(onnx, label="torch")
+    retrained = replace(torch, artifact=replace(torch.artifact, checkpoint="another"))
+    monkeypatch.setattr(bench, "measure", lambda *_: iter([]))
+    for beside, found in ((torch, False), (retrained, True)):
+        monkeypatch.setattr(bench, "choose", lambda *_, beside=beside: iter([onnx, beside]))
+        capsys.readouterr()
+        assert bench.main(["--repository", str(gru_repository)]) == 0
+        assert ("no torch eager of the same checkpoint" in capsys.readouterr().err) == found
 
 
 @pytest.mark.parametrize(("eager", "other"), [(10, 3), (3, 10), (3, 3)])

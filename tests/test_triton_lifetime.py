@@ -1,6 +1,7 @@
 """A Triton server starts or says why not, and nothing of it stays behind, whoever ends it."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from export.repository import drafting, publish
 from runtimes import serve
 from runtimes.background_server import choose_ports
 from runtimes.errors import EngineError, InputError, MissingPackage
+from runtimes.sampler import tree
+from runtimes.stub_watch import is_zombie
 from runtimes.triton_server import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +77,17 @@ def test_nothing_is_left_of_a_server_whose_parent_was_killed(small: Path) -> Non
         assert left_behind(name)
         parent.kill()
     toys.wait_for(lambda: not left_behind(name))
+
+
+def test_a_server_ends_by_itself_when_its_guard_is_killed(small: Path) -> None:
+    with TritonServer(small) as server:
+        assert server.folder
+        name = server.folder.name
+        _, *started = tree(server.pid)
+        assert len(started) >= 2, "Triton and a stub"
+        os.kill(server.pid, signal.SIGKILL)
+        toys.wait_for(lambda: all(toys.gone(pid) or is_zombie(pid) for pid in started), timeout_s=30)
+    assert left_behind(name) == []
 
 
 def test_a_model_that_does_not_load_fails_the_start_with_its_reason(small: Path) -> None:

@@ -1,6 +1,8 @@
 """ONNX Runtime on CPU or CUDA."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ class OnnxRuntime(Runtime):
     def open(self) -> None:
         ort = require("onnxruntime", extra="onnx")
         self.refuse_device()
+        if self.device == "cuda":  # finds CUDA also where torch's packages put it; it prints what it misses
+            with redirect_stdout(sys.stderr):
+                ort.preload_dlls()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
