@@ -25,6 +25,7 @@ from runtimes.turns import Settings, Subject, Taken, joined
 from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
+TOY: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
 KEYS = {
     *(
@@ -65,8 +66,7 @@ def test_throughput_counts_the_rows_of_the_batch_over_the_time_that_passed() -> 
 
 
 def row_of(*runs: Measurement, scenario: str = "single-stream", **more: Any) -> dict[str, Any]:
-    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32")
-    subject = Subject(artifact=artifact, root=Path(), label="onnx")
+    subject = Subject(artifact=TOY, root=Path(), label="onnx")
     taken = [Taken(subject=subject, scenario=scenario, sizes=STEP, more=more, result=run) for run in runs]
     return joined(taken)
 
@@ -230,8 +230,7 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
     rounds: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first window is twice as slow: four windows end in three alike."""
-    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
-    subject = Subject(artifact=artifact, root=Path(), label="onnx")
+    subject = Subject(artifact=TOY, root=Path(), label="onnx")
 
     class Toy:
         def __init__(self, subject: Subject, sampler: object) -> None:
