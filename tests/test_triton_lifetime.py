@@ -174,6 +174,16 @@ def test_the_servers_own_log_goes_to_stderr_if_asked(small: Path) -> None:
     assert started.returncode == 0
     assert "Started HTTPService" in errors
     assert "model.onnx: expected sha256" in errors
+    assert f"unverified: {version}" in errors
+
+
+def test_serve_does_not_start_with_a_file_that_is_not_the_published_one(small: Path) -> None:
+    damaged = small / "doubling_onnx" / "1" / "model.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    asked = subprocess.run(serving(small), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert asked.stderr.startswith(f"error: {damaged}: expected sha256 ")
+    assert asked.stderr.count("\n") == 1
 
 
 def test_serve_refuses_a_repository_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
