@@ -96,30 +96,6 @@ def test_a_file_without_samples_still_makes_a_page(results: Path, tmp_path: Path
     assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
 
 
-def test_a_file_from_before_rows_told_which_windows_count_is_still_read(results: Path, tmp_path: Path) -> None:
-    data = json.loads(results.read_text())
-    assert not any("counted" in each or "refused_share" in each for each in data["rows"])
-    write_json(results, {**data, "schema": "slipway.bench/1"})
-    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
-    write_json(results, {**data, "schema": "slipway.bench/0"})
-    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 2
-
-
-def test_a_distribution_is_that_of_the_windows_that_count() -> None:
-    """A second before the steady stretch would stretch the axis, which has no other figure as large."""
-    before = row("onnx", 1.0, counted=[False, True], windows=[1, 100])
-    before["samples_s"] = [1.0, *before["samples_s"]]
-    drawn = [report.latency_strips([each]) for each in (before, row("onnx", 1.0))]
-    assert drawn[0] == drawn[1]
-    assert report.latency_strips([{**before, "counted": [True, True]}]) != drawn[1]
-
-
-def test_a_row_says_how_much_was_refused(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_json(results, {"schema": SCHEMA, "environment": {}, "rows": [row("triton", 1.0, refused_share=0.125)]})
-    assert report.main([str(results)]) == 0
-    assert "12.5% refused" in capsys.readouterr().out
-
-
 def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
