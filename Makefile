@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer matrix clean
+.PHONY: export gpu test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer matrix clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -48,6 +48,14 @@ vllm: .venv-vllm/ready
 	-$(PY) -m pip install --quiet --no-deps tensorrt-rtx-cu13==1.7.1.116
 	-$(PY) -m pip install --quiet --editable '.[dev,quantize]'
 	touch $@
+
+# With CUDA builds. onnxruntime and onnxruntime-gpu write into one folder, and CUDA is hidden unless the latter comes last and
+# alone (github.com/microsoft/onnxruntime/issues/26996). TensorRT needs NVIDIA's own index. Not run: no GPU was at hand.
+gpu: .venv/ready
+	-$(PY) -m pip install --quiet --editable '.[tensorrt]'
+	$(PY) -m pip install --quiet --editable '.[gpu]'
+	$(PY) -m pip uninstall --quiet --yes onnxruntime
+	$(PY) -m pip install --quiet --force-reinstall --no-deps onnxruntime-gpu
 
 # The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.
 .venv-triton/ready: pyproject.toml

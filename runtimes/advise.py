@@ -12,44 +12,66 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from runtimes.base import DEVICES
 from runtimes.command import command, parser, table
 from runtimes.errors import InputError
 from runtimes.profiles import MACHINES
-from runtimes.results import BASELINE, Row, load_results, milliseconds, name_of, number, sizes_text
+from runtimes.results import (
+    BASELINE,
+    Row,
+    device_of,
+    load_results,
+    megabytes,
+    milliseconds,
+    name_of,
+    number,
+    sizes_text,
+)
 
 PROBLEMS = ("out-of-memory", "too-slow", "low-accuracy")
-DEVICES = ("cpu", "cuda", *MACHINES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What is wanted; None is not limited."""
+    """What is wanted; None is not limited. Memory is that of the device; what ran on it fits into its capacity."""
 
     latency_s: float | None = None
     memory_bytes: float | None = None
+    capacity_bytes: float | None = None
     agreement: float | None = None
+
+    @property
+    def most_bytes(self) -> float | None:
+        return self.capacity_bytes if self.memory_bytes is None else self.memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """An engine as it was measured at the sizes of a request, and the limits that it misses."""
+    """An engine as it was measured at the sizes of a request, and the limits that it misses.
+
+    Of one that was measured elsewhere only the agreement is known.
+    """
 
     name: str
-    p50_s: float | None
-    p90_s: float | None
-    memory_bytes: int
+    p50_s: float | None = None
+    p90_s: float | None = None
+    memory_bytes: int | None = None
     agreement: float | None
-    rows_per_s: float
+    rows_per_s: float | None = None
     misses: tuple[str, ...]
 
 
 @dataclass(kw_only=True, slots=True)
 class Advice:
-    """What to choose, for which reason, and what each branch of the tree came to."""
+    """What to choose, for which reason, and what each branch of the tree came to.
+
+    Where nothing was measured on the device, nothing is chosen, and `measure` is the command to run there.
+    """
 
     model: str
     measured_on: str
-    choose: str | None
+    choose: str | None = None
+    measure: str | None = None
     warnings: list[str] = field(default_factory=list)
     options: list[Option] = field(default_factory=list)
     findings: dict[str, list[str]] = field(default_factory=dict)
@@ -62,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     limits = limits_of(arguments)
     results = load_results(arguments.results)
     rows = [row for row in results["rows"] if row["model"] == arguments.model]
-    if not any(row["scenario"] == "single-stream" and "failed" not in row for row in rows):
+    if not requests(rows):
         models = ", ".join(sorted({row["model"] for row in results["rows"]})) or "none"
         raise InputError(
             f"expected single-stream rows of {arguments.model} in {arguments.results}, found models {models}; "
@@ -76,48 +98,83 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def limits_of(arguments: Any) -> Limits:
-    """The limits on the command line; a named machine limits the memory."""
+    """The limits on the command line, and the memory that a named machine has."""
     machine = MACHINES.get(arguments.device)
-    memory: float | None = machine.memory_bytes if machine else None
-    if arguments.memory_mb is not None:
-        memory = arguments.memory_mb * 1e6
     for name in ("latency_ms", "memory_mb", "agreement"):
         value = getattr(arguments, name)
         if value is not None and not 0 <= value < float("inf"):
             raise InputError(f"--{name.replace('_', '-')}: expected a number of 0 or more, found {value}")
-    latency = None if arguments.latency_ms is None else arguments.latency_ms * 1e-3
-    return Limits(latency_s=latency, memory_bytes=memory, agreement=arguments.agreement)
+    return Limits(
+        latency_s=None if arguments.latency_ms is None else arguments.latency_ms * 1e-3,
+        memory_bytes=None if arguments.memory_mb is None else arguments.memory_mb * 1e6,
+        capacity_bytes=machine.memory_bytes if machine else None,
+        agreement=arguments.agreement,
+    )
 
 
 def advise(model: str, rows: Sequence[Row], environment: Mapping[str, Any], device: str, limits: Limits) -> Advice:
-    """The fastest option that keeps all limits, and the three branches."""
-    measured = [row for row in rows if "failed" not in row]
-    single = [row for row in measured if row["scenario"] == "single-stream"]
-    request = [row for row in single if row["sizes"] == single[0]["sizes"]]
-    options = sorted((option_of(row, limits) for row in request), key=lambda option: option.p50_s or float("inf"))
-    good = [option for option in options if not option.misses]
-    where = environment.get("gpu") or environment.get("cpu") or "an unknown machine"
-    advice = Advice(model=model, measured_on=str(where), choose=good[0].name if good else None, options=options)
-    advice.warnings += warnings(device, environment, rows)
-    branches: tuple[Callable[..., Iterator[str]], ...] = (out_of_memory, too_slow, low_accuracy)
-    for problem, branch in zip(PROBLEMS, branches, strict=True):
-        advice.findings[problem] = list(branch(model, options, measured, limits))
+    """The fastest option that keeps all limits where it is to run, and the three branches."""
+    there = [row for row in rows if was_on(row, environment, device)]
+    measured = [row for row in there if "failed" not in row]
+    request = requests(measured)
+    if request:
+        where = environment.get("cpu" if device == "cpu" else "gpu") or "an unknown machine"
+        options = sorted((option_of(row, limits) for row in request), key=lambda option: option.p50_s or float("inf"))
+        good = [option for option in options if not option.misses]
+        advice = Advice(model=model, measured_on=str(where), choose=good[0].name if good else None, options=options)
+        for problem, branch in BRANCHES.items():
+            advice.findings[problem] = list(branch(model, options, measured, limits))
+    else:
+        advice = unmeasured(model, rows, environment, device, limits)
+    advice.warnings += warnings(there)
     if device in MACHINES:
         held = ", ".join(f"{name} {value}" for name, value in MACHINES[device].holding.items() if value)
         advice.findings["out-of-memory"].append(f"a large frozen decoder is held there by --profile {device}: {held}")
     return advice
 
 
+def was_on(row: Row, environment: Mapping[str, Any], device: str) -> bool:
+    """Whether a row was measured on the device that is asked about; a named machine is known by its GPU."""
+    if device in MACHINES:
+        return device_of(row) == "cuda" and MACHINES[device].gpu in (environment.get("gpu") or "")
+    return device_of(row) == device
+
+
+def requests(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one request at a time, at the sizes that come first: those of a request."""
+    single = [row for row in rows if row["scenario"] == "single-stream" and "failed" not in row]
+    return [row for row in single if row["sizes"] == single[0]["sizes"]]
+
+
+def unmeasured(model: str, rows: Sequence[Row], environment: Mapping[str, Any], device: str, limits: Limits) -> Advice:
+    """What carries over from where else a model was measured: agreement, and neither times nor memory."""
+    wanted = MACHINES[device].gpu if device in MACHINES else {"cpu": "a CPU", "cuda": "a GPU"}[device]
+    target = "cpu" if device == "cpu" else "cuda"
+    found = requests(rows)
+    other = environment.get("gpu" if device_of(found[0]) == "cuda" else "cpu") or "an unknown machine"
+    told = {name_of(row): row for row in found}  # an engine may have been on both devices
+    options = [
+        Option(name=name, agreement=row["agreement"], misses=tuple(missed_agreement(row, limits)))
+        for name, row in told.items()
+    ]
+    command = f"python -m runtimes.bench --model {model} --device {target} --scenario all --out results.json"
+    advice = Advice(model=model, measured_on=str(other), measure=command, options=options)
+    advice.warnings.append(f"measured on {other}, not on {wanted}: agreement carries over, times and memory do not")
+    for problem in ("out-of-memory", "too-slow"):
+        advice.findings[problem] = [f"not measured on {wanted}; {command}"]
+    advice.findings["low-accuracy"] = list(low_accuracy(model, options, rows, limits))
+    return advice
+
+
 def option_of(row: Row, limits: Limits) -> Option:
-    memory = row.get("gpu_memory_bytes") or row["memory_bytes"]
-    slowest = row["p90_s"] or row["p50_s"]
+    memory, slowest = memory_of(row), row["p90_s"] or row["p50_s"]
     misses = []
     if limits.latency_s is not None and (slowest is None or slowest > limits.latency_s):
         misses.append("latency")
-    if limits.memory_bytes is not None and memory > limits.memory_bytes:
+    if memory is None and limits.memory_bytes is not None:
+        misses.append("memory, which is not known")
+    if memory is not None and limits.most_bytes is not None and memory > limits.most_bytes:
         misses.append("memory")
-    if limits.agreement is not None and (row["agreement"] is None or row["agreement"] < limits.agreement):
-        misses.append("agreement")
     return Option(
         name=name_of(row),
         p50_s=row["p50_s"],
@@ -125,21 +182,23 @@ def option_of(row: Row, limits: Limits) -> Option:
         memory_bytes=memory,
         agreement=row["agreement"],
         rows_per_s=row["rows_per_s"],
-        misses=tuple(misses),
+        misses=(*misses, *missed_agreement(row, limits)),
     )
 
 
-def warnings(device: str, environment: Mapping[str, Any], rows: Sequence[Row]) -> Iterator[str]:
-    """Why the figures may not hold where the user wants to go."""
-    gpu = environment.get("gpu")
-    wanted = MACHINES[device].gpu if device in MACHINES else device
-    if wanted == "cpu" and gpu:
-        yield f"measured with {gpu} in the machine; rows of the CPU are those measured with --device cpu"
-    elif wanted != "cpu" and (not gpu or (wanted != "cuda" and wanted not in gpu)):
-        yield (
-            f"measured on {gpu or environment.get('cpu')}, not on {wanted}: agreement carries over, times do not, "
-            "memory only roughly; measure there: python -m runtimes.bench --device cuda --out results.json"
-        )
+def missed_agreement(row: Row, limits: Limits) -> Iterator[str]:
+    if limits.agreement is not None and (row["agreement"] is None or row["agreement"] < limits.agreement):
+        yield "agreement"
+
+
+def memory_of(row: Row) -> int | None:
+    """Bytes on the device that a row was measured on, or None: what a process holds beside a GPU says nothing of it."""
+    memory: int | None = row["gpu_memory_bytes" if device_of(row) == "cuda" else "memory_bytes"]
+    return memory
+
+
+def warnings(rows: Sequence[Row]) -> Iterator[str]:
+    """What was not stable where it was measured, and what could not be measured there."""
     if unstable := sorted({name_of(row) for row in rows if row.get("stable") is False}):
         yield f"not stable while measured: {', '.join(unstable)}; measure again on an idle machine"
     for row in rows:
@@ -149,24 +208,32 @@ def warnings(device: str, environment: Mapping[str, Any], rows: Sequence[Row]) -
 
 def out_of_memory(model: str, options: Sequence[Option], rows: Sequence[Row], limits: Limits) -> Iterator[str]:
     """Another engine or precision, then smaller pieces, then other devices."""
-    by_memory = sorted(options, key=lambda option: option.memory_bytes)
-    least, base = by_memory[0], _named(options, BASELINE)
-    yield f"the least is {least.name} with {_mb(least.memory_bytes)}{_beside(least.memory_bytes, base, 'memory_bytes')}"
-    if limits.memory_bytes is not None:
-        fitting = [option.name for option in by_memory if option.memory_bytes <= limits.memory_bytes]
-        yield f"within {_mb(limits.memory_bytes)}: {', '.join(fitting) or 'nothing that was measured'}"
-    yield from _smaller_precisions(options)
-    batches = _sweep(rows, "offline", least.name)
-    if len(batches) > 1:
-        small, large = batches[0], batches[-1]
-        grown = large["memory_bytes"] - small["memory_bytes"]
-        yield (
-            f"smaller pieces: {least.name} takes {_mb(grown)} more for {sizes_text(large)} than for {sizes_text(small)}"
-        )
+    known = [(option.memory_bytes, option) for option in options if option.memory_bytes is not None]
+    if known:
+        yield from _memory_known(model, sorted(known, key=lambda pair: pair[0]), rows, limits)
     else:
-        yield f"smaller pieces: not measured; python -m runtimes.bench --model {model} --scenario offline"
+        yield "not known: the driver told no memory of these processes; inside a container start it with --pid=host"
     yield "recomputing activations saves memory in training alone: a served model keeps none"
     yield "layers on the CPU or the disk: not in this file; it is for decoders (--device_map, --profile) and costs time"
+
+
+def _memory_known(
+    model: str, by_memory: Sequence[tuple[int, Option]], rows: Sequence[Row], limits: Limits
+) -> Iterator[str]:
+    options = [option for _, option in by_memory]
+    (bytes_, least), base = by_memory[0], _named(options, BASELINE)
+    yield f"the least is {least.name} with {_mb(bytes_)}{_beside(bytes_, base)}"
+    if limits.most_bytes is not None:
+        fitting = [option.name for memory, option in by_memory if memory <= limits.most_bytes]
+        yield f"within {_mb(limits.most_bytes)}: {', '.join(fitting) or 'nothing that was measured'}"
+    yield from _smaller_precisions(options)
+    batches = [(row, memory) for row in _sweep(rows, "offline", least.name) if (memory := memory_of(row)) is not None]
+    if len(batches) > 1:
+        (small, before), (large, after) = batches[0], batches[-1]
+        more = f"{_mb(after - before)} more for {sizes_text(large)} than for {sizes_text(small)}"
+        yield f"smaller pieces: {least.name} takes {more}"
+    else:
+        yield f"smaller pieces: not measured; python -m runtimes.bench --model {model} --scenario offline"
 
 
 def too_slow(model: str, options: Sequence[Option], rows: Sequence[Row], limits: Limits) -> Iterator[str]:
@@ -211,8 +278,11 @@ def low_accuracy(model: str, options: Sequence[Option], rows: Sequence[Row], lim
         if option.agreement is not None and option.agreement < 1:
             yield f"{option.name} keeps {option.agreement:.3f} of the original's decisions"
     exact = [option for option in known if option.agreement == 1]
-    if exact:
+    if exact and exact[0].p50_s is not None:
         yield f"{exact[0].name} is the fastest that decides as the original does on all that it was proved on"
+    elif exact:
+        names = ", ".join(option.name for option in exact)
+        yield f"decide as the original does on all that they were proved on: {names}"
     if len(exact) == len(known):
         yield "no conversion changes a decision that was checked: what is missing, the checkpoint is missing too"
     yield (
@@ -227,15 +297,18 @@ def as_text(advice: Advice) -> str:
     lines += [f"warning: {warning}" for warning in advice.warnings]
     cells = [
         [
-            *(option.name, milliseconds(option.p50_s), milliseconds(option.p90_s), f"{option.rows_per_s:.0f}"),
-            *(f"{option.memory_bytes / 1e6:.0f}", number(option.agreement, 3), ", ".join(option.misses)),
+            *(option.name, milliseconds(option.p50_s), milliseconds(option.p90_s), number(option.rows_per_s, 0)),
+            *(number(megabytes(option.memory_bytes), 0), number(option.agreement, 3), ", ".join(option.misses)),
         ]
         for option in advice.options
     ]
     lines += [table(["engine", "p50 ms", "p90 ms", "rows/s", "MB", "agreement", "misses"], cells)]
     for problem, findings in advice.findings.items():
         lines += ["", problem.replace("-", " "), *(f"  {finding}" for finding in findings)]
-    chosen = f"choose {advice.choose}" if advice.choose else "nothing that was measured keeps all limits"
+    if advice.measure:
+        chosen = f"nothing to choose from yet; measure there: {advice.measure}"
+    else:
+        chosen = f"choose {advice.choose}" if advice.choose else "nothing that was measured keeps all limits"
     return "\n".join([*lines, "", chosen])
 
 
@@ -244,7 +317,7 @@ def _smaller_precisions(options: Sequence[Option]) -> Iterator[str]:
     for option in options:
         engine, _, precision = option.name.rpartition(" ")
         full = _named(options, engine)
-        if full and precision:
+        if full and precision and full.memory_bytes is not None and option.memory_bytes is not None:
             yield (
                 f"{option.name} takes {_mb(option.memory_bytes)} where {full.name} takes {_mb(full.memory_bytes)}, "
                 f"at an agreement of {number(option.agreement, 3)}"
@@ -259,12 +332,19 @@ def _named(options: Sequence[Option], name: str) -> Option | None:
     return next((option for option in options if option.name == name), None)
 
 
-def _beside(value: float, base: Option | None, what: str) -> str:
-    return f", {getattr(base, what) / value:.1f} times less than torch eager" if base and value else ""
+def _beside(memory_bytes: int, base: Option | None) -> str:
+    if base is None or not base.memory_bytes or not memory_bytes:
+        return ""
+    return f", {base.memory_bytes / memory_bytes:.1f} times less than torch eager"
 
 
 def _mb(size: float) -> str:
     return f"{size / 1e6:.0f} MB"
+
+
+BRANCHES: Mapping[str, Callable[..., Iterator[str]]] = dict(
+    zip(PROBLEMS, (out_of_memory, too_slow, low_accuracy), strict=True)
+)
 
 
 def _parser() -> Any:
@@ -276,10 +356,12 @@ def _parser() -> Any:
     )
     result.add_argument("model", help="model name")
     result.add_argument("--results", type=Path, required=True, help="a file that runtimes.bench wrote")
-    result.add_argument("--device", choices=DEVICES, default="cpu", help="where it is to run (default: cpu)")
+    result.add_argument(
+        "--device", choices=(*DEVICES, *MACHINES), default="cpu", help="where it is to run (default: cpu)"
+    )
     result.add_argument("--problem", choices=PROBLEMS, help="one branch alone (default: all three)")
     result.add_argument("--latency-ms", type=float, help="p90 of one request, at most")
-    result.add_argument("--memory-mb", type=float, help="peak of memory, at most (default: what a named machine has)")
+    result.add_argument("--memory-mb", type=float, help="peak of memory on the device, at most")
     result.add_argument("--agreement", type=float, help="agreement with the original's decisions, at least")
     result.add_argument("--json", action="store_true", help="print JSON only")
     return result

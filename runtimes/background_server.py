@@ -10,13 +10,14 @@ import sys
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, TextIO, TypeVar
+from typing import IO, ClassVar, TypeVar
 
 import runtimes
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.server_guard import STOP_TIMEOUT_S
+from runtimes.server_log import ServerLog
 
 PACKAGE = Path(runtimes.__file__).parent
 GUARD = PACKAGE / "server_guard.py"
@@ -29,18 +30,18 @@ Started = TypeVar("Started", bound="BackgroundServer")
 class BackgroundServer(ABC):
     """A context manager: inside it a server is ready; `EngineError` with its own words if it does not get so in time.
 
-    A server writes `launch`, which calls `start`, and `is_ready`. `log` keeps its output.
+    A server writes `launch`, which calls `start`, and `is_ready`. Its output also goes to `log`, a file or a stream.
     """
 
     name: ClassVar[str]
     telling: ClassVar[Sequence[str]]  # signs of the line that says why a server did not start, the most telling first
     hopeless: ClassVar[Sequence[str]] = ()  # signs that it never will, though it runs
 
-    def __init__(self, *, log: Path | None, start_timeout_s: float) -> None:
+    def __init__(self, *, log: Path | IO[bytes] | None, start_timeout_s: float) -> None:
         self.log = log
         self.start_timeout_s = start_timeout_s
         self.folder: Path | None = None
-        self._log: TextIO | None = None  # an own handle: it still reads when the file is gone
+        self._log: ServerLog | None = None
         self._guard: subprocess.Popen[bytes] | None = None
 
     @abstractmethod
@@ -72,6 +73,8 @@ class BackgroundServer(ABC):
         if self._guard and self._guard.stdin:
             self._guard.stdin.close()
             self._guard.wait(2 * STOP_TIMEOUT_S)
+        if self._log:
+            self._log.drain()
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -85,15 +88,17 @@ class BackgroundServer(ABC):
         assert self._guard is not None, "pid outside of the with block"
         return self._guard.pid
 
-    def log_lines(self) -> Iterator[str]:
-        """The lines that the server has written so far, without empty ones."""
-        if self._log is not None:
-            self._log.seek(0)
-            yield from (line for line in self._log.read().splitlines() if line.strip())
+    def log_lines(self) -> list[str]:
+        """The lines that the server has written so far, without empty ones and no more than the last 2,000."""
+        if self._log is None:
+            return []
+        if not self.running:
+            self._log.drain()
+        return self._log.lines()
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines the server wrote."""
-        return "\n".join(list(self.log_lines())[-lines:])
+        return "\n".join(self.log_lines()[-lines:])
 
     def failure(self) -> str:
         """The line of the log that says why the server failed, or else its last one."""
@@ -109,17 +114,16 @@ class BackgroundServer(ABC):
     def start(self, command: Sequence[str | Path], environment: Mapping[str, str]) -> None:
         """Run `command` under the guard, its shared memory named after the folder."""
         folder = self.folder or self.make_folder()
-        log = self.log or folder / "server.log"
-        with log.open("wb") as output:
-            self._log = log.open(errors="replace")
-            self._guard = subprocess.Popen(
-                [sys.executable, "-I", GUARD, folder, folder.name, *command],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the program that started the server
-            )
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", GUARD, folder, folder.name, *command],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the program that started the server
+        )
+        assert self._guard.stdout
+        self._log = ServerLog(self._guard.stdout, self.log)
 
     def _wait_until_ready(self) -> None:
         end = time.monotonic() + self.start_timeout_s

@@ -13,6 +13,7 @@ from runtimes.errors import EngineError, InputError
 from runtimes.tensors import BATCH, Signature, Tensors
 
 Opened = TypeVar("Opened", bound="Runtime")
+DEVICES = ("cpu", "cuda")
 
 
 class Runtime(ABC):
@@ -20,11 +21,13 @@ class Runtime(ABC):
 
     `device` is "cpu" or "cuda"; `threads` bounds the threads of one call.
 
+    devices      what the engine can run on at all
     remote       whether the model runs in another process that serves many; then it may be called from many threads
     environment  the virtual environment whose interpreter has what the engine needs, if it is not the project's
     """
 
     engine: str
+    devices: ClassVar[tuple[str, ...]] = DEVICES
     remote: ClassVar[bool] = False
     environment: ClassVar[str] = ""
 
@@ -45,6 +48,14 @@ class Runtime(ABC):
 
     def close(self) -> None:
         """Free what `open` took. Closing twice is allowed."""
+
+    def refuse_device(self, cuda: bool = True) -> None:
+        """`EngineError` if the engine does not run on `device`; `cuda` says whether it can use a GPU here."""
+        allowed = [each for each in self.devices if cuda or each != "cuda"]
+        if self.device not in allowed:
+            raise EngineError(
+                f"engine {self.engine}: expected a device of {', '.join(allowed)} here, found '{self.device}'"
+            )
 
     @property
     @abstractmethod
@@ -171,8 +182,7 @@ def serving_engine(artifact: Artifact) -> str:
     return "triton_vllm" if artifact.runtime == "vllm" else "triton"
 
 
-def refuse_device(engine: str, device: str, allowed: Iterable[str]) -> None:
-    """`EngineError` if `device` is none of those an engine has here."""
-    allowed = tuple(allowed)
-    if device not in allowed:
-        raise EngineError(f"engine {engine}: expected a device of {', '.join(allowed)} here, found '{device}'")
+def device_for(engine: str, wanted: str) -> str:
+    """The device that an engine is measured on where others are on `wanted`: that one, or the only one it has."""
+    devices: tuple[str, ...] = plugins.load("runtimes.engines", engine, "RUNTIME").devices
+    return devices[0] if len(devices) == 1 else wanted

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from runtimes.base import DEVICES
 from runtimes.command import command, existing_folder, parser
 from runtimes.environment import environment
 from runtimes.errors import InputError
@@ -28,10 +29,10 @@ def main(argv: list[str] | None = None) -> int:
         subjects = [subject for subject in subjects if not subject.options.get("compiled")]
     if not subjects:
         raise InputError(f"expected artifacts that can run here in {repository}, found none; run python -m export.all")
-    for model in sorted({subject.artifact.model for subject in subjects}):
-        if not has_baseline(model, subjects):
-            remedy = f"python -m export.all --target torch --model {model}"
-            print(f"no baseline for {model}; make one: {remedy}", file=sys.stderr)
+    artifacts = [subject.artifact for subject in subjects]
+    for model in sorted({each.model for each in artifacts if not has_baseline(each, subjects)}):
+        remedy = f"python -m export.all --target torch --model {model}"
+        print(f"no torch eager of the same checkpoint beside {model}; make one: {remedy}", file=sys.stderr)
     found = environment(arguments.threads)  # before: the load is that of the others
     scenarios = SCENARIOS if "all" in arguments.scenario else arguments.scenario or SCENARIOS[:1]
     rows: list[Row] = []
@@ -84,7 +85,8 @@ def _parser() -> Any:
     result.add_argument("--scenario", action="append", default=[], choices=(*SCENARIOS, "all"),
                         help="what load (default: single-stream)")  # fmt: skip
     result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    result.add_argument("--device", choices=DEVICES, default="cpu",
+                        help="where engines run that can run there (default: cpu)")  # fmt: skip
     result.add_argument("--threads", type=int, default=1, help="threads of each engine (default: 1)")
     result.add_argument("--seconds", type=float, default=0.2, help="length of a window (default: 0.2)")
     result.add_argument("--rounds", type=int, default=10, help="windows for each engine (default: 10)")

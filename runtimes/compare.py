@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtimes.artifact import write_json
+from runtimes.base import DEVICES
 from runtimes.command import command, parser, table
 from runtimes.environment import environment
 from runtimes.errors import EngineError, InputError
@@ -205,7 +206,8 @@ def _parser() -> Any:
     result.add_argument("--clock", choices=CLOCKS, default="wall",
                         help="wall: latency; cpu: CPU time of a call, where others use the machine")  # fmt: skip
     result.add_argument("--fail-slower", type=float, default=0.0, metavar="PERCENT", help="tolerate this much")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    result.add_argument("--device", choices=DEVICES, default="cpu",
+                        help="where engines run that can run there (default: cpu)")  # fmt: skip
     result.add_argument("--threads", type=int, default=1, help="threads of each engine (default: 1)")
     result.add_argument("--out", type=Path, help="write the comparison to this file")
     result.add_argument("--json", action="store_true", help="print JSON only")

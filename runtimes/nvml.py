@@ -9,10 +9,7 @@ from typing import Any
 
 _GRAPHICS, _SM, _MEMORY = 0, 1, 2  # nvmlClockType_t
 _MOST_PROCESSES = 256
-
-
-class _Memory(ctypes.Structure):  # nvmlMemory_t
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+_NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, of a process whose memory the driver does not tell
 
 
 class _Process(ctypes.Structure):  # nvmlProcessInfo_t, as nvmlDeviceGetComputeRunningProcesses_v3 fills it
@@ -31,18 +28,14 @@ class Nvml:
         self.library = library
         self.device = device
 
-    def memory_bytes(self) -> int | None:
-        """What is in use on the whole GPU, by whomever."""
-        found = _Memory()
-        return int(found.used) if self._ask("nvmlDeviceGetMemoryInfo", ctypes.byref(found)) else None
-
-    def process_bytes(self) -> dict[int, int]:
+    def process_bytes(self) -> dict[int, int | None]:
         """By process id, what computing processes hold. Inside a container the ids may be those of the host."""
         count = ctypes.c_uint(_MOST_PROCESSES)
         found = (_Process * _MOST_PROCESSES)()
         if not self._ask("nvmlDeviceGetComputeRunningProcesses_v3", ctypes.byref(count), found):
             return {}
-        return {int(each.pid): int(each.used) for each in found[: count.value]}
+        known = ((int(each.pid), int(each.used)) for each in found[: count.value])
+        return {pid: None if used == _NOT_AVAILABLE else used for pid, used in known}
 
     def state(self) -> dict[str, int | str | None]:
         """Driver, clocks in MHz, power limit in milliwatts, MIG mode, and the mask of reasons for lower clocks."""

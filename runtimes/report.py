@@ -12,16 +12,17 @@ from typing import Any
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import InputError
 from runtimes.plots import Series, bars, curves, strips
-from runtimes.results import Row, load_results, milliseconds, name_of, note_of, number, sizes_text, times_eager
+from runtimes.results import COLUMNS, Row, load_results, name_of, sizes_text, table_of, times_eager
 
 STYLE = Path(__file__).with_name("report.css")
-HEADER = ("scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p99 ms", "rows/s", "MB",
-          "x eager", "agreement", "note")  # fmt: skip
+SHOWN = [name for name in COLUMNS if name != "model"]  # each has a table of its own
+TEXTS = ("scenario", "sizes", "engine", "device", "note")
 READING = (
     "Milliseconds are of one call. A percentile is pooled from raw samples; a dash stands where there are too few to "
     "speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times as fast as torch eager in "
     "float32, measured in turns with it. Agreement: the worst check of decisions against the original, when it was "
-    "exported. Unstable: the last three windows differed by more than 10 %."
+    "exported. Device ms: the median time on the GPU between events around a call, where the engine shows its stream. "
+    "Unstable: the last three windows differed by more than 10 %."
 )
 
 
@@ -62,8 +63,9 @@ def section(model: str, rows: Sequence[Row]) -> str:
     """What is known of one model: a figure for each question that its rows can answer, and all figures as a table."""
     parts = [f'<h2 id="{escape(model)}">{escape(model)}</h2>']
     parts += [figure_of(*each) for each in figures(rows) if each[2]]
-    head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in table_line(rows, row))}</tr>" for row in rows)
+    header, cells = table_of(rows, SHOWN)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in cells)
     parts.append(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>')
     return "".join(parts)
 
@@ -128,29 +130,14 @@ def figure_of(title: str, caption: str, drawn: str) -> str:
     return f"<h3>{escape(title)}</h3><figure><figcaption>{escape(caption)}</figcaption>{drawn}</figure>"
 
 
-def table_line(rows: Sequence[Row], row: Row) -> list[str]:
-    head = [row["scenario"], sizes_text(row), name_of(row)]
-    if "failed" in row:
-        return [*head, *["-"] * (len(HEADER) - 4), row["failed"]]
-    return [
-        *head,
-        number(row["load_s"], 2),
-        number(row["first_call_s"] * 1e3, 1),
-        *(milliseconds(row[f"p{p}_s"]) for p in (50, 90, 99)),
-        number(row["rows_per_s"], 0),
-        number(row["memory_bytes"] / 1e6, 0),
-        number(times_eager(rows, row), 2),
-        number(row["agreement"], 3),
-        note_of(row),
-    ]
-
-
 def markdown(results: Mapping[str, Any]) -> str:
     """The same tables in Markdown, below what they depend on."""
     lines = ["# Benchmark", "", *(f"* {key}: {value}" for key, value in environment_lines(results["environment"])), ""]
     for model, rows in models_of(results["rows"]).items():
-        lines += [f"## {model}", "", f"| {' | '.join(HEADER)} |", "|---" * 3 + "|--:" * (len(HEADER) - 4) + "|---|"]
-        lines += [f"| {' | '.join(_cell(text) for text in table_line(rows, row))} |" for row in rows]
+        header, cells = table_of(rows, SHOWN)
+        lines += [f"## {model}", "", f"| {' | '.join(header)} |"]
+        lines.append("".join("|---" if name in TEXTS else "|--:" for name in header) + "|")
+        lines += [f"| {' | '.join(map(_cell, line))} |" for line in cells]
         lines.append("")
     return "\n".join([*lines, READING, ""])
 

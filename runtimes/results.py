@@ -1,6 +1,6 @@
 """Results files: rows with their raw samples, the same for every scenario, and the table of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, i
         "model": artifact.model,
         "target": artifact.target,
         "precision": artifact.precision,
+        "checkpoint": artifact.checkpoint,
         "engine": label,
         "scenario": scenario,
         "sizes": dict(sizes),
@@ -104,6 +105,11 @@ def name_of(row: Row) -> str:
     return " ".join(parts)
 
 
+def device_of(row: Row) -> str:
+    """Where a row was measured; before rows told it, all were measured on a CPU."""
+    return str(row.get("device", "cpu"))
+
+
 def sizes_text(row: Row) -> str:
     """`batch=8 time=30`, and what else sets this row apart within its scenario."""
     parts = [f"{name}={size}" for name, size in row["sizes"].items()]
@@ -115,9 +121,9 @@ def sizes_text(row: Row) -> str:
 
 
 def eager_row(rows: Sequence[Row], row: Row) -> Row | None:
-    """Torch eager in fp32 at the same sizes under the same load, if it is in the file."""
-    wanted = [*(row[key] for key in ("model", "scenario", "sizes")), row.get("lanes"), BASELINE, "fp32"]
-    keys = ("model", "scenario", "sizes", "lanes", "engine", "precision")
+    """Torch eager in fp32 of the same checkpoint, at the same sizes under the same load, if it is in the file."""
+    keys = ("model", "checkpoint", "scenario", "sizes", "lanes", "engine", "precision")
+    wanted = [*(row.get(key) for key in keys[:-2]), BASELINE, "fp32"]
     same = (other for other in rows if [other.get(key) for key in keys] == wanted and "rate_per_s" not in other)
     return next((other for other in same if "failed" not in other), None)
 
@@ -130,26 +136,21 @@ def times_eager(rows: Sequence[Row], row: Row) -> float | None:
 
 def row_table(rows: Sequence[Row]) -> str:
     """The rows as text, each with its median as a multiple of torch eager's speed in the same run."""
-    header = ["model", "scenario", "sizes", "engine", "load s", "first ms", "p50 ms", "p90 ms", "p95 ms", "p99 ms"]
-    header += ["rows/s", "MB", "x eager", "agreement", "note"]
-    return table(header, [table_line(rows, row) for row in rows])
+    return table(*table_of(rows, COLUMNS))
 
 
-def table_line(rows: Sequence[Row], row: Row) -> list[str]:
-    head = [row["model"], row["scenario"], sizes_text(row), name_of(row)]
+def table_of(rows: Sequence[Row], columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and a line for each row. What no row has to tell, of a GPU above all, has no column."""
+    lines = [{name: COLUMNS[name](rows, row) for name in HEAD} | _figures(rows, row) for row in rows]
+    header = [name for name in columns if name not in SELDOM or any(line[name] != SELDOM[name] for line in lines)]
+    return header, [[line[name] for name in header] for line in lines]
+
+
+def _figures(rows: Sequence[Row], row: Row) -> dict[str, str]:
+    rest = [name for name in COLUMNS if name not in HEAD]
     if "failed" in row:
-        return [*head, *["-"] * 10, row["failed"]]
-    return [
-        *head,
-        f"{row['load_s']:.2f}",
-        f"{row['first_call_s'] * 1e3:.1f}",
-        *(milliseconds(row[f"p{p}_s"]) for p in SAMPLES_FOR),
-        f"{row['rows_per_s']:.0f}",
-        f"{row['memory_bytes'] / 1e6:.0f}",
-        number(times_eager(rows, row), 2),
-        number(row["agreement"], 3),
-        note_of(row),
-    ]
+        return {**dict.fromkeys(rest, "-"), "note": row["failed"]}
+    return {name: COLUMNS[name](rows, row) for name in rest}
 
 
 def note_of(row: Row) -> str:
@@ -167,8 +168,38 @@ def milliseconds(seconds: float | None) -> str:
     return number(None if seconds is None else seconds * 1e3, 3)
 
 
+def megabytes(size: float | None) -> float | None:
+    return None if size is None else size / 1e6
+
+
 def number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percentile_ms(p: int) -> Callable[[Sequence[Row], Row], str]:
+    return lambda rows, row: milliseconds(row[f"p{p}_s"])
+
+
+# The columns of a table: what each says of a row among rows.
+COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
+    "model": lambda rows, row: row["model"],
+    "scenario": lambda rows, row: row["scenario"],
+    "sizes": lambda rows, row: sizes_text(row),
+    "engine": lambda rows, row: name_of(row),
+    "device": lambda rows, row: device_of(row),
+    "load s": lambda rows, row: number(row["load_s"], 2),
+    "first ms": lambda rows, row: number(row["first_call_s"] * 1e3, 1),
+    **{f"p{p} ms": _percentile_ms(p) for p in SAMPLES_FOR},
+    "device ms": lambda rows, row: milliseconds(row["device_p50_s"]),
+    "rows/s": lambda rows, row: number(row["rows_per_s"], 0),
+    "MB": lambda rows, row: number(row["memory_bytes"] / 1e6, 0),
+    "GPU MB": lambda rows, row: number(megabytes(row["gpu_memory_bytes"]), 0),
+    "x eager": lambda rows, row: number(times_eager(rows, row), 2),
+    "agreement": lambda rows, row: number(row["agreement"], 3),
+    "note": lambda rows, row: note_of(row),
+}
+HEAD = ("model", "scenario", "sizes", "engine", "device")  # what is known of a row that failed as well
+SELDOM = {"device": "cpu", "device ms": "-", "GPU MB": "-"}  # columns that are left out where every row says this
 
 
 def run_medians(row: Row, clock: str) -> np.ndarray:

@@ -5,7 +5,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,22 @@ GONE = (FileNotFoundError, ProcessLookupError)
 
 @dataclass(kw_only=True, slots=True)
 class Peak:
-    """The most memory that a process and its descendants held together, in bytes; on the GPU None without one."""
+    """The most memory that a process and its descendants held together, in bytes.
+
+    On the GPU it is None unless the driver tells what they hold: not without a GPU, nor where a container gives its
+    processes other ids than the driver knows them by.
+    """
 
     memory_bytes: int = 0
     gpu_memory_bytes: int | None = None
 
-    def keep(self, pids: list[int], gpu_bytes: dict[int, int] | None) -> None:
+    def keep(self, pids: list[int], gpu_bytes: Mapping[int, int | None]) -> None:
         resident = [_resident_bytes(pid, lone=len(pids) == 1) for pid in pids]
         self.memory_bytes = max(self.memory_bytes, sum(resident))
-        if gpu_bytes is not None:
-            held = sum(gpu_bytes.get(pid, 0) for pid in pids)
-            self.gpu_memory_bytes = max(self.gpu_memory_bytes or 0, held)
+        held = [gpu_bytes[pid] for pid in pids if pid in gpu_bytes]
+        known = [each for each in held if each is not None]
+        if known and len(known) == len(held):
+            self.gpu_memory_bytes = max(self.gpu_memory_bytes or 0, sum(known))
 
 
 class Sampler:
@@ -121,7 +126,7 @@ def main() -> None:
 
 def _sample(peaks: dict[int, Peak]) -> None:
     library = nvml()
-    gpu_bytes = library.process_bytes() if library and peaks else None
+    gpu_bytes = library.process_bytes() if library and peaks else {}
     for pid, peak in peaks.items():
         peak.keep(list(tree(pid)), gpu_bytes)
 

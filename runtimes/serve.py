@@ -37,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--allow-control", action="store_true", help="let every client change log and trace settings and map memory"
     )
-    arguments.add_argument("--log", type=Path, help="keep the server's own log in this file")
+    arguments.add_argument(
+        "--log", type=Path, help="keep Triton's own log in this file, 64 MiB and as much before; - is stderr"
+    )
     given = arguments.parse_args(argv)
     repository = existing_folder(given.repository, "models")
     if not any(repository.glob("*/config.pbtxt")):
@@ -45,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if given.host != LOOPBACK:
         print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
     ports = {name: getattr(given, name) for name in ("http_port", "grpc_port", "metrics_port")}
-    more = {"open_to_all": given.allow_control, "log": given.log}
+    log = sys.stderr.buffer if given.log == Path("-") else given.log
+    more = {"open_to_all": given.allow_control, "log": log}
     server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, **more)
     with suppress(Stopped), stopping_on_signals(), server:
         watch(server)

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from runtimes.artifact import Artifact
+from runtimes.base import device_for
 from runtimes.measure import Measurement, Sizes
 from runtimes.repository import home_of, published
 from runtimes.results import BASELINE, Row
@@ -28,25 +29,27 @@ def choose(
 ) -> Iterator[Subject]:
     """The newest artifact of every model and target that was run where it was made; torch also compiled.
 
-    With `served`, artifacts that Triton can serve once more through it.
+    An engine that has one device only is measured on that. With `served`, artifacts that Triton can serve once more
+    through it.
     """
     for root in published(repository):
         artifact = Artifact.load(root)
         wanted = (not models or artifact.model in models) and (not targets or artifact.target in (*targets, BASELINE))
         if not wanted or not artifact.facts.ran:
             continue
-        subject = Subject(artifact=artifact, root=root, label=artifact.target, options=options)
+        own = {**options, "device": device_for(artifact.runtime, options["device"])}
+        subject = Subject(artifact=artifact, root=root, label=artifact.target, options=own)
         yield subject
         if artifact.target == BASELINE:
-            yield replace(subject, label="torch.compile", options={**options, "compiled": True})
+            yield replace(subject, label="torch.compile", options={**own, "compiled": True})
         if served and root.is_relative_to(home_of(repository, True)):
             yield replace(subject, label="triton", served=True)
 
 
-def has_baseline(model: str, subjects: Sequence[Subject]) -> bool:
-    """Whether torch eager in fp32 is measured beside this model."""
-    found = ((each.label, each.artifact.precision, each.artifact.model) for each in subjects)
-    return (BASELINE, "fp32", model) in found
+def has_baseline(artifact: Artifact, subjects: Sequence[Subject]) -> bool:
+    """Whether torch eager in fp32 of the same checkpoint is measured beside this artifact."""
+    eager = [each.artifact for each in subjects if (each.label, each.artifact.precision) == (BASELINE, "fp32")]
+    return (artifact.model, artifact.checkpoint) in ((each.model, each.checkpoint) for each in eager)
 
 
 def measure(subjects: Sequence[Subject], scenarios: Sequence[str], settings: Settings) -> Iterator[Row]:

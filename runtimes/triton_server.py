@@ -16,6 +16,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
@@ -115,8 +116,9 @@ class TritonServer(BackgroundServer):
 
     Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
     `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
-    the others are served. `log` keeps the server's output. The control interfaces answer only who knows `control_key`,
-    which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not get ready.
+    the others are served. `log`, a file or a stream, gets the server's output. The control interfaces answer only who
+    knows `control_key`, which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not
+    get ready.
     """
 
     name = "Triton"
@@ -136,7 +138,7 @@ class TritonServer(BackgroundServer):
         poll_s: int | None = None,
         strict: bool = True,
         open_to_all: bool = False,
-        log: Path | None = None,
+        log: Path | IO[bytes] | None = None,
         start_timeout_s: float | None = None,
     ) -> None:
         usual_s = VLLM_START_TIMEOUT_S if has_vllm(repository) else START_TIMEOUT_S

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from runtimes.background_server import LOOPBACK, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
@@ -58,7 +58,7 @@ class VllmServer(BackgroundServer):
         device: str = "cpu",
         threads: int = 1,
         port: int | None = None,
-        log: Path | None = None,
+        log: Path | IO[bytes] | None = None,
         start_timeout_s: float = 300.0,
     ) -> None:
         super().__init__(log=log, start_timeout_s=start_timeout_s)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,21 +12,34 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes import bench, suite, turns
+from runtimes import bench, plugins, suite, turns
 from runtimes.artifact import Artifact, Check
+from runtimes.base import DEVICES, device_for
 from runtimes.measure import Measurement, Worker
 from runtimes.repository import find
-from runtimes.results import load_results, row_table
+from runtimes.results import load_results, row_table, times_eager
 from runtimes.sampler import Peak
 from runtimes.scenarios import Window
 from runtimes.statistics import SAMPLES_FOR
 from runtimes.turns import Settings, Subject, Taken, joined
-from tests.toys import gone, needs_server
+from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
 KEYS = {
-    *("model", "target", "precision", "engine", "scenario", "sizes", "load_s", "first_call_s", "p50_s", "p90_s"),
+    *(
+        "model",
+        "target",
+        "precision",
+        "checkpoint",
+        "engine",
+        "scenario",
+        "sizes",
+        "load_s",
+        "first_call_s",
+        "p50_s",
+        "p90_s",
+    ),
     *("p95_s", "p99_s", "rows_per_s", "memory_bytes", "agreement", "samples_s"),
 }
 
@@ -226,6 +240,30 @@ def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp3
     return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
 
 
+def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_path: Path) -> None:
+    """With one engine refusing the device, a benchmark on a GPU would always fail."""
+    engines = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
+    for target, engine in engines.items():
+        make(tmp_path / f"doubling_{target}" / "1", DOUBLING, target=target, runtime=engine)
+    for wanted, expected in (
+        ("cuda", {"torch": "cuda", "torch.compile": "cuda", "onnx": "cuda", "openvino": "cpu", "tensorrt": "cuda"}),
+        ("cpu", {"torch": "cpu", "torch.compile": "cpu", "onnx": "cpu", "openvino": "cpu", "tensorrt": "cuda"}),
+    ):
+        subjects = list(suite.choose(tmp_path, [], [], {"device": wanted, "threads": 1}))
+        point = {"scenario": "offline", "sizes": {"batch": 1}, "more": {}, "result": measurement([[0.1]])}
+        rows = [joined([Taken(subject=each, **point)]) for each in subjects]
+        assert {row["engine"]: row["device"] for row in rows} == expected
+        assert {each.label: each.options["device"] for each in subjects} == expected
+        assert all(each.options["threads"] == 1 for each in subjects)
+
+
+@pytest.mark.parametrize("engine", plugins.names("runtimes.engines"))
+def test_the_device_an_engine_is_measured_on_is_one_it_has(engine: str) -> None:
+    has = plugins.load("runtimes.engines", engine, "RUNTIME").devices
+    assert has
+    assert all(device_for(engine, wanted) in has for wanted in DEVICES)
+
+
 def test_a_row_tells_what_the_conversion_cost() -> None:
     found = row("onnx", 10)
     assert (found["agreement"], found["agreement_check"], found["difference"]) == (0.5, "same", 0.1)
@@ -236,6 +274,23 @@ def test_a_table_says_how_many_times_as_fast_as_eager_each_engine_is() -> None:
     header, _, *lines = row_table(rows).splitlines()
     end = header.index("x eager") + len("x eager")
     assert [line[:end].split()[-1] for line in lines] == ["1.00", "4.00", "2.00"]
+
+
+def test_only_eager_of_the_same_checkpoint_is_a_baseline(
+    gru_repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, other = row("torch", 10, 0.004), {**row("onnx", 10, 0.002), "checkpoint": "another"}
+    assert times_eager([eager, other], other) is None
+    assert times_eager([eager, other], {**other, "checkpoint": eager["checkpoint"]}) == pytest.approx(2)
+    onnx = next(suite.choose(gru_repository, [], [], {}))
+    torch = replace(onnx, label="torch")
+    retrained = replace(torch, artifact=replace(torch.artifact, checkpoint="another"))
+    monkeypatch.setattr(bench, "measure", lambda *_: iter([]))
+    for beside, found in ((torch, False), (retrained, True)):
+        monkeypatch.setattr(bench, "choose", lambda *_, beside=beside: iter([onnx, beside]))
+        capsys.readouterr()
+        assert bench.main(["--repository", str(gru_repository)]) == 0
+        assert ("no torch eager of the same checkpoint" in capsys.readouterr().err) == found
 
 
 @pytest.mark.parametrize(("eager", "other"), [(10, 3), (3, 10), (3, 3)])

@@ -13,6 +13,7 @@ import pytest
 
 from runtimes import measure
 from runtimes.base import open_runtime
+from runtimes.device import gpu
 from runtimes.errors import EngineError
 from runtimes.measure import Worker, interpreter
 from runtimes.repository import find
@@ -106,6 +107,15 @@ def test_an_engine_that_cannot_open_says_why(root: Path, started_pids: list[int]
         Worker(root, {"device": "tpu"})
     assert len(started_pids) == 1
     assert gone(started_pids[0])
+
+
+@pytest.mark.skipif(gpu() is not None, reason="there is a GPU")
+def test_onnx_runtime_asked_for_a_gpu_that_is_not_there_does_not_run_on_the_cpu(
+    root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(EngineError, match="expected CUDAExecutionProvider, it fell back to CPUExecutionProvider"):
+        open_runtime(root, device="cuda").open()
+    assert capfd.readouterr().out == ""
 
 
 def test_sizes_that_an_artifact_does_not_have_are_named(worker: Worker) -> None:

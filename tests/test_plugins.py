@@ -33,14 +33,15 @@ ENGINE = '''
 
 import numpy as np
 
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 
 
 class Summing(Runtime):
     engine = "summing"
+    devices = ("cpu",)
 
     def open(self):
-        refuse_device(self.engine, self.device, ("cpu",))
+        self.refuse_device()
         self.factor = np.load(self.root / "factor.npy")
 
     def infer(self, feeds):

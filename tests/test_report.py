@@ -105,9 +105,27 @@ def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     assert (tmp_path / "summary.md").read_text() == printed
     lines = [line for line in printed.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(ROWS)
-    assert {line.count("|") for line in lines} == {len(report.HEADER) + 1}
+    assert len({line.count("|") for line in lines}) == 1
     (int8,) = (line for line in lines if "onnx int8" in line)
     assert "| 8.00 | 0.970 |" in int8
+
+
+def test_what_a_gpu_took_has_columns_where_a_row_has_any(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"device": "cuda", "device_p50_s": 0.00025, "gpu_memory_bytes": 70_000_000}
+    on_gpu = row("torch", 4.0, **figures)
+    assert report.main([str(results)]) == 0
+    assert "device" not in capsys.readouterr().out.replace(report.READING, "")
+    write_json(tmp_path / "gpu.json", {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": [*ROWS, on_gpu]})
+    assert report.main([str(tmp_path / "gpu.json")]) == 0
+    header, _, first, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    names, cpu, gpu = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, last))
+    told = [names.index(name) for name in ("device", "device ms", "GPU MB")]
+    assert [cpu[i] for i in told] == ["cpu", "-", "-"]
+    assert [gpu[i] for i in told] == ["cuda", "0.250", "70"]
+    assert report.main([str(tmp_path / "gpu.json"), "--html", str(tmp_path / "gpu.html")]) == 0
+    assert "<th>device ms</th>" in (tmp_path / "gpu.html").read_text()
 
 
 def test_an_empty_or_strange_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,17 +185,84 @@ def test_what_was_not_measured_is_named_with_the_command(tmp_path: Path, capsys:
     assert len(commands) == 3
 
 
-def test_figures_of_another_machine_are_marked_as_such(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, found = advice(results, capsys, "--device", "colab-t4")
-    assert any(
-        "measured on Toy CPU, not on Tesla T4: agreement carries over, times do not" in w for w in found["warnings"]
-    )
-    assert any("--profile colab-t4: loading nf4" in line for line in found["findings"]["out-of-memory"])
-    assert any("within 15032 MB" in line for line in found["findings"]["out-of-memory"])
+def test_what_was_not_stable_or_failed_is_said_first(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warnings = advice(results, capsys)[1]["warnings"]
     assert not any("not on" in warning for warning in warnings)
     assert any("not stable while measured: torch.compile" in warning for warning in warnings)
     assert any("openvino cannot <open> it" in warning for warning in warnings)
+
+
+def test_of_another_machine_only_agreement_carries_over_and_nothing_is_chosen(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of a CPU once ended in a choice for a T4."""
+    status, found = advice(results, capsys, "--device", "colab-t4", "--agreement", "0.99")
+    assert (status, found["choose"]) == (1, None)
+    assert found["measure"].startswith("python -m runtimes.bench --model toy --device cuda --scenario all --out ")
+    (warning,) = found["warnings"]
+    assert warning == "measured on Toy CPU, not on Tesla T4: agreement carries over, times and memory do not"
+    memory, slow, accuracy = (found["findings"][problem] for problem in advise.PROBLEMS)
+    assert memory[0] == slow[0] == f"not measured on Tesla T4; {found['measure']}"
+    assert "--profile colab-t4: loading nf4" in memory[1]
+    assert "decide as the original does on all that they were proved on: torch, torch.compile, onnx" in accuracy
+    assert {option["name"]: option["misses"] for option in found["options"]}["onnx int8"] == ["agreement"]
+    assert {option["p50_s"] for option in found["options"]} == {None}
+    capsys.readouterr()
+    assert advise.main(["toy", "--results", str(results), "--device", "colab-t4"]) == 1
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"nothing to choose from yet; measure there: {found['measure']}"
+    assert not re.search("fastest|choose onnx", said)
+
+
+GPU_ROWS = [
+    row("torch", 2.0, device="cuda", gpu_memory_bytes=900_000_000),
+    row("torch", 1.0, device="cuda", precision="bf16", gpu_memory_bytes=450_000_000),
+    row("openvino", 0.5, device="cpu"),
+]
+
+
+def of_a_gpu(path: Path, rows: list[Row], gpu: str = "Tesla T4 sm_75") -> Path:
+    write_json(path, {"schema": SCHEMA, "environment": {**ENVIRONMENT, "gpu": gpu}, "rows": rows})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        (["--device", "colab-t4"], "torch bf16"),
+        (["--device", "cuda"], "torch bf16"),
+        (["--device", "cpu"], "openvino"),
+        (["--device", "cuda", "--memory-mb", "500"], "torch bf16"),
+        (["--device", "cuda", "--memory-mb", "400"], None),
+        (["--device", "colab-a100"], None),
+    ],
+)
+def test_advice_is_from_the_rows_of_the_device_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], chosen: str | None
+) -> None:
+    _, found = advice(of_a_gpu(tmp_path / "gpu.json", GPU_ROWS), capsys, *arguments)
+    assert found["choose"] == chosen
+    assert bool(found["measure"]) == ("colab-a100" in arguments)
+
+
+def test_memory_of_a_gpu_that_is_not_known_is_not_that_of_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = of_a_gpu(tmp_path / "gpu.json", [{**each, "gpu_memory_bytes": None} for each in GPU_ROWS])
+    status, found = advice(path, capsys, "--device", "cuda", "--memory-mb", "100000")
+    assert (status, found["choose"]) == (1, None)
+    assert {miss for option in found["options"] for miss in option["misses"]} == {"memory, which is not known"}
+    assert "not known: the driver told no memory of these processes" in found["findings"]["out-of-memory"][0]
+    assert advice(path, capsys, "--device", "colab-t4")[1]["choose"] == "torch bf16", "it ran there, so it fits"
+
+
+def test_what_failed_on_the_device_is_told_where_nothing_else_was_measured_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {**GPU_ROWS[0], "failed": "CUDA out of memory"}
+    _, found = advice(of_a_gpu(tmp_path / "gpu.json", [failed, GPU_ROWS[2]]), capsys, "--device", "cuda")
+    assert found["choose"] is None
+    assert any("torch could not be measured" in each and "CUDA out of memory" in each for each in found["warnings"])
 
 
 def test_one_branch_can_be_asked_for_and_the_text_ends_with_the_choice(

@@ -13,7 +13,7 @@ from runtimes import device_time, nvml
 from runtimes.device import gpu
 from runtimes.device_time import DeviceTimer
 from runtimes.errors import EngineError
-from runtimes.sampler import Sampler, tree
+from runtimes.sampler import Peak, Sampler, tree
 from tests.toys import gone, wait_for
 
 HOLD = "import sys; held = b'1' * int(sys.argv[1]); print(len(held), flush=True); sys.stdin.read()"
@@ -40,7 +40,7 @@ def test_a_peak_is_what_a_process_held(sampler: Sampler) -> None:
         sampler.watch(process.pid)
     difference = sampler.peak(large.pid).memory_bytes - sampler.peak(small.pid).memory_bytes
     assert 195 * MB < difference < 205 * MB
-    assert sampler.peak(large.pid).gpu_memory_bytes is None or sampler.peak(large.pid).gpu_memory_bytes == 0
+    assert sampler.peak(large.pid).gpu_memory_bytes is None, "neither holds anything on a GPU"
     for process in (small, large):
         process.communicate()
 
@@ -75,23 +75,20 @@ def test_the_sampler_ends_with_its_context() -> None:
 
 
 def test_structures_of_nvml_are_laid_out_as_in_its_header() -> None:
-    """nvml.h: nvmlProcessInfo_t is pid, usedGpuMemory, two instance ids; nvmlMemory_t three unsigned long longs."""
+    """nvml.h: nvmlProcessInfo_t is pid, usedGpuMemory, two instance ids."""
     fields = {name: getattr(nvml._Process, name).offset for name, _ in nvml._Process._fields_}
     assert fields == {"pid": 0, "used": 8, "gpu_instance": 16, "compute_instance": 20}
-    assert (ctypes.sizeof(nvml._Process), ctypes.sizeof(nvml._Memory)) == (24, 24)
+    assert ctypes.sizeof(nvml._Process) == 24
 
 
 class Library:
-    """Answers as NVML would for one GPU with one process of 3 GB, and knows no MIG."""
-
-    def nvmlDeviceGetMemoryInfo(self, device: object, found: Any) -> int:
-        found._obj.used = 5_000_000_000
-        return 0
+    """Answers as NVML would for one GPU with a process of 3 GB and one it does not tell of, and knows no MIG."""
 
     def nvmlDeviceGetComputeRunningProcesses_v3(self, device: object, count: Any, found: Any) -> int:
         assert count._obj.value == len(found)
-        count._obj.value = 1
+        count._obj.value = 2
         found[0].pid, found[0].used = 42, 3_000_000_000
+        found[1].pid, found[1].used = 43, 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE
         return 0
 
     def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
@@ -111,10 +108,31 @@ class Library:
 
 def test_what_a_driver_does_not_answer_is_none() -> None:
     found = nvml.Nvml(Library(), ctypes.c_void_p())
-    assert found.memory_bytes() == 5_000_000_000
-    assert found.process_bytes() == {42: 3_000_000_000}
+    assert found.process_bytes() == {42: 3_000_000_000, 43: None}
     state = found.state()
     assert (state["driver"], state["sm_mhz"], state["mig"]) == ("570.1", 1410, None)
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ([{42: 3 * MB, 43: 2 * MB, 99: 70 * MB}], 5 * MB),
+        ([{42: 3 * MB}, {42: 1 * MB}], 3 * MB),
+        ([{7: 3 * MB}], None),  # ids of a host, seen from within a container
+        ([{}], None),
+        ([{42: None}], None),
+        ([{42: 3 * MB, 43: None}], None),  # 3 MB would be too little
+        ([{}, {42: 3 * MB}], 3 * MB),
+        ([{42: 0}], 0),
+    ],
+)
+def test_memory_on_the_gpu_is_known_only_where_the_driver_tells_it(
+    told: list[dict[int, int | None]], expected: int | None
+) -> None:
+    peak = Peak()
+    for gpu_bytes in told:
+        peak.keep([42, 43], gpu_bytes)
+    assert peak.gpu_memory_bytes == expected
 
 
 @pytest.mark.skipif(gpu() is not None, reason="there is a GPU")

@@ -124,19 +124,42 @@ def test_a_missing_server_is_an_error_that_says_how_to_get_one(small: Path, monk
         TritonServer(small).__enter__()
 
 
+def serving(repository: Path) -> list[str]:
+    """A command that serves the repository at free ports, which are its last arguments."""
+    ports = zip(("http", "grpc", "metrics"), choose_ports("127.0.0.1", (None, None, None)), strict=True)
+    arguments = (f"--{service}-port={port}" for service, port in ports)
+    return [sys.executable, "-m", "runtimes.serve", "--repository", str(repository), *arguments]
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_what_it_serves_and_stops_cleanly(small: Path, sign: signal.Signals) -> None:
-    http, grpc, metrics = choose_ports("127.0.0.1", (None, None, None))
-    ports = [f"--http-port={http}", f"--grpc-port={grpc}", f"--metrics-port={metrics}"]
-    command = [sys.executable, "-m", "runtimes.serve", "--repository", str(small), *ports]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as serving:
-        assert serving.stdout
-        lines = [serving.stdout.readline().strip() for _ in range(4)]
-        serving.send_signal(sign)
-        _, errors = serving.communicate(timeout=120)
-    assert lines[0] == f"HTTP     http://127.0.0.1:{http}"
+    command = serving(small)
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout
+        lines = [started.stdout.readline().strip() for _ in range(4)]
+        started.send_signal(sign)
+        _, errors = started.communicate(timeout=120)
+    assert lines[0] == f"HTTP     http://127.0.0.1:{command[-3].rpartition('=')[2]}"
     assert lines[3] == "doubling_onnx 1 READY"
-    assert (serving.returncode, errors) == (0, "")
+    assert (started.returncode, errors) == (0, "")
+
+
+def test_the_servers_own_log_goes_to_stderr_if_asked(small: Path) -> None:
+    command = [*serving(small), "--log", "-"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout
+        while "READY" not in (line := started.stdout.readline()):
+            assert line
+        with drafting(small) as draft:
+            version = publish(draft, toys.make(draft, toys.DOUBLING, key="new"), small)
+        (version / "model.onnx").write_bytes(b"not a model")
+        while "2 UNAVAILABLE" not in (line := started.stdout.readline()):
+            assert line
+        started.send_signal(signal.SIGTERM)
+        _, errors = started.communicate(timeout=120)
+    assert started.returncode == 0
+    assert "Started HTTPService" in errors
+    assert "model.onnx: expected sha256" in errors
 
 
 def test_serve_refuses_a_repository_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,13 @@
 """ONNX Runtime on CPU or CUDA."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
 
-from runtimes.base import CarriedStream, Runtime, refuse_device
+from runtimes.base import CarriedStream, Runtime
 from runtimes.errors import EngineError, one_line, require
 from runtimes.tensors import Tensors
 
@@ -21,7 +23,10 @@ class OnnxRuntime(Runtime):
 
     def open(self) -> None:
         ort = require("onnxruntime", extra="onnx")
-        refuse_device(self.engine, self.device, PROVIDERS)
+        self.refuse_device()
+        if self.device == "cuda":  # finds CUDA also where torch's packages put it; it prints what it misses
+            with redirect_stdout(sys.stderr):
+                ort.preload_dlls()
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1

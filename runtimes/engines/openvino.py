@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.errors import EngineError, one_line, require
 from runtimes.tensors import Tensors
 
@@ -17,13 +17,14 @@ class OpenVinoRuntime(Runtime):
     """Runs `model.xml` for the shortest time of one call."""
 
     engine = "openvino"
+    devices = ("cpu",)
     compiled: Any = None
     request: Any = None
     turn: Lock
 
     def open(self) -> None:
         openvino = require("openvino", extra="openvino")
-        refuse_device(self.engine, self.device, ("cpu",))
+        self.refuse_device()
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.errors import EngineError, require
 from runtimes.tensors import Tensors
 
@@ -20,11 +20,12 @@ class OptimumRuntime(Runtime):
     """Runs ORTModelForFeatureExtraction on token ids and pools its states as the artifact's config says."""
 
     engine = "optimum"
+    devices = ("cpu",)
     environment = ".venv-peers-optimum"
     model: Any = None
 
     def open(self) -> None:
-        refuse_device(self.engine, self.device, ("cpu",))
+        self.refuse_device()
         library = require("optimum.onnxruntime", extra="export")
         ort, torch = require("onnxruntime", extra="onnx"), require("torch", extra="export")
         torch.set_num_threads(self.threads)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.device import gpu
 from runtimes.errors import EngineError, require
 from runtimes.tensors import Tensors, TensorSpec
@@ -23,12 +23,13 @@ class TensorRT(Runtime):
     """Runs `model.plan` on one CUDA stream; host arrays are copied in and out."""
 
     engine = "tensorrt"
+    devices = ("cuda",)
     context: Any = None
     stream_handle: Any = None
     turn: Lock
 
     def open(self) -> None:
-        refuse_device(self.engine, self.device, ("cuda",))
+        self.refuse_device()
         if gpu() is None:  # creating a Runtime without a GPU is a segmentation fault in TensorRT 11.4
             raise EngineError(f"{self.artifact.name}: expected an NVIDIA GPU, found none; run it where there is one")
         builder = self.artifact.built_with["builder"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError, require
 from runtimes.generation import Generated, Generator, Head
 from runtimes.tensors import Tensors
@@ -44,7 +44,7 @@ class Torch(Runtime):
 
     def open(self) -> None:
         torch = require("torch", extra="export")
-        refuse_device(self.engine, self.device, ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+        self.refuse_device(torch.cuda.is_available())
         torch.set_num_threads(self.threads)
         if (
             self.compiled

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from runtimes.artifact import Artifact, read_json
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.errors import require
 from runtimes.quiet import bars_on_a_terminal_only
 from runtimes.tensors import Tensors
@@ -37,7 +37,7 @@ class TransformersRuntime(Runtime):
         transformers = require("transformers", extra="train")
         import torch
 
-        refuse_device(self.engine, self.device, ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+        self.refuse_device(torch.cuda.is_available())
         folder = self.root / CHECKPOINT
         options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
         if "quantization_config" in read_json(folder / "config.json"):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact, read_json
-from runtimes.base import Runtime, refuse_device
+from runtimes.base import Runtime
 from runtimes.errors import ArtifactError, EngineError, InputError
 from runtimes.tensors import Tensors
 from runtimes.vllm_artifact import (
@@ -23,7 +23,6 @@ from runtimes.vllm_client import Completion, Prompt
 from runtimes.vllm_model import VllmModel
 from runtimes.vllm_server import Reported
 
-DEVICES = ("cpu", "cuda")
 PACKED = "pack-quantized"  # compressed-tensors' format of weights of 4 and 8 bits
 
 
@@ -35,7 +34,6 @@ class VllmRuntime(Runtime):
 
     engine = "vllm"
     remote = True
-    remote = True
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1, **server: Any) -> None:
         super().__init__(root, artifact, device=device, threads=threads)
@@ -45,7 +43,7 @@ class VllmRuntime(Runtime):
         self._reported: Reported | None = None
 
     def open(self) -> None:
-        refuse_device(self.engine, self.device, DEVICES)
+        self.refuse_device()
         arguments = self._arguments()
         model = VllmModel(arguments, device=self.device, threads=self.threads, **self.server)
         try:

@@ -23,7 +23,7 @@ if source := os.environ.get("SLIPWAY_PATH"):
 
     sys.path.remove(source)
 
-from runtimes.base import open_runtime
+from runtimes.base import device_for, open_runtime
 from runtimes.errors import SlipwayError
 from runtimes.sequence_memory import SequenceMemory
 from runtimes.tensors import BATCH, Tensors
@@ -40,9 +40,8 @@ class TritonPythonModel:
         threads = config["parameters"].get("intra_op_thread_count", {}).get("string_value", "1")
         folder = Path(args["model_repository"], args["model_version"])
         try:
-            self.runtime = open_runtime(
-                folder, engine=config["backend"], device=DEVICES[args["model_instance_kind"]], threads=int(threads)
-            )
+            device = device_for(config["backend"], DEVICES[args["model_instance_kind"]])
+            self.runtime = open_runtime(folder, engine=config["backend"], device=device, threads=int(threads))
             self.runtime.open()
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
