@@ -45,7 +45,7 @@ from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
 STEP_SOURCES = Path(runtimes.__file__).parent / "triton_steps"
-VERSIONS_KEPT = VERSIONS_LOADED
+VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 loads nothing any more once a version vanishes that it is loading
 # Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
@@ -59,7 +59,7 @@ def publish(
     scheduling: Scheduling = UNLIMITED,
     mounted_at: Path | None = None,
 ) -> Path:
-    """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
+    """The new version folder of `artifact`, which `draft` has become; the three newest versions are kept.
 
     `served=False` keeps it where no Triton sees it. `mounted_at` is the repository's path for the server that reads it,
     where that is another. `ArtifactError` if the draft is not what its manifest says, or if the disk refuses; the
