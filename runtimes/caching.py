@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -58,16 +59,24 @@ class Store:
 
     def shelf(self, name: str, identity: Identity) -> "Shelf":
         """The entries of one frozen model; `ArtifactError` if the shelf of this name is another model's."""
-        if self.folder:
-            path = self.folder / MANIFEST
-            known: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "shelves": {}}
-            if known.get("format") != FORMAT:
-                raise ArtifactError(f"{path}: expected format {FORMAT}; precompute into another folder")
-            if name in known["shelves"]:
-                _refuse_another(path, name, known["shelves"][name], identity)
-            else:
-                write_json(path, {**known, "shelves": {**known["shelves"], name: dict(identity)}})
+        if self.folder and not self._has_shelf(self.folder / MANIFEST, name, identity):
+            with self._one_writer():
+                self._add_shelf(self.folder / MANIFEST, name, identity)
         return Shelf(self, name, identity)
+
+    def _one_writer(self) -> AbstractContextManager[Any]:
+        """Inside, no other process or thread that has the folder open adds a shelf or an entry."""
+        return nullcontext() if self._environment is None else self._environment.begin(write=True)
+
+    def _has_shelf(self, path: Path, name: str, identity: Identity) -> bool:
+        shelves = _shelves(path)
+        if name in shelves:
+            _refuse_another(path, name, shelves[name], identity)
+        return name in shelves
+
+    def _add_shelf(self, path: Path, name: str, identity: Identity) -> None:
+        if not self._has_shelf(path, name, identity):  # another may have been quicker
+            write_json(path, {"format": FORMAT, "shelves": {**_shelves(path), name: dict(identity)}})
 
     def read(self, keys: Sequence[bytes]) -> list[np.ndarray | None]:
         """The entry of each key, or None."""
@@ -163,6 +172,15 @@ def buckets(texts: Sequence[T], lengths: Sequence[int], padded_size: int) -> Ite
         rows = max(1, padded_size // max(1, lengths[order[start]]))
         yield [texts[i] for i in order[start : start + rows]]
         start += rows
+
+
+def _shelves(path: Path) -> dict[str, Any]:
+    """The identities of the shelves by name; `ArtifactError` for another format."""
+    known: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "shelves": {}}
+    if known.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: expected format {FORMAT}; precompute into another folder")
+    shelves: dict[str, Any] = known["shelves"]
+    return shelves
 
 
 def _refuse_another(path: Path, name: str, found: Identity, identity: Identity) -> None:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(int(threads))
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), local_files_only=True
+        folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
     )
     model = model.to(device).eval()
     print(json.dumps({"version": transformers.__version__}), flush=True)

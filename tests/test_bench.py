@@ -170,7 +170,7 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
     rounds: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first window is twice as slow: four windows end in three alike."""
-    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32")
+    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
     subject = Subject(artifact=artifact, root=Path(), label="onnx")
 
     class Toy:
@@ -234,7 +234,7 @@ def test_an_engine_that_fails_or_dies_costs_its_own_row(gru_repository: Path, mo
 
 def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp32") -> dict[str, Any]:
     parity = {"same": Check(value=0.5, limit=0.4, at_least=True), "difference_y": Check(value=0.1, limit=1.0)}
-    artifact: Any = SimpleNamespace(model=MODEL, target="onnx", precision=precision, parity=parity)
+    artifact: Any = SimpleNamespace(model=MODEL, target="onnx", precision=precision, checkpoint="1", parity=parity)
     subject = Subject(artifact=artifact, root=Path(), label=engine)
     result = measurement([[seconds] * samples])
     return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
@@ -282,7 +282,7 @@ def test_only_eager_of_the_same_checkpoint_is_a_baseline(
     eager, other = row("torch", 10, 0.004), {**row("onnx", 10, 0.002), "checkpoint": "another"}
     assert times_eager([eager, other], other) is None
     assert times_eager([eager, other], {**other, "checkpoint": eager["checkpoint"]}) == pytest.approx(2)
-    onnx = next(suite.choose(gru_repository, [], [], {}))
+    onnx = next(suite.choose(gru_repository, [], [], {"device": "cpu"}))
     torch = replace(onnx, label="torch")
     retrained = replace(torch, artifact=replace(torch.artifact, checkpoint="another"))
     monkeypatch.setattr(bench, "measure", lambda *_: iter([]))

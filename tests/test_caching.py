@@ -1,5 +1,6 @@
 """The store: what was kept comes back, in this process or the next; another model's store is refused."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -117,6 +118,19 @@ def test_a_reader_sees_what_another_process_wrote(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
         (found,) = shelf.get(["x"])
     assert found is not None
+
+
+def test_shelves_that_processes_add_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from runtimes.caching import Store\n"
+        f"with Store(Path({str(tmp_path)!r})) as store:\n"
+        "    for i in range(40):\n"
+        f"        store.shelf(f'{{i}} of {{sys.argv[1]}}', {IDENTITY!r}); store.shelf(str(i), {IDENTITY!r})"
+    )
+    command, root = [sys.executable, "-c", code], Path(__file__).parent.parent
+    processes = [subprocess.Popen([*command, str(i)], cwd=root, stderr=subprocess.PIPE, text=True) for i in range(4)]
+    assert [process.communicate()[1] for process in processes] == [""] * 4
+    assert len(json.loads((tmp_path / "store.json").read_text())["shelves"]) == 40 * 4 + 40
 
 
 def test_a_folder_that_is_a_file_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -90,6 +90,14 @@ def test_a_decoder_without_its_last_weights_is_refused(folders: tuple[Path, Path
         load_decoder(str(tmp_path), "main")
 
 
+def test_a_decoder_whose_weights_are_a_pickle_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    model = load_decoder(str(folders[0]), "main").model
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no file named model\.safetensors"):
+        load_decoder(str(tmp_path), "main")
+
+
 def test_answers_with_too_many_tokens_are_left_out_and_named(tmp_path: Path) -> None:
     def lengthen(sources: list[Any], rows: list[Any]) -> None:
         rows[3]["response"] += " and" * 80

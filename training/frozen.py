@@ -39,8 +39,12 @@ def pretrained(kind: Any, source: str, revision: str, **options: Any) -> Any:
 
 
 def pretrained_model(kind: Any, source: str, revision: str, **options: Any) -> Any:
-    """`kind` of a folder or hub id; `InputError` also for a missing weight, which every start would draw anew."""
-    model, info = pretrained(kind, source, revision, **options, output_loading_info=True)
+    """`kind` of a folder or hub id; `InputError` also for a missing weight, which every start would draw anew.
+
+    Weights are read from safetensors alone: transformers would take a pickle where there are none.
+    """
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    model, info = pretrained(kind, source, revision, **options)
     if missing := sorted(name for name in info["missing_keys"] if "pooler" not in name):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise InputError(f"{source}: expected the weights of {type(model).__name__}, found no {missing[0]}{more}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from export.source import OPERATOR, Source
 from export.target import Built, Target
+from runtimes import torch_program
 from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
 from training.scan import Form
 
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
 
 def convert(source: Source, precision: str, out: Path) -> Built:
     """Write the program; for a recurrent model also its single step, in which no loop is left to interpret."""
-    import torch
-
-    torch.export.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
+    torch_program.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
     if source.signature.state and any(axis.name == "time" for axis in source.signature.axes):
         step = source.program(Form(kind="loop"), precision, {"time": 1})
-        torch.export.save(tidy(step), out / STEP_FILE)
+        torch_program.save(tidy(step), out / STEP_FILE)
     return Built(built_with={}, served=False)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from runtimes import torch_program
 from runtimes.artifact import Artifact
 from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError, require
@@ -110,7 +111,7 @@ class Torch(Runtime):
         import torch
         from torch.export.passes import move_to_device_pass
 
-        program = torch.export.load(self.root / name)
+        program = torch_program.load(self.root / name)
         if self.device != "cpu":
             program = move_to_device_pass(program, self.device)
         held = {**program.state_dict, **program.constants}

@@ -39,7 +39,7 @@ class TransformersRuntime(Runtime):
 
         self.refuse_device(torch.cuda.is_available())
         folder = self.root / CHECKPOINT
-        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+        options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
         if "quantization_config" in read_json(folder / "config.json"):
             require("compressed_tensors", extra="quantize")
             options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
