@@ -19,7 +19,7 @@ from runtimes.background_server import choose_ports
 from runtimes.errors import EngineError, InputError, MissingPackage
 from runtimes.sampler import tree
 from runtimes.stub_watch import is_zombie
-from runtimes.triton_server import TritonServer
+from runtimes.triton_server import HTTP_LIMIT, TritonServer, find_bundle, knows_option
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,7 +62,7 @@ def test_nothing_is_left_of_a_server_that_was_closed(small: Path) -> None:
 PARENT = """
 import os, pathlib, sys
 sys.path.insert(0, {root!r})
-from runtimes.triton_server import TritonServer
+from runtimes.triton_server import HTTP_LIMIT, TritonServer, find_bundle, knows_option
 with TritonServer(pathlib.Path({repository!r})) as server:
     print(server.folder.name, flush=True)
     sys.stdin.read()
@@ -143,6 +143,19 @@ def serving(repository: Path) -> list[str]:
     ports = zip(("http", "grpc", "metrics"), choose_ports("127.0.0.1", (None, None, None)), strict=True)
     arguments = (f"--{service}-port={port}" for service, port in ports)
     return [sys.executable, "-m", "runtimes.serve", "--repository", str(repository), *arguments]
+
+
+def test_a_server_is_told_of_a_limit_only_if_it_knows_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = tmp_path / "tritonserver"
+    newer.write_text(f"#!/bin/sh\n[ $1 = --help ] && echo '  {HTTP_LIMIT} <integer>' || echo error: told $*\n")
+    newer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    with pytest.raises(EngineError, match=rf"error: told {HTTP_LIMIT}=16777216 --model-repository"):
+        TritonServer(tmp_path).__enter__()
+    monkeypatch.setenv("PATH", "/bin")
+    bundle = find_bundle()
+    assert knows_option(str(bundle.server), "--http-port", bundle.environment())
+    assert not knows_option(str(bundle.server), HTTP_LIMIT, bundle.environment())  # with it, 2.51 would not start
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
