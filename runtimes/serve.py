@@ -11,10 +11,11 @@ from runtimes.background_server import LOOPBACK
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
 from runtimes.stub_watch import StubWatch
-from runtimes.triton_server import TritonServer
+from runtimes.triton_server import EVERY_MODEL, TritonServer
 from runtimes.version_watch import VersionWatch
 
 POLL_S = 1
+NOT_YET = (Path(), 0)
 
 
 class Stopped(Exception):
@@ -52,23 +53,23 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"expected models in {repository}, found none; run: python -m export.all --target onnx")
     if given.host != LOOPBACK:
         print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
-    versions = None if given.unverified else VersionWatch(repository)
-    for problem in versions.problems() if versions else ():
+    versions = VersionWatch(repository, compare=not given.unverified)
+    versions.look()
+    for problem in versions.problems.values():
         raise InputError(f"{problem}; or serve it as it is with --unverified")
     ports = {name: getattr(given, name) for name in ("http_port", "grpc_port", "metrics_port")}
     log = sys.stderr.buffer if given.log == Path("-") else given.log
     more = {"open_to_all": given.allow_control, "log": log}
-    server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, **more)
+    server = TritonServer(repository, host=given.host, **ports, models=[EVERY_MODEL], strict=False, **more)
     with suppress(Stopped), stopping_on_signals(), server:
         watch(server, versions)
     return 0
 
 
-def watch(server: TritonServer, versions: VersionWatch | None) -> None:
+def watch(server: TritonServer, versions: VersionWatch) -> None:
     """Prints where the server listens, then every model and every change; `EngineError` once the server has died.
 
-    A version that does not verify is named; Triton loads by itself what appears, and it depends on the backend whether
-    it is served.
+    What appears or changes meanwhile is loaded; what does not fit its manifest is named and not loaded.
     """
     print(
         f"HTTP     http://{server.http_url}\ngRPC     {server.grpc_url}\nmetrics  http://{server.metrics_url}/metrics"
@@ -78,15 +79,30 @@ def watch(server: TritonServer, versions: VersionWatch | None) -> None:
     while server.running:
         for model in stubs.revive():
             print(f"{model}: its process died, loading it again", file=sys.stderr, flush=True)
-        for problem in versions.problems() if versions else ():
-            print(f"unverified: {problem}", file=sys.stderr, flush=True)
         with suppress(OSError):  # a busy server may answer too late; it is asked again
+            follow(server, versions)
             now = [" ".join(model.values()) for model in server.index()]
             for line in (line for line in now if line not in known):
                 print(line, flush=True)
             known = now
         time.sleep(POLL_S)
     raise EngineError(f"expected Triton to run until it is stopped, it died: {server.failure()}")
+
+
+def follow(server: TritonServer, versions: VersionWatch) -> None:
+    """The server has loaded what is new in the repository and fits, and unloaded what is gone.
+
+    It loads a model only when it is told to: by polling it would take what nobody compared.
+    """
+    for model in versions.look():
+        if problem := versions.problems.get(model):
+            print(f"not loaded: {problem}", file=sys.stderr, flush=True)
+        elif model not in versions.known:
+            server.unload(model)
+        elif versions.holds_back(model):  # else old and new would be mixed, and an ensemble brings all its parts along
+            versions.known[model] = NOT_YET
+        else:
+            server.load(model)
 
 
 @contextmanager

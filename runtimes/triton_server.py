@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+from urllib.parse import quote
 
 from runtimes.background_server import EVERYWHERE, LOOPBACK, PACKAGE, BackgroundServer, answers, choose_ports, find_venv
 from runtimes.errors import EngineError, MissingPackage
@@ -28,6 +29,7 @@ START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
 # What would let a client change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
+EVERY_MODEL = "*"
 # Of one request over HTTP, where the server can be told; 2.51 cannot, and none for gRPC: deploy/nginx.conf bounds both.
 HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
@@ -116,11 +118,11 @@ def probe(venv: Path) -> Bundle:
 class TritonServer(BackgroundServer):
     """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
 
-    Ports that are None are chosen among the free ones. `models` loads only these (and what they need) instead of all;
-    `poll_s` looks for changed models that often; with `strict` a model that fails to load fails the start, without it
-    the others are served. `log`, a file or a stream, gets the server's output. The control interfaces answer only who
-    knows `control_key`, which is drawn at random, unless they are `open_to_all`. `EngineError` if the server does not
-    get ready.
+    Ports that are None are chosen among the free ones. `models` loads only these (and what they need, or EVERY_MODEL)
+    and later what it is told to `load`; `poll_s` looks for changed models that often by itself; with `strict` a model
+    that fails to load fails the start, without it the others are served. `log`, a file or a stream, gets the server's
+    output. The control interfaces answer only who knows `control_key`, which is drawn at random, unless they are
+    `open_to_all`. `EngineError` if the server does not get ready.
     """
 
     name = "Triton"
@@ -165,12 +167,24 @@ class TritonServer(BackgroundServer):
 
     def index(self) -> list[dict[str, str]]:
         """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
-        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
+        models: list[dict[str, str]] = json.loads(self._control("index", timeout_s=10))
+        return models
+
+    def load(self, model: str) -> None:
+        """The server has loaded the model as it lies in the repository; if it cannot, `index` says why."""
+        self._control(f"models/{quote(model, safe='')}/load", self.start_timeout_s)
+
+    def unload(self, model: str) -> None:
+        """The server no longer answers for the model."""
+        self._control(f"models/{quote(model, safe='')}/unload", self.start_timeout_s)
+
+    def _control(self, path: str, timeout_s: float) -> bytes:
+        """What the server answers to an empty request at this path of its repository interface."""
+        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=timeout_s)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 crashes on a body of 5 MiB.
             headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
-            connection.request("POST", "/v2/repository/index", "{}", headers)
-            models: list[dict[str, str]] = json.load(connection.getresponse())
-        return models
+            connection.request("POST", f"/v2/repository/{path}", "{}", headers)
+            return connection.getresponse().read()
 
     def launch(self) -> None:
         ports = choose_ports(self.host, self.ports)

@@ -8,18 +8,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import toys
 
-from export.repository import drafting, publish
+from export.repository import drafting, publish, publish_ensemble
 from runtimes import serve
+from runtimes.artifact import digests
 from runtimes.background_server import choose_ports
 from runtimes.errors import EngineError, InputError, MissingPackage
 from runtimes.sampler import tree
-from runtimes.stub_watch import is_zombie
-from runtimes.triton_server import HTTP_LIMIT, TritonServer, find_bundle, knows_option
+from runtimes.stub_watch import STUB, is_zombie
+from runtimes.triton_server import (
+    EVERY_MODEL,
+    HTTP_LIMIT,
+    SLIPWAY_PATH,
+    TritonServer,
+    find_bundle,
+    knows_option,
+)
+from runtimes.version_watch import VersionWatch
 
 ROOT = Path(__file__).parents[1]
 
@@ -178,16 +188,86 @@ def test_the_servers_own_log_goes_to_stderr_if_asked(small: Path) -> None:
         while "READY" not in (line := started.stdout.readline()):
             assert line
         with drafting(small) as draft:
-            version = publish(draft, toys.make(draft, toys.DOUBLING, key="new"), small)
-        (version / "model.onnx").write_bytes(b"not a model")
+            artifact = toys.make(draft, toys.DOUBLING, key="new")
+            (draft / "model.onnx").write_bytes(b"no model, though the one that the manifest means")
+            artifact = replace(artifact, files=digests(draft))
+            artifact.save(draft)
+            publish(draft, artifact, small)
         while "2 UNAVAILABLE" not in (line := started.stdout.readline()):
             assert line
         started.send_signal(signal.SIGTERM)
         _, errors = started.communicate(timeout=120)
     assert started.returncode == 0
     assert "Started HTTPService" in errors
-    assert "model.onnx: expected sha256" in errors
-    assert f"unverified: {version}" in errors
+    assert "failed to load 'doubling_onnx' version 2" in errors
+
+
+def wrong_version(folder: Path) -> Path:
+    """A version with a model that Triton could load, but that is not the one in the manifest."""
+    toys.make(folder, toys.DOUBLING)
+    onnx = folder / "model.onnx"
+    onnx.write_bytes(onnx.read_bytes().replace(b"factor", b"fact0r"))
+    return folder
+
+
+def test_serve_loads_a_new_version_only_if_it_is_the_published_one(small: Path, tmp_path: Path) -> None:
+    model = small / "doubling_onnx"
+    with subprocess.Popen(
+        serving(small), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout
+        assert started.stderr
+        while "doubling_onnx 1 READY" not in (line := started.stdout.readline()):
+            assert line
+        (stub,) = stubs_of(small)
+        os.kill(stub, signal.SIGKILL)
+        assert "its process died" in started.stderr.readline()
+        toys.wait_for(lambda: stubs_of(small) not in ([], [stub]))
+        wrong_version(tmp_path / "wrong").rename(model / "2")
+        assert started.stderr.readline().startswith(f"not loaded: {model / '2' / 'model.onnx'}: expected sha256 ")
+        with drafting(small) as draft:
+            publish(draft, toys.make(draft, toys.DOUBLING, factor=3.0, key="new"), small)
+        lines = []
+        while "doubling_onnx 3 READY" not in (line := started.stdout.readline()):
+            assert line
+            lines.append(line)
+        started.send_signal(signal.SIGTERM)
+        _, errors = started.communicate(timeout=120)
+    assert not any("doubling_onnx 2" in line for line in lines)
+    assert (started.returncode, errors) == (0, "")
+
+
+def test_an_ensemble_goes_on_as_it_was_until_every_part_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SLIPWAY_PATH, str(toys.checkout_with_pipeline(tmp_path / "source")))
+    repository = tmp_path / "model_repository"
+
+    def publish_toy(factor: float) -> Path:
+        with toys.known_pipeline(tmp_path / "pipelines"), drafting(repository) as draft:
+            artifact = toys.make(draft, toys.DOUBLING, factor=factor, key=f"of {factor}")
+            version = publish(draft, artifact, repository)
+            publish_ensemble(artifact, repository)
+            return version
+
+    publish_toy(2.0)
+    versions = VersionWatch(repository)
+    versions.look()
+    with TritonServer(repository, models=[EVERY_MODEL]) as server:
+        onnx = publish_toy(3.0) / "model.onnx"
+        good = onnx.read_bytes()
+        onnx.write_bytes(good.replace(b"factor", b"fact0r"))
+        (repository / "doubling" / "config.pbtxt").touch()
+        serve.follow(server, versions)
+        assert {model["version"] for model in server.index()} == {"1"}
+        assert toys.ask(server, "doubling", '{"x": [[1, 2, 3]]}')["last"] == [2.0, 4.0, 6.0]
+        onnx.write_bytes(good)
+        serve.follow(server, versions)
+        assert toys.ask(server, "doubling", '{"x": [[1, 2, 3]]}')["last"] == [3.0, 6.0, 9.0]
+
+
+def stubs_of(repository: Path) -> list[int]:
+    """The processes of Python models in the repository."""
+    lines = ((path, path.read_bytes().decode(errors="replace")) for path in command_lines())
+    return [int(path.parent.name) for path, line in lines if STUB in line.split("\0")[0] and str(repository) in line]
 
 
 def test_serve_does_not_start_with_a_file_that_is_not_the_published_one(small: Path) -> None:

@@ -1,5 +1,6 @@
-"""What does not fit its manifest is named before it is served, once, and nothing else is."""
+"""What does not fit its manifest is named before it is served, and nothing else is."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,12 +23,11 @@ def repository(tmp_path: Path) -> Iterator[Path]:
         yield home
 
 
-def publish_toy(home: Path) -> Path:
+def publish_toy(home: Path, factor: float = 2.0) -> None:
     with drafting(home) as draft:
-        artifact = toys.make(draft, toys.DOUBLING)
-        version = publish(draft, artifact, home)
+        artifact = toys.make(draft, toys.DOUBLING, factor=factor, key=f"of {factor}")
+        publish(draft, artifact, home)
         publish_ensemble(artifact, home)
-    return version
 
 
 def flip_a_byte(path: Path) -> None:
@@ -37,41 +37,51 @@ def flip_a_byte(path: Path) -> None:
 
 
 def test_what_was_published_has_no_problem(repository: Path) -> None:
-    assert list(VersionWatch(repository).problems()) == []
+    watch = VersionWatch(repository)
+    assert watch.look() == ["doubling", "doubling_decode", "doubling_encode", "doubling_onnx"]
+    assert (watch.look(), watch.problems) == ([], {})
 
 
 @pytest.mark.parametrize(
     "place", ["doubling_onnx/2/model.onnx", "doubling_onnx/2/assets/unit.json", "doubling_encode/1/assets/unit.json"]
 )
-def test_a_flipped_byte_is_named_once(repository: Path, place: str) -> None:
+def test_a_flipped_byte_is_named_until_it_is_right_again(repository: Path, place: str) -> None:
     watch = VersionWatch(repository)
     flip_a_byte(repository / place)
-    (problem,) = watch.problems()
+    watch.look()
+    ((model, problem),) = watch.problems.items()
     assert problem.startswith(f"{repository / place}: expected sha256 ")
-    assert list(watch.problems()) == []
+    assert (watch.look(), len(watch.problems)) == ([], 1)
+    flip_a_byte(repository / place)
+    assert (watch.look(), watch.problems) == ([model], {})
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, flip_a_byte])
 def test_a_version_with_no_good_manifest_is_named(repository: Path, damage: Callable[[Path], None]) -> None:
     damage(repository / "doubling_onnx" / "2" / MANIFEST)
-    (problem,) = VersionWatch(repository).problems()
-    assert MANIFEST in problem
-
-
-def test_what_appears_or_changes_later_is_compared_then(repository: Path) -> None:
     watch = VersionWatch(repository)
-    assert list(watch.problems()) == []
-    version = publish_toy(repository)
-    assert list(watch.problems()) == []
-    flip_a_byte(version / "model.onnx")
-    assert len(list(watch.problems())) == 1
-    flip_a_byte(version / "model.onnx")
-    assert list(watch.problems()) == []
+    watch.look()
+    assert MANIFEST in watch.problems["doubling_onnx"]
+
+
+def test_what_appears_changes_and_goes_is_told(repository: Path) -> None:
+    watch = VersionWatch(repository)
+    watch.look()
+    publish_toy(repository, factor=3.0)
+    assert "doubling_onnx" in watch.look()
+    (repository / "doubling_encode" / "config.pbtxt").touch()
+    assert watch.look() == ["doubling_encode"]
+    shutil.rmtree(repository / "doubling_onnx")
+    assert watch.look() == ["doubling_onnx"]
+    assert "doubling_onnx" not in watch.known
+    assert watch.problems == {}
 
 
 def test_an_old_version_that_is_not_served_is_not_read(repository: Path) -> None:
     flip_a_byte(repository / "doubling_onnx" / "1" / "model.onnx")
-    assert list(VersionWatch(repository).problems()) == []
+    watch = VersionWatch(repository)
+    watch.look()
+    assert watch.problems == {}
 
 
 def test_serve_refuses_it_before_anything_starts(
