@@ -17,7 +17,7 @@ class StubWatch:
         self.known: dict[int, Path] = {}
 
     def revive(self) -> list[str]:
-        """The models whose stub died since the last call; a server that polls its repository loads them again.
+        """The models whose stub died since the last call; who looks for changed models loads them again.
 
         It does so because their version folder looks newer. A newer config alone would not do: where that says the
         same as before, Triton keeps the instance it has. `EngineError` if the repository may not be written to.
