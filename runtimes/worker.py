@@ -16,7 +16,7 @@ import numpy as np
 
 from runtimes.base import Runtime, open_runtime
 from runtimes.device_time import DeviceTimer
-from runtimes.errors import EngineError, SlipwayError, one_line
+from runtimes.errors import FOREIGN, EngineError, SlipwayError, said
 from runtimes.pipeline import open_pipeline
 from runtimes.scenarios import Call, Window, arriving, one_by_one, poisson_arrivals, side_by_side
 from runtimes.tensors import BATCH, Tensors
@@ -24,8 +24,6 @@ from runtimes.tensors import BATCH, Tensors
 PROTOCOL = 1
 WARMUP_S, WARMUP_CALLS = 0.2, 10
 SERVER_LANES = 32  # requests in flight at most, when arrivals are sent to a server
-# torch.compile raises what it likes for a program it cannot compile: that engine's row says so.
-ENGINE_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError)
 
 
 class Bench:
@@ -121,10 +119,8 @@ def main() -> None:
                 pipe.sendall(json.dumps({"ok": answer}).encode() + b"\n")
         except BrokenPipeError:
             pass  # whoever asked is gone
-        except SlipwayError as error:
-            _say(pipe, one_line(error))
-        except ENGINE_FAILURES as error:
-            _say(pipe, f"{type(error).__name__}: {one_line(error, 160)}")
+        except (SlipwayError, *FOREIGN) as error:  # torch.compile raises what it likes: that engine's row says so
+            _say(pipe, said(error))
 
 
 def _say(pipe: socket.socket, error: str) -> None:
