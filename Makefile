@@ -26,7 +26,8 @@ test-fast: .venv/ready
 fuzz: .venv/ready .venv-triton/ready
 	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/test_triton_fuzz.py -s
 
-# Ten minutes of right and wrong requests to every served model (README, "Under load").
+# Ten minutes of right and wrong requests to every served model (README, "Under load"); fails where an answer is wrong or the
+# server gains more than 100 MB (--most-growth-mb).
 soak: .venv/ready .venv-triton/ready
 	$(PY) -m runtimes.soak --seconds 600
 

@@ -12,6 +12,7 @@ from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
 from runtimes.stub_watch import StubWatch
 from runtimes.triton_server import TritonServer
+from runtimes.version_watch import VersionWatch
 
 POLL_S = 1
 
@@ -22,7 +23,7 @@ class Stopped(Exception):
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM (status 0) or until the server dies (status 1)."""
+    """Serves until SIGINT or SIGTERM (status 0) or until the server dies (status 1); not what does not verify (2)."""
     arguments = parser(
         "runtimes.serve",
         "Serves every model of a repository over HTTP and gRPC, and newly published versions within seconds.",
@@ -40,23 +41,35 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument(
         "--log", type=Path, help="keep Triton's own log in this file, 64 MiB and as much before; - is stderr"
     )
+    arguments.add_argument(
+        "--unverified",
+        action="store_true",
+        help="serve the files as they are, without comparing them with their manifests",
+    )
     given = arguments.parse_args(argv)
     repository = existing_folder(given.repository, "models")
     if not any(repository.glob("*/config.pbtxt")):
         raise InputError(f"expected models in {repository}, found none; run: python -m export.all --target onnx")
     if given.host != LOOPBACK:
         print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
+    versions = None if given.unverified else VersionWatch(repository)
+    for problem in versions.problems() if versions else ():
+        raise InputError(f"{problem}; or serve it as it is with --unverified")
     ports = {name: getattr(given, name) for name in ("http_port", "grpc_port", "metrics_port")}
     log = sys.stderr.buffer if given.log == Path("-") else given.log
     more = {"open_to_all": given.allow_control, "log": log}
     server = TritonServer(repository, host=given.host, **ports, poll_s=POLL_S, strict=False, **more)
     with suppress(Stopped), stopping_on_signals(), server:
-        watch(server)
+        watch(server, versions)
     return 0
 
 
-def watch(server: TritonServer) -> None:
-    """Prints where the server listens, then every model and every change; `EngineError` once the server has died."""
+def watch(server: TritonServer, versions: VersionWatch | None) -> None:
+    """Prints where the server listens, then every model and every change; `EngineError` once the server has died.
+
+    A version that does not verify is named; Triton loads by itself what appears, and it depends on the backend whether
+    it is served.
+    """
     print(
         f"HTTP     http://{server.http_url}\ngRPC     {server.grpc_url}\nmetrics  http://{server.metrics_url}/metrics"
     )
@@ -65,6 +78,8 @@ def watch(server: TritonServer) -> None:
     while server.running:
         for model in stubs.revive():
             print(f"{model}: its process died, loading it again", file=sys.stderr, flush=True)
+        for problem in versions.problems() if versions else ():
+            print(f"unverified: {problem}", file=sys.stderr, flush=True)
         with suppress(OSError):  # a busy server may answer too late; it is asked again
             now = [" ".join(model.values()) for model in server.index()]
             for line in (line for line in now if line not in known):

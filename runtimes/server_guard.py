@@ -1,10 +1,12 @@
 """Runs a command until stdin closes, then leaves nothing of it behind: no process, no shared memory, no folder.
 
 `BackgroundServer` starts this file as a process of its own and holds the other end of its stdin. The pipe closes when
-the holder says so, and also when the holder is killed, so a server never outlives the program that started it.
+the holder says so, and also when the holder is killed, so a server never outlives the program that started it. If this
+process is killed itself, the kernel tells the server to stop.
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -13,8 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SHARED_MEMORY = Path("/dev/shm")
 STOP_TIMEOUT_S = 15.0
 GROUP_TIMEOUT_S = 2.0  # for what a server's helpers still tidy up, such as the shared memory of vLLM's processes
@@ -22,7 +27,8 @@ GROUP_TIMEOUT_S = 2.0  # for what a server's helpers still tidy up, such as the 
 
 def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> int:
     """The exit status of `command`, once it has ended, or was stopped because stdin closed, and all is cleared away."""
-    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+    ends_with_us = partial(end_with, os.getpid())
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=ends_with_us)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the clearing below
     try:
         ended = os.pidfd_open(server.pid)
@@ -36,6 +42,16 @@ def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> in
     if server.returncode < 0:  # Triton 2.51 can crash when one model fails to load while others still do
         print(f"error: the server was ended by {signal.Signals(-server.returncode).name}", flush=True)
     return server.returncode
+
+
+def end_with(guard: int) -> None:
+    """This process, which is about to become the server, is sent SIGTERM when the guard is gone, however it went.
+
+    The guard has one thread and runs nothing else meanwhile, so calling this between fork and exec is safe.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != guard:  # gone before the kernel was asked
+        os._exit(1)
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:

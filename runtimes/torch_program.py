@@ -11,6 +11,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,7 @@ def read_as_more(part: Any) -> Iterator[tuple[str, Any]]:
                 yield from read_as_more(value)
 
 
+@cache
 def is_arithmetic(text: str) -> bool:
     """Whether the text is a size in sympy's words, such as "Add(Symbol('s29', integer=True), Integer(3))"."""
     try:

@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,6 +28,8 @@ START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
 # What would let a client change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
+# Of one request over HTTP, where the server can be told; 2.51 cannot, and none for gRPC: deploy/nginx.conf bounds both.
+HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
 SLIPWAY_PATH = "SLIPWAY_PATH"
@@ -164,7 +166,7 @@ class TritonServer(BackgroundServer):
     def index(self) -> list[dict[str, str]]:
         """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=10)) as connection:
-            # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 can crash on a large body.
+            # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 crashes on a body of 5 MiB.
             headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
             connection.request("POST", "/v2/repository/index", "{}", headers)
             models: list[dict[str, str]] = json.load(connection.getresponse())
@@ -184,6 +186,8 @@ class TritonServer(BackgroundServer):
             bundle.copy_backends(folder)
             environment |= bundle.environment()
             command = [str(bundle.server), *bundle.arguments(folder, complete=not has_vllm(self.repository))]
+        if knows_option(command[0], HTTP_LIMIT, environment):
+            command.append(f"{HTTP_LIMIT}={HTTP_BYTES}")
         self.start([*command, *self._arguments(ports, folder.name)], environment)
 
     def is_ready(self) -> bool:
@@ -209,6 +213,12 @@ class TritonServer(BackgroundServer):
         if not self.strict:
             yield "--exit-on-error=false"
             yield "--strict-readiness=false"
+
+
+def knows_option(server: str, option: str, environment: Mapping[str, str]) -> bool:
+    """Whether the server's help names the option; one that it does not know would keep it from starting."""
+    asked = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return re.search(rf"{option}\b", asked.stdout + asked.stderr) is not None  # 2.51 prints it on stderr
 
 
 def has_vllm(repository: Path) -> bool:

@@ -120,6 +120,53 @@ class Deaf:
         return lambda: {"answer": np.array([[answer]], object)}
 
 
+class Listener:
+    """Stands where a question does, and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.right, self.wrong = 0, set[bytes]()
+
+    def ask(self, tally: soak.Tally) -> None:
+        self.right += 1
+
+    def ask_wrongly(self, tally: soak.Tally, request: bytes) -> None:
+        self.wrong.add(request)
+
+
+@pytest.mark.parametrize("models", range(1, 21))
+def test_every_model_hears_right_and_wrong_requests_however_many_there_are(models: int) -> None:
+    """With 5, 10 or 15 models in turn, every fifth request would always be to the same ones."""
+    listeners = [Listener() for _ in range(models)]
+    calls = [soak.lane(listeners, soak.Tally(), offset) for offset in range(4)]  # type: ignore[arg-type]
+    for _ in range(50 * models):
+        for call in calls:
+            call()
+    for each in listeners:
+        assert 130 < each.right < 190, "about four fifths of 200"
+        assert len(each.wrong) >= 6, "of eight kinds"
+
+
+def test_growth_is_what_the_last_tenth_lies_above_the_end_of_the_first() -> None:
+    memory = soak.Memory(server=None)  # type: ignore[arg-type]
+    memory.samples = [100_000_000 * i for i in range(10)] + [1_000_000_000] * 80 + [1_250_000_000] * 10
+    assert memory.growth() == (1000, 250)
+
+
+def test_memory_that_grows_past_the_limit_is_in_the_status(
+    repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak.Memory, "growth", lambda self: (300.0, 100.5))
+    assert soak.main(["--repository", str(repository), "--model", "doubling", "--seconds", "0.2", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"].keys() <= {soak.RIGHT, soak.DECLINED, soak.BUSY}
+    assert said["memory more at the end, MB"] == "+100.5 of 100 allowed"
+
+
+def test_a_limit_that_is_none_is_refused(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(["--repository", str(repository), "--most-growth-mb", "nan"]) == 2
+    assert "--most-growth-mb: expected a number of 0 or more, found nan" in capsys.readouterr().err
+
+
 def test_every_fault_is_counted_as_what_it_is() -> None:
     client = Deaf(
         b"1", b"1", b"2", b"{", Overloaded(""), EngineError(""), InputError(""), InputError(""), b"1", EngineError(""),

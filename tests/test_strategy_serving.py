@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,6 +285,19 @@ def test_the_ensemble_answers_dialogues_as_the_pipeline_in_process(
 @pytest.mark.parametrize("part", PARTS[1:])
 def test_every_part_answers_through_the_server(part: str, server: TritonServer, repository: Path) -> None:
     assert ask(server, part, json.dumps(pipeline_of(part, repository).example()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
+def test_the_server_answers_the_readmes_curl(server: TritonServer, repository: Path) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    command = re.search(r"^curl -H 'Content-Type.*?^```", readme, re.MULTILINE | re.DOTALL)
+    assert command
+    there = command[0].removesuffix("```").replace("127.0.0.1:8000", server.http_url)
+    asked = subprocess.run(["bash", "-c", there], capture_output=True, text=True, check=True)
+    (text,) = json.loads(asked.stdout)["outputs"][0]["data"]
+    (want,) = answer_fused(repository, [{"turns": [{"speaker": "seeker", "text": "I lost my job last week."}]}])
+    assert json.loads(text)["label"] == want["label"]
 
 
 TURN = {"speaker": "seeker", "text": "x"}

@@ -1,6 +1,7 @@
 """A Triton server starts or says why not, and nothing of it stays behind, whoever ends it."""
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ from export.repository import drafting, publish
 from runtimes import serve
 from runtimes.background_server import choose_ports
 from runtimes.errors import EngineError, InputError, MissingPackage
-from runtimes.triton_server import TritonServer
+from runtimes.sampler import tree
+from runtimes.stub_watch import is_zombie
+from runtimes.triton_server import HTTP_LIMIT, TritonServer, find_bundle, knows_option
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,7 +62,7 @@ def test_nothing_is_left_of_a_server_that_was_closed(small: Path) -> None:
 PARENT = """
 import os, pathlib, sys
 sys.path.insert(0, {root!r})
-from runtimes.triton_server import TritonServer
+from runtimes.triton_server import HTTP_LIMIT, TritonServer, find_bundle, knows_option
 with TritonServer(pathlib.Path({repository!r})) as server:
     print(server.folder.name, flush=True)
     sys.stdin.read()
@@ -74,6 +77,17 @@ def test_nothing_is_left_of_a_server_whose_parent_was_killed(small: Path) -> Non
         assert left_behind(name)
         parent.kill()
     toys.wait_for(lambda: not left_behind(name))
+
+
+def test_a_server_ends_by_itself_when_its_guard_is_killed(small: Path) -> None:
+    with TritonServer(small) as server:
+        assert server.folder
+        name = server.folder.name
+        _, *started = tree(server.pid)
+        assert len(started) >= 2, "Triton and a stub"
+        os.kill(server.pid, signal.SIGKILL)
+        toys.wait_for(lambda: all(toys.gone(pid) or is_zombie(pid) for pid in started), timeout_s=30)
+    assert left_behind(name) == []
 
 
 def test_a_model_that_does_not_load_fails_the_start_with_its_reason(small: Path) -> None:
@@ -131,6 +145,19 @@ def serving(repository: Path) -> list[str]:
     return [sys.executable, "-m", "runtimes.serve", "--repository", str(repository), *arguments]
 
 
+def test_a_server_is_told_of_a_limit_only_if_it_knows_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = tmp_path / "tritonserver"
+    newer.write_text(f"#!/bin/sh\n[ $1 = --help ] && echo '  {HTTP_LIMIT} <integer>' || echo error: told $*\n")
+    newer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    with pytest.raises(EngineError, match=rf"error: told {HTTP_LIMIT}=16777216 --model-repository"):
+        TritonServer(tmp_path).__enter__()
+    monkeypatch.setenv("PATH", "/bin")
+    bundle = find_bundle()
+    assert knows_option(str(bundle.server), "--http-port", bundle.environment())
+    assert not knows_option(str(bundle.server), HTTP_LIMIT, bundle.environment())  # with it, 2.51 would not start
+
+
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_serve_says_what_it_serves_and_stops_cleanly(small: Path, sign: signal.Signals) -> None:
     command = serving(small)
@@ -160,6 +187,16 @@ def test_the_servers_own_log_goes_to_stderr_if_asked(small: Path) -> None:
     assert started.returncode == 0
     assert "Started HTTPService" in errors
     assert "model.onnx: expected sha256" in errors
+    assert f"unverified: {version}" in errors
+
+
+def test_serve_does_not_start_with_a_file_that_is_not_the_published_one(small: Path) -> None:
+    damaged = small / "doubling_onnx" / "1" / "model.onnx"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    asked = subprocess.run(serving(small), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (asked.returncode, asked.stdout) == (2, "")
+    assert asked.stderr.startswith(f"error: {damaged}: expected sha256 ")
+    assert asked.stderr.count("\n") == 1
 
 
 def test_serve_refuses_a_repository_without_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

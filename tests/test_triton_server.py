@@ -1,6 +1,7 @@
 """What a real Triton serves is what the artifacts say, over both protocols, and nothing of it stays behind."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,6 +229,21 @@ def test_a_wrong_request_in_json_is_refused_and_the_next_is_answered(
     with pytest.raises(InferenceServerException, match=message) as refused:
         ask(client, protocol, "doubling", request_)
     assert refused.value.status() in ("400", "StatusCode.INVALID_ARGUMENT")
+    assert ask(client, protocol, "doubling", {"x": [[1, 2, 3]]})["last"] == [2.0, 4.0, 6.0]
+
+
+def test_a_request_of_5_mib_is_refused_in_one_line_and_the_next_is_answered(client: Any, protocol: str) -> None:
+    with pytest.raises(InferenceServerException) as refused:
+        ask(client, protocol, "doubling", {"x": [[1, 2, 3]], "more": "x" * (5 << 20)})
+    assert re.search(r"request 0: expected at most 4194304 bytes, found \d+; send less at once$", str(refused.value))
+    assert "\n" not in str(refused.value)
+    assert ask(client, protocol, "doubling", {"x": [[1, 2, 3]]})["last"] == [2.0, 4.0, 6.0]
+
+
+def test_a_tensor_of_5_mib_is_refused_in_one_line_and_the_next_is_answered(client: Any, protocol: str) -> None:
+    with pytest.raises(InferenceServerException, match=r"time 1\.\.16, found \[1, 500000, 3\]") as refused:
+        client.infer("doubling_onnx", inputs(protocol, x=np.zeros((1, 500_000, 3), np.float32)))
+    assert "\n" not in str(refused.value)
     assert ask(client, protocol, "doubling", {"x": [[1, 2, 3]]})["last"] == [2.0, 4.0, 6.0]
 
 
