@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,14 @@ class Bench:
         }
 
     def one_by_one(self, seconds: float) -> dict[str, Any]:
-        stream = self.runtime.cuda_stream
-        if stream is None:
+        if self._timer is None:
             return one_by_one(self.calls[0], seconds).to_json()
-        timer = DeviceTimer(stream)
-        return one_by_one(timer.around(self.calls[0]), seconds, timer.elapsed_s).to_json()
+        return one_by_one(self._timer.around(self.calls[0]), seconds, self._timer.elapsed_s).to_json()
+
+    @cached_property
+    def _timer(self) -> DeviceTimer | None:
+        stream = self.runtime.cuda_stream
+        return None if stream is None else DeviceTimer(stream)
 
     def side_by_side(self, lanes: int, seconds: float) -> dict[str, Any]:
         return side_by_side(self._lanes(lanes), seconds).to_json()
