@@ -12,7 +12,7 @@ from runtimes import plugins
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
 from runtimes.pipeline import open_pipeline
-from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, versions
+from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.schemas import Schema
 from runtimes.tensors import BATCH, TensorSpec
 from runtimes.writing import SCHEMA as WISH_SCHEMA
@@ -69,13 +69,19 @@ def _check(model: Path, config: Any, configs: Configs, mounted_at: Path) -> Iter
     elif config.platform == "ensemble":
         yield from _check_ensemble(model, config, configs)
     elif config.backend == "python":
-        yield from _check_step(present[-1], config)
+        for version in loaded(present, config):
+            yield from _check_step(version, config)
     else:
         yield from _check_versions(present, config, mounted_at)
 
 
+def loaded(present: list[Path], config: Any) -> list[Path]:
+    """The versions that Triton loads of those there are."""
+    return present[-(config.version_policy.latest.num_versions or 1) :]
+
+
 def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Iterator[str]:
-    """Every version is whole; the newest, which is the one served, is what the config says."""
+    """Every version is whole; those that are served are what the config says."""
     for version in present:
         try:
             artifact = Artifact.load(version)
@@ -85,7 +91,7 @@ def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Itera
             continue
         if artifact.name != version.parent.name:
             yield f"version {version.name}: expected artifact {version.parent.name}, found {artifact.name}"
-        if version == present[-1]:
+        if version in loaded(present, config):
             yield from _check_backend(version, artifact, config)
             if artifact.runtime == "vllm":
                 yield from check_entry(version, artifact, config, mounted_at)
@@ -171,6 +177,10 @@ def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]
             yield f"step '{step.model_name}': expected a model in the repository, found none"
             continue
         called = configs[step.model_name]
+        newest = max(map(number_of, versions(model.parent / step.model_name)), default=-1)
+        if step.model_version not in (-1, newest):  # -1, whichever is newest, is of an earlier export
+            found = f"expected version {newest}, the newest, found {step.model_version}"
+            yield f"step '{step.model_name}': {found}; publish the ensemble again"
         if called.max_batch_size < config.max_batch_size:
             sizes = f"expected max_batch_size {config.max_batch_size}, found {called.max_batch_size}"
             yield f"step '{step.model_name}': {sizes}"

@@ -17,6 +17,7 @@ import runtimes
 from export.triton_config import (
     STEPS,
     UNLIMITED,
+    VERSIONS_LOADED,
     Scheduling,
     ensemble_config,
     model_config,
@@ -24,14 +25,15 @@ from export.triton_config import (
     step_name,
     writer_config,
 )
-from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, write_json
-from runtimes.errors import ArtifactError, one_line
+from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
+from runtimes.errors import ArtifactError, SlipwayError, one_line
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import (
     REQUEST_SCHEMA,
     STEP_FILE,
     all_versions,
     beside,
+    holds_artifact,
     home_of,
     number_of,
     versions,
@@ -43,7 +45,7 @@ from runtimes.writing import can_write
 
 CONFIG = "config.pbtxt"
 STEP_SOURCES = Path(runtimes.__file__).parent / "triton_steps"
-VERSIONS_KEPT = 2
+VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 loads nothing any more once a version vanishes that it is loading
 # Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
 
@@ -57,16 +59,17 @@ def publish(
     scheduling: Scheduling = UNLIMITED,
     mounted_at: Path | None = None,
 ) -> Path:
-    """The new version folder of `artifact`, which `draft` has become; the two newest versions are kept.
+    """The new version folder of `artifact`, which `draft` has become; the three newest versions are kept.
 
     `served=False` keeps it where no Triton sees it. `mounted_at` is the repository's path for the server that reads it,
     where that is another. `ArtifactError` if the draft is not what its manifest says, or if the disk refuses; the
     repository is then as it was.
     """
     artifact.verify_files(draft)
-    config = model_config(artifact, artifact.runtime, scheduling) if served else None
     with _publishing(artifact.name, repository) as staging:
         model = home_of(repository, served) / artifact.name
+        loaded = how_many_load(artifact, versions(model))
+        config = model_config(artifact, artifact.runtime, scheduling, loaded) if served else None
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
         address(draft, artifact, places(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
@@ -122,7 +125,8 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
     if not versions(model):
         return
     with _publishing(artifact.name, repository) as staging:
-        config = model_config(artifact, artifact.runtime, scheduling)
+        loaded = how_many_load(artifact, versions(model)[:-1])
+        config = model_config(artifact, artifact.runtime, scheduling, loaded)
         with _config_replaced(model, config, staging):
             _sync_one(model)
     steps = versions(repository / step_name(artifact.model, STEPS[0]))
@@ -133,6 +137,8 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
 def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Scheduling = UNLIMITED) -> None:
     """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
 
+    It names the versions of its steps and is written after them. Triton looks at models by name, hence at the ensemble
+    before its steps: where it sees the new one it sees what that names, and until then the old one finds what it names.
     Beside that of a step of a byte language model lies a model that writes texts with it. Both say in a file what a
     request must be. `ArtifactError` if the artifact is not served.
     """
@@ -141,19 +147,45 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
         raise ArtifactError(f"expected {artifact.name} in {repository}, found no version of it; publish it first")
     assets = Artifact.load(served[-1]).assets
     with _publishing(artifact.model, repository) as staging:
+        numbers = {artifact.name: number_of(served[-1])}
         for step in STEPS:
             draft = _draft_step(served[-1], staging / step, STEP_FILE, assets)
-            config = step_config(artifact, step, scheduling)
-            _install_changes(draft, repository / step_name(artifact.model, step), config, staging)
+            model = repository / step_name(artifact.model, step)
+            loaded = how_many_load(artifact, earlier_than(draft, model))
+            _install_changes(draft, model, step_config(artifact, step, scheduling, loaded), staging)
+            numbers[model.name] = number_of(versions(model)[-1])
         draft = staging / "ensemble"
         draft.mkdir()
         write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
-        _install_changes(draft, repository / artifact.model, ensemble_config(artifact), staging)
+        _install_changes(draft, repository / artifact.model, ensemble_config(artifact, numbers), staging)
         if can_write(artifact.signature):
             name = writer_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
             write_json(draft / REQUEST_SCHEMA, WISH_SCHEMA)
             _install_changes(draft, repository / name, writer_config(artifact, name), staging)
+
+
+def how_many_load(artifact: Artifact, earlier: list[Path]) -> int:
+    """How many of the newest versions a server is to load of a model to which `artifact` was added, or will be.
+
+    One where it could not load the last of the `earlier` ones, by the same config and with the same libraries: Triton
+    loads all or none.
+    """
+    if not earlier:
+        return VERSIONS_LOADED
+    try:
+        last = Artifact.load(earlier[-1])
+        verify_digests(earlier[-1], last.files if holds_artifact(earlier[-1]) else last.assets)
+    except SlipwayError:  # damaged, or of an older format
+        return 1
+    alike = (last.signature, last.built_with) == (artifact.signature, artifact.built_with)
+    return VERSIONS_LOADED if alike else 1
+
+
+def earlier_than(draft: Path, model: Path) -> list[Path]:
+    """The versions of a model beside that which holds, or will hold, what `draft` does."""
+    present = versions(model)
+    return present[:-1] if present and _contents(present[-1]) == _contents(draft) else present
 
 
 @contextmanager
@@ -234,7 +266,7 @@ def _install(draft: Path, model: Path, number: int, config: str | None, staging:
 def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> None:
     """`model` has this config and, as newest version, these files; what it has already stays untouched."""
     present = versions(model)
-    if present and _contents(present[-1]) == _contents(draft):
+    if present != earlier_than(draft, model):
         with _config_replaced(model, config, staging):
             return
     number = number_of(present[-1]) + 1 if present else 1

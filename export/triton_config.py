@@ -49,7 +49,7 @@ TEXT_OUTPUTS = {
 
 SEQUENCE_IDLE_US = 60_000_000
 SEQUENCES = 1024  # open at once; later ones wait until one ends
-NEWEST = {"latest": {"num_versions": 1}}
+VERSIONS_LOADED = 2  # of a step of an ensemble: the one in use, and the one that is to take its place
 
 Message = dict[str, Any]
 
@@ -99,8 +99,13 @@ class Scheduling:
 UNLIMITED = Scheduling()
 
 
-def model_config(artifact: Artifact, backend: str, scheduling: Scheduling = UNLIMITED) -> str:
-    """config.pbtxt for an artifact served by `backend`; `ArtifactError` for a backend that Triton does not have."""
+def model_config(
+    artifact: Artifact, backend: str, scheduling: Scheduling = UNLIMITED, loaded: int = VERSIONS_LOADED
+) -> str:
+    """config.pbtxt for an artifact served by `backend`, in its `loaded` newest versions; of vLLM's only the newest.
+
+    `ArtifactError` for a backend that Triton does not have.
+    """
     if backend not in MODEL_FILES:
         raise ArtifactError(
             f"{artifact.name}: expected a Triton backend of {', '.join(MODEL_FILES)}, found '{backend}'; "
@@ -117,7 +122,7 @@ def model_config(artifact: Artifact, backend: str, scheduling: Scheduling = UNLI
         "max_batch_size": rows(artifact),
         "input": [tensor(spec) for spec in artifact.signature.free_inputs],
         "output": [tensor(spec) for spec in artifact.signature.visible_outputs],
-        "version_policy": NEWEST,
+        "version_policy": newest(loaded),
         **(sequences(artifact) if recurrent else batches(artifact, scheduling)),
         "instance_group": instances("GPU" if on_gpu else "CPU", 1 if recurrent else scheduling.instances),
     }
@@ -142,12 +147,14 @@ def language_model_config(artifact: Artifact) -> Message:
         "model_transaction_policy": {"decoupled": True},
         "input": [text(TEXT_INPUT), *optional],
         "output": made,
-        "version_policy": NEWEST,
+        "version_policy": newest(1),
         "instance_group": instances("MODEL"),
     }
 
 
-def step_config(artifact: Artifact, step: str, scheduling: Scheduling = UNLIMITED) -> str:
+def step_config(
+    artifact: Artifact, step: str, scheduling: Scheduling = UNLIMITED, loaded: int = VERSIONS_LOADED
+) -> str:
     """config.pbtxt for a Python step: JSON request to tensors (`encode`) or tensors to JSON answer (`decode`).
 
     A step around a recurrent model is not limited, as that is not: a sequence would lose a frame.
@@ -164,7 +171,7 @@ def step_config(artifact: Artifact, step: str, scheduling: Scheduling = UNLIMITE
             "backend": "python",
             "max_batch_size": rows(artifact),
             **tensors,
-            "version_policy": NEWEST,
+            "version_policy": newest(loaded),
             **(one_by_one(scheduling) if scheduling.limited else {}),
             "instance_group": instances("CPU", scheduling.instances),
             "parameters": parameters(step=step),
@@ -184,7 +191,7 @@ def writer_config(artifact: Artifact, name: str) -> str:
             "max_batch_size": 0,
             "input": [text(REQUEST)],
             "output": [text(ANSWER)],
-            "version_policy": NEWEST,
+            "version_policy": newest(1),
             "model_transaction_policy": {"decoupled": True},
             "instance_group": instances("GPU" if "gpu" in artifact.built_with else "CPU"),
             "parameters": parameters(step=WRITE),
@@ -192,8 +199,13 @@ def writer_config(artifact: Artifact, name: str) -> str:
     )
 
 
-def ensemble_config(artifact: Artifact) -> str:
-    """config.pbtxt for the ensemble: a JSON request in, a JSON answer out, for whoever cannot speak in tensors."""
+def ensemble_config(artifact: Artifact, numbers: Mapping[str, int]) -> str:
+    """config.pbtxt for the ensemble: a JSON request in, a JSON answer out, for whoever cannot speak in tensors.
+
+    `numbers` is the version of each step by name. With the newest of each, a request would mix an old model with a new
+    pipeline for as long as a server that polls loads one later than the other.
+    """
+    encode, decode = (step_name(artifact.model, step) for step in STEPS)
     given = {spec.name: spec.name for spec in artifact.signature.free_inputs}
     returned = {spec.name: spec.name for spec in artifact.signature.visible_outputs}
     return render(
@@ -205,9 +217,9 @@ def ensemble_config(artifact: Artifact) -> str:
             "output": [text(ANSWER)],
             "ensemble_scheduling": {
                 "step": [
-                    ensemble_step(step_name(artifact.model, "encode"), {REQUEST: REQUEST}, given),
-                    ensemble_step(artifact.name, given, returned),
-                    ensemble_step(step_name(artifact.model, "decode"), returned, {ANSWER: ANSWER}),
+                    ensemble_step(encode, numbers, {REQUEST: REQUEST}, given),
+                    ensemble_step(artifact.name, numbers, given, returned),
+                    ensemble_step(decode, numbers, returned, {ANSWER: ANSWER}),
                 ]
             },
         }
@@ -302,14 +314,20 @@ def carried(spec: TensorSpec, result: str) -> Message:
     }
 
 
-def ensemble_step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Message:
+def ensemble_step(
+    model: str, numbers: Mapping[str, int], inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> Message:
     """A step that reads `inputs` and writes `outputs`: the model's name of a tensor -> the ensemble's."""
     return {
         "model_name": model,
-        "model_version": -1,
+        "model_version": numbers[model],
         "input_map": [{"key": key, "value": value} for key, value in inputs.items()],
         "output_map": [{"key": key, "value": value} for key, value in outputs.items()],
     }
+
+
+def newest(count: int) -> Message:
+    return {"latest": {"num_versions": count}}
 
 
 def instances(kind: str, count: int = 1) -> Message:

@@ -24,7 +24,8 @@ class StubWatch:
         """
         alive = dict(stubs(self.prefix))
         # A stub that Triton ended itself is gone; only one that died unasked stays a zombie, for Triton never looks.
-        dead = {version for stub, version in self.known.items() if stub not in alive and is_zombie(stub)}
+        ended = {version for stub, version in self.known.items() if stub not in alive and is_zombie(stub)}
+        dead = {version for version in ended if version.is_dir()}  # one that is going may be a zombie for a moment
         self.known = alive
         for version in dead:
             try:

@@ -71,6 +71,7 @@ class Bench:
         remote = self.runtime.remote
         times = poisson_arrivals(rate_per_s, seconds, seed)
         window: Window = arriving(self._lanes(SERVER_LANES if remote else 1), times, queued=not remote)
+        window.rate_per_s = rate_per_s
         return window.to_json()
 
     def _lanes(self, count: int) -> list[Call]:

@@ -62,10 +62,10 @@ def test_a_published_model_is_whole_and_nothing_else_lies_in_the_repository(repo
     Artifact.load(version).verify_files(version)
 
 
-def test_the_two_newest_versions_are_kept(repository: Path) -> None:
+def test_the_three_newest_versions_are_kept(repository: Path) -> None:
     for key in "abcd":
         publish_toy(repository, key=key)
-    assert sorted(path.name for path in (repository / "doubling_onnx").iterdir()) == ["3", "4", "config.pbtxt"]
+    assert sorted(path.name for path in (repository / "doubling_onnx").iterdir()) == ["2", "3", "4", "config.pbtxt"]
     assert newest(repository, "doubling_onnx") == repository / "doubling_onnx" / "4"
 
 
@@ -140,7 +140,7 @@ def test_publishers_at_the_same_time_make_two_versions(repository: Path) -> None
     with ThreadPoolExecutor(4) as pool:
         made = list(pool.map(lambda key: publish_toy(repository, key=key), "abcd"))
     assert sorted(path.name for path in made) == ["1", "2", "3", "4"]
-    assert sorted(path.name for path in (repository / "doubling_onnx").iterdir()) == ["3", "4", "config.pbtxt"]
+    assert sorted(path.name for path in (repository / "doubling_onnx").iterdir()) == ["2", "3", "4", "config.pbtxt"]
     assert lint(repository) == []
 
 
@@ -305,6 +305,10 @@ PLANTED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no steps": (empty_ensemble, "running: output 'answer': expected TYPE_STRING (1,), found nothing"),
     "no schema": (remove(SCHEMA), "running: version 1: expected the schema of its requests, found"),
     "another schema": (edit(SCHEMA, "object", "array"), "expected the schema of its requests, found another; publish"),
+    "version": (
+        edit(ENSEMBLE, "model_version: 1", "model_version: 2"),
+        "step 'running_encode': expected version 1, the newest, found 2; publish the ensemble again",
+    ),
     "larger": (edit(ENSEMBLE, "size: 8", "size: 16"), "step 'running_onnx': expected max_batch_size 16, found 8"),
 }
 

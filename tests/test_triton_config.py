@@ -92,9 +92,11 @@ def test_a_backend_that_triton_lacks_is_refused(doubling: Artifact) -> None:
 
 
 def test_the_ensemble_leads_from_request_to_answer(running: Artifact) -> None:
-    ensemble = parsed(ensemble_config(running))
+    numbers = {"running_onnx": 7, "running_encode": 2, "running_decode": 3}
+    ensemble = parsed(ensemble_config(running, numbers))
     steps = ensemble.ensemble_scheduling.step
-    assert [step.model_name for step in steps] == ["running_encode", "running_onnx", "running_decode"]
+    found = [(step.model_name, step.model_version) for step in steps]
+    assert found == [("running_encode", 2), ("running_onnx", 7), ("running_decode", 3)]
     assert dict(steps[1].input_map) == {"x": "x"}  # not the state
     assert (ensemble.input[0].name, ensemble.output[0].name) == ("request", "answer")
 

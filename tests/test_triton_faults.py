@@ -3,6 +3,7 @@
 import http.client
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def processes(server: TritonServer, program: str) -> list[int]:
     """Ids of the server's processes whose program is so named."""
     found = []
     for path in command_lines():
-        line = path.read_bytes().decode(errors="replace")
+        try:
+            line = path.read_bytes().decode(errors="replace")
+        except OSError:  # it has ended meanwhile
+            continue
         if line.split("\0")[0].endswith(program) and server.shared_memory_prefix in line:
             found.append(int(path.parent.name))
     return found
@@ -88,11 +92,20 @@ def test_a_killed_stub_is_replaced(server: TritonServer) -> None:
 
 def test_a_stub_that_ended_with_its_version_is_not_revived(server: TritonServer, repository: Path) -> None:
     watch = StubWatch(server.shared_memory_prefix)
-    publish_toy(repository, factor=5.0, key="five")
-    toys.wait_for(lambda: watch.revive() or doubled(server) == 5.0)
-    toys.wait_for(lambda: watch.revive() or len(processes(server, STUB)) == 1)
+    for factor in (5.0, 7.0):
+        publish_toy(repository, factor=factor, key=f"of {factor}")
+        toys.wait_for(lambda factor=factor: watch.revive() or doubled(server) == factor)
+    toys.wait_for(lambda: watch.revive() or len(processes(server, STUB)) == 2)  # the newest and the one before
     assert watch.revive() == []
-    assert doubled(server) == 5.0
+    assert doubled(server) == 7.0
+
+
+def test_a_stub_whose_version_is_gone_is_let_go(tmp_path: Path) -> None:
+    watch = StubWatch("no server")
+    with subprocess.Popen(["true"]) as ended:
+        toys.wait_for(lambda: is_zombie(ended.pid))
+        watch.known = {ended.pid: tmp_path / "doubling_onnx" / "1"}
+        assert watch.revive() == []
 
 
 def test_nothing_is_left_of_a_killed_server_and_another_can_start(server: TritonServer, repository: Path) -> None:

@@ -45,7 +45,7 @@ class ToyPipeline(Pipeline):
         for request in requests:
             if not isinstance(request, dict) or "x" not in request:
                 raise InputError("expected a request with 'x', found none")
-        return {"x": np.array([request["x"] for request in requests], np.float32)}
+        return {"x": np.array([request["x"] for request in requests], np.float32) + self.config.get("offset", 0)}
 
     def decode(self, outputs):
         unit = json.loads((self.assets / "unit.json").read_text())
@@ -58,7 +58,15 @@ PIPELINE = ToyPipeline
 """
 
 
-def make(folder: Path, signature: Signature, *, key: str = "key", factor: float = 2.0, **changes: object) -> Artifact:
+def make(
+    folder: Path,
+    signature: Signature,
+    *,
+    key: str = "key",
+    factor: float = 2.0,
+    unit: object = "metre",
+    **changes: object,
+) -> Artifact:
     """An artifact in `folder`: the model of this signature, an asset for the pipeline, the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     graph = running_graph() if signature.state else doubling_graph(factor)
@@ -66,7 +74,7 @@ def make(folder: Path, signature: Signature, *, key: str = "key", factor: float 
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, folder / "model.onnx")
     (folder / ASSETS).mkdir(exist_ok=True)
-    (folder / ASSETS / "unit.json").write_text('"metre"')
+    (folder / ASSETS / "unit.json").write_text(json.dumps(unit))
     described = {
         "model": "running" if signature.state else "doubling",
         "target": "onnx",
