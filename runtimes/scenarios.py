@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, Overloaded, SlipwayError, one_line
+from runtimes.errors import FOREIGN, EngineError, Overloaded, SlipwayError, said
 
 LATE_S = 1e-3  # a request sent this long after its intended time was late
 LEAD_S = 0.005  # between the start of the clock and the first arrival
@@ -233,8 +233,8 @@ def _run_lanes(lanes: Sequence[Callable[[], None]], let_go: Callable[[], None]) 
         except SlipwayError as error:
             failures.append(error)
             let_go()
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            failures.append(EngineError(f"{type(error).__name__}: {one_line(error)}"))
+        except FOREIGN as error:
+            failures.append(EngineError(said(error)))
             let_go()
 
     threads = [threading.Thread(target=guarded, args=(lane,), daemon=True) for lane in lanes]
