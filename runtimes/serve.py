@@ -12,10 +12,10 @@ from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
 from runtimes.stub_watch import StubWatch
 from runtimes.triton_server import EVERY_MODEL, TritonServer
-from runtimes.version_watch import VersionWatch
+from runtimes.version_watch import Seen, VersionWatch
 
 POLL_S = 1
-NOT_YET = (Path(), 0)
+NOT_YET: Seen = ((), 0)
 
 
 class Stopped(Exception):

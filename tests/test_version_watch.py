@@ -10,6 +10,7 @@ import toys
 from export.repository import drafting, publish, publish_ensemble
 from runtimes import serve
 from runtimes.artifact import MANIFEST
+from runtimes.repository import versions
 from runtimes.version_watch import VersionWatch
 
 
@@ -77,11 +78,17 @@ def test_what_appears_changes_and_goes_is_told(repository: Path) -> None:
     assert watch.problems == {}
 
 
-def test_an_old_version_that_is_not_served_is_not_read(repository: Path) -> None:
-    flip_a_byte(repository / "doubling_onnx" / "1" / "model.onnx")
+def test_what_is_loaded_beside_the_newest_is_compared_and_what_is_older_is_not(repository: Path) -> None:
+    publish_toy(repository, factor=3.0)
+    onnx = [version / "model.onnx" for version in versions(repository / "doubling_onnx")]
+    assert len(onnx) == 3
+    flip_a_byte(onnx[0])
     watch = VersionWatch(repository)
     watch.look()
     assert watch.problems == {}
+    flip_a_byte(onnx[1])
+    watch.look()
+    assert watch.problems["doubling_onnx"].startswith(f"{onnx[1]}: ")
 
 
 def test_serve_refuses_it_before_anything_starts(
