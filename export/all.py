@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.base import open_runtime
 from runtimes.command import command, parser, table
-from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.errors import FOREIGN, InputError, SlipwayError, one_line, said
 from runtimes.quiet import native_talk_on_stderr
 from runtimes.repository import home_of, newest, published
 from training.checkpoint import Checkpoint, exists
@@ -139,7 +140,9 @@ def fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
         return replace(outcome, reason=one_line(error))
     except _conversion_errors() as error:
         seconds = time.perf_counter() - started
-        return replace(outcome, status="failed", reason=one_line(error), seconds=seconds)
+        if not isinstance(error, SlipwayError | OSError):
+            traceback.print_exception(error)  # nobody's mistake that is known: where it came from is part of the answer
+        return replace(outcome, status="failed", reason=said(error), seconds=seconds)
 
 
 def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
@@ -304,8 +307,7 @@ def _conversion_errors() -> tuple[type[Exception], ...]:
     from torch._export.verifier import SpecViolationError
     from torch.onnx import OnnxExporterError
 
-    built_in = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
-    return (*own, *built_in, TorchDynamoException, SpecViolationError, OnnxExporterError)
+    return (*own, *FOREIGN, TorchDynamoException, SpecViolationError, OnnxExporterError)
 
 
 def read_options(arguments: Any) -> Options:

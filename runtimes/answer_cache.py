@@ -1,14 +1,16 @@
 """Answers by content: what an artifact said to a request is said again without running it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtimes.artifact import artifact_name
-from runtimes.base import open_runtime
+from runtimes.artifact import Artifact, artifact_name
+from runtimes.base import Runtime, open_runtime
 from runtimes.caching import Store
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import find
@@ -17,26 +19,32 @@ WRITE = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes an encoder a
 
 
 class AnswerCache:
-    """An artifact behind a store. A context manager.
+    """The detector behind a store. A context manager; the artifact is opened by the first request that is not there.
 
     The store's shelf is named by the artifact's key, hence by checkpoint, precision and library versions.
     """
 
     model = "hallucination"
 
-    def __init__(self, repository: Path, store: Store, *, target: str = "onnx", precision: str = "fp32") -> None:
-        self._root = find(repository, artifact_name(self.model, target, precision))
-        self._runtime = open_runtime(self._root)
-        artifact = self._runtime.artifact
-        self._pipeline = open_pipeline(artifact, self._root)
+    def __init__(
+        self, repository: Path, store: Store, *, target: str = "onnx", precision: str = "fp32", device: str = "cpu"
+    ) -> None:
+        root = find(repository, artifact_name(self.model, target, precision))
+        artifact = Artifact.load(root)
+        self._stack = ExitStack()
+        self._open: Callable[[], Runtime] = lambda: self._stack.enter_context(open_runtime(root, device=device))
+        self._pipeline = open_pipeline(artifact, root)
         self._shelf = store.shelf(f"{artifact.name}_answers", {"artifact": artifact.key})
 
     def __enter__(self) -> "AnswerCache":
-        self._runtime.open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._runtime.close()
+        self._stack.close()
+
+    @cached_property
+    def _runtime(self) -> Runtime:
+        return self._open()
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One answer per request; only what was never asked runs."""

@@ -51,10 +51,12 @@ class StrategyCascade:
     A context manager. `ArtifactError` if the store holds what other models said.
     """
 
-    def __init__(self, repository: Path, store: Store, *, target: str = "onnx", precision: str = "fp32") -> None:
+    def __init__(
+        self, repository: Path, store: Store, *, target: str = "onnx", precision: str = "fp32", device: str = "cpu"
+    ) -> None:
         self._stack = ExitStack()
         self._open: Callable[[str], Runtime] = lambda part: self._stack.enter_context(
-            open_runtime(find(repository, artifact_name(f"strategy_{part}", target, precision)))
+            open_runtime(find(repository, artifact_name(f"strategy_{part}", target, precision)), device=device)
         )
         self.store = store
 

@@ -57,8 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.base.is_dir() and arguments.new.is_dir():
         cells = list(compare_folders(arguments.base, arguments.new, threshold, arguments))
     elif arguments.base.is_file() and arguments.new.is_file():
-        base, new = (load_results(path)["rows"] for path in (arguments.base, arguments.new))
-        cells = list(compare_rows(base, new, threshold, arguments.clock))
+        base, new = (load_results(path) for path in (arguments.base, arguments.new))
+        if base["schema"] != new["schema"]:  # their medians are not of the same windows
+            raise InputError(f"expected files of one schema, found {base['schema']}, {new['schema']}; measure again")
+        cells = list(compare_rows(base["rows"], new["rows"], threshold, arguments.clock))
     else:
         raise InputError(f"expected two folders or two results files, found {arguments.base} and {arguments.new}")
     if not cells:

@@ -36,6 +36,11 @@ class ParityError(SlipwayError):
     """A converted model does not say what the original says."""
 
 
+# What other libraries raise for a program, a file or a shape they cannot take. Who catches these reports them, with
+# their kind (`said`), as the result of one engine or one conversion among many.
+FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import `module`, or raise `MissingPackage` naming the extra that installs it."""
     try:
@@ -45,6 +50,15 @@ def require(module: str, *, extra: str) -> ModuleType:
             f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
             f"install it with: pip install 'slipway[{extra}]'"
         ) from error
+
+
+def said(error: BaseException, limit: int = 300) -> str:
+    """The text of an error in one line; of one that is not ours, with its kind: a KeyError's text is a name only."""
+    return (
+        one_line(error, limit)
+        if isinstance(error, SlipwayError | OSError)
+        else (f"{type(error).__name__}: {one_line(error, limit)}")
+    )
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -19,6 +19,7 @@ from runtimes.results import Row, eager_row, load_results
 BEGIN, END = "<!-- matrix: made by runtimes.matrix, do not edit -->", "<!-- matrix: end -->"
 BETWEEN = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
 CELL_KEYS = {"model", "target", "precision", "status", "reason", "bytes", "parity", "facts"}
+UNSTABLE = "~"
 Cell = Mapping[str, Any]
 
 
@@ -117,16 +118,18 @@ def others(models: Sequence[str], targets: Sequence[str], rows: Sequence[Row]) -
 def speed_of(row: Row | None, rows: Sequence[Row]) -> str:
     """How many times as fast as torch eager for one request; of the baseline itself, its time.
 
-    On a CPU by CPU time, which other work on the machine hardly disturbs; else by the median on the clock.
+    On a CPU by CPU time, which other work on the machine hardly disturbs; else by the median on the clock. UNSTABLE
+    stands before what was not steady, or is a multiple of what was not.
     """
     if row is None:
         return ""
     eager = eager_row(rows, row)
+    mark = UNSTABLE if any(each and each.get("stable") is False for each in (row, eager)) else ""
     on_cpu = row.get("device", "cpu") == "cpu" and row["cpu_s_per_call"] is not None
     clock = "cpu_s_per_call" if on_cpu else "p50_s"
     if eager is row:
-        return f"{row[clock] * 1e3:.3g} ms"
-    return f"{eager[clock] / row[clock]:.1f}x" if eager and eager.get(clock) else ""
+        return f"{mark}{row[clock] * 1e3:.3g} ms"
+    return f"{mark}{eager[clock] / row[clock]:.1f}x" if eager and eager.get(clock) else ""
 
 
 def legend(environment: Mapping[str, Any]) -> str:
@@ -137,7 +140,8 @@ def legend(environment: Mapping[str, Any]) -> str:
         "A cell: the largest difference from the original in units of the tolerance (1 is the limit), with the "
         "agreement of decisions where it is not 1; the size of the artifact; the speed of one request as a multiple of "
         "torch eager's, whose own time is given: on a CPU the CPU time, which other work on the machine hardly "
-        f"disturbs. Measured {day} on {where}, {environment.get('threads')} thread an engine, load {load}."
+        f"disturbs. `{UNSTABLE}`: the engine, or torch eager beside it, was unstable while it was measured. "
+        f"Measured {day} on {where}, {environment.get('threads')} thread an engine, load {load}."
     )
 
 

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from runtimes.artifact import Artifact
 from runtimes.errors import EngineError
 from runtimes.sampler import Peak
 from runtimes.scenarios import Window
-from runtimes.statistics import steady
+from runtimes.steadiness import steady_from
 from runtimes.tensors import BATCH
 from runtimes.worker import PROTOCOL
 
@@ -29,7 +29,10 @@ Sizes = Mapping[str, int]
 
 @dataclass(kw_only=True, slots=True)
 class Measurement:
-    """What one engine did at one size under one kind of load. Times in seconds; `windows` hold every sample."""
+    """What one engine did at one size under one kind of load. Times in seconds; `windows` hold every sample.
+
+    Its figures are of all its windows; those of `counted` are what is reported.
+    """
 
     engine: str
     provider: str
@@ -61,11 +64,23 @@ class Measurement:
         return float(np.median(self.samples_s))
 
     @property
+    def refused(self) -> int:
+        return sum(window.refused for window in self.windows)
+
+    @property
     def stable(self) -> bool:
-        """Whether the last windows agree, in latency and in throughput."""
-        medians = [float(np.median(window.samples_s)) for window in self.windows]
-        rates = [len(window.samples_s) / window.wall_s for window in self.windows]
-        return steady(medians) and steady(rates)
+        """Whether the windows end in a steady stretch."""
+        return steady_from(self.windows) is not None
+
+    @property
+    def counted_from(self) -> int:
+        """The first window that counts: that of the steady stretch, or where there is none the first of all."""
+        return steady_from(self.windows) or 0
+
+    @property
+    def counted(self) -> "Measurement":
+        """The same with the windows that count alone."""
+        return replace(self, windows=self.windows[self.counted_from :])
 
 
 class Worker:

@@ -24,28 +24,27 @@ def main(argv: list[str] | None = None) -> int:
     An answer has the same bytes wherever it was computed.
     """
     arguments = _parser().parse_args(argv)
+    if arguments.url and arguments.store:
+        raise InputError("--store: expected it without --url, found both; a server answers without a store")
     if arguments.url and not (arguments.target or arguments.example or arguments.schema):
-        if arguments.store:
-            raise InputError("--store: expected it without --url, found both; a server keeps its own")
         require_plain(arguments.model)
         print(ask(arguments.url, arguments.model, _request(arguments)).decode())
         return 0
     target, precision = arguments.target or TARGET, arguments.precision or PRECISION
     root = find(arguments.repository, artifact_name(arguments.model, target, precision))
+    artifact = Artifact.load(root)
     if arguments.example or arguments.schema:
-        pipeline = open_pipeline(Artifact.load(root), root)
+        pipeline = open_pipeline(artifact, root)
         print(json.dumps(pipeline.example() if arguments.example else pipeline.schema(), indent=1))
         return 0
     requests = [parse_request(_request(arguments), str(arguments.input))]
-    options = {"device": arguments.device}
-    if arguments.url:
-        options = {"engine": serving_engine(Artifact.load(root)), "url": arguments.url}
-    with open_runtime(root, **options) as runtime:
-        pipeline = open_pipeline(runtime.artifact, root)
-        if arguments.store:
-            answers = _answer_from_store(pipeline, requests, arguments, {"target": target, "precision": precision})
-        else:
-            answers = pipeline.respond(runtime, requests)
+    if arguments.store:
+        kind = {"target": target, "precision": precision, "device": arguments.device}
+        answers = _answer_from_store(open_pipeline(artifact, root), requests, arguments, kind)
+    else:
+        served = {"engine": serving_engine(artifact), "url": arguments.url}
+        with open_runtime(root, **(served if arguments.url else {"device": arguments.device})) as runtime:
+            answers = open_pipeline(artifact, root).respond(runtime, requests)
     print(write_answer(answers[0]).decode())
     return 0
 

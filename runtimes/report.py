@@ -12,17 +12,19 @@ from typing import Any
 from runtimes.command import command, existing_folder, parser
 from runtimes.errors import InputError
 from runtimes.plots import Series, bars, curves, strips
-from runtimes.results import COLUMNS, Row, load_results, name_of, sizes_text, table_of, times_eager
+from runtimes.results import COLUMNS, Row, counted_samples, load_results, name_of, sizes_text, table_of, times_eager
 
 STYLE = Path(__file__).with_name("report.css")
 SHOWN = [name for name in COLUMNS if name != "model"]  # each has a table of its own
 TEXTS = ("scenario", "sizes", "engine", "device", "note")
 READING = (
-    "Milliseconds are of one call. A percentile is pooled from raw samples; a dash stands where there are too few to "
-    "speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times as fast as torch eager in "
-    "float32, measured in turns with it. Agreement: the worst check of decisions against the original, when it was "
-    "exported. Device ms: the median time on the GPU between events around a call, where the engine shows its stream. "
-    "Unstable: the last three windows differed by more than 10 %."
+    "Milliseconds are of one call. A percentile is pooled from the raw samples of the steady windows; a dash stands "
+    "where there are too few to speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times "
+    "as fast as torch eager in float32, measured in turns with it. Agreement: the worst check of decisions against the "
+    "original, when it was exported. Device ms: the median time on the GPU between events around a call, where the "
+    "engine shows its stream. Unstable: the last three windows differed by more than 10 %, or under arrivals the "
+    "engine fell behind or changed its pace by more than that; the figures are then of all windows. Refused: by a "
+    "server that had enough to do; in no percentile, and no good answer."
 )
 
 
@@ -80,7 +82,7 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
     yield ("Throughput against latency, requests side by side", "The number is how many are in flight; the ring marks "
            "the knee, past which more of them wait longer than they win.", sweep(measured, "concurrency"))  # fmt: skip
     yield "Throughput against latency, by batch", "The number is the rows of a batch.", sweep(measured, "offline")
-    served = [(_named(row), row["engine"], row["samples_s"], row["p50_s"]) for row in _where(measured, "server")]
+    served = [(_named(row), row["engine"], counted_samples(row), row["p50_s"]) for row in _where(measured, "server")]
     caption = "ms, Poisson arrivals, counted from when a request should have been sent"
     yield "Latency under arrivals", caption, strips([_in_ms(line) for line in served], "ms")
     request = _first_sizes(single)
@@ -95,7 +97,7 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
 
 
 def latency_strips(rows: Sequence[Row]) -> str:
-    return strips([_in_ms((name_of(row), row["engine"], row["samples_s"], row["p50_s"])) for row in rows], "ms")
+    return strips([_in_ms((name_of(row), row["engine"], counted_samples(row), row["p50_s"])) for row in rows], "ms")
 
 
 def sweep(rows: Sequence[Row], scenario: str) -> str:

@@ -13,7 +13,8 @@ from runtimes.measure import Measurement
 from runtimes.scenarios import goodput
 from runtimes.statistics import SAMPLES_FOR, percentile
 
-SCHEMA = "slipway.bench/1"
+SCHEMA = "slipway.bench/2"
+READABLE = ("slipway.bench/1", SCHEMA)  # figures of 1 are of all windows, and it counts no refusals
 BASELINE = "torch"
 KEYS = ("model", "target", "precision", "engine", "scenario", "sizes")
 Row = dict[str, Any]
@@ -28,7 +29,7 @@ def save_results(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
 def load_results(path: Path) -> dict[str, Any]:
     """The contents of a results file; `InputError` unless it is one."""
     data = read_json(path)
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+    if not isinstance(data, dict) or data.get("schema") not in READABLE:
         raise InputError(
             f"{path}: expected schema {SCHEMA}, found another file; make one: python -m runtimes.bench --out"
         )
@@ -60,8 +61,11 @@ def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, i
 
 
 def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
-    """The figures of a measurement, with the medians of the runs it is pooled from."""
-    samples = whole.samples_s
+    """The figures of what counts in all runs, with the medians of each; every sample of every window of the runs.
+
+    `windows` says how many samples each has, `counted` whether they are in the figures.
+    """
+    samples, parts = whole.samples_s, [run.counted for run in runs]
     device = [each for window in whole.windows for each in window.device_s]
     return {
         "provider": whole.provider,
@@ -76,16 +80,19 @@ def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
         "device_p50_s": percentile(device, 50),
         "memory_bytes": whole.memory.memory_bytes,
         "gpu_memory_bytes": whole.memory.gpu_memory_bytes,
-        "run_medians_s": [run.run_median_s for run in runs],
-        "run_cpu_s_per_call": [run.cpu_s_per_call for run in runs],
-        "windows": [len(window.samples_s) for window in whole.windows],
-        "samples_s": [round(sample, 9) for sample in samples],
+        "refused": whole.refused,
+        "refused_share": whole.refused / (whole.refused + len(samples)),
+        "run_medians_s": [part.run_median_s for part in parts],
+        "run_cpu_s_per_call": [part.cpu_s_per_call for part in parts],
+        "windows": [len(window.samples_s) for run in runs for window in run.windows],
+        "counted": [i >= run.counted_from for run in runs for i in range(len(run.windows))],
+        "samples_s": [round(sample, 9) for run in runs for sample in run.samples_s],
     }
 
 
 def arrivals(whole: Measurement, bound_s: float) -> Row:
     """What the server scenario adds: answers within the bound, requests that were sent late, time from the sending."""
-    sent = len(whole.samples_s)
+    sent = len(whole.samples_s) + whole.refused
     walls = [window.wall_s for window in whole.windows]
     good = sum(goodput(window, bound_s) * window.wall_s for window in whole.windows)
     return {
@@ -93,6 +100,15 @@ def arrivals(whole: Measurement, bound_s: float) -> Row:
         "late_share": sum(window.late for window in whole.windows) / sent,
         "service_p50_s": percentile([each for window in whole.windows for each in window.service_s], 50),
     }
+
+
+def counted_samples(row: Row) -> list[float]:
+    """The samples that a row's figures are of; all that it has, in a file that does not say which count."""
+    if "counted" not in row:
+        return list(row["samples_s"])
+    counted = np.repeat(row["counted"], row["windows"])
+    samples = np.asarray(row["samples_s"])
+    return list(samples[counted[: len(samples)]])  # a file without samples has none
 
 
 def name_of(row: Row) -> str:
@@ -158,6 +174,8 @@ def note_of(row: Row) -> str:
     notes = [] if row["stable"] else ["unstable"]
     if row.get("knee"):
         notes.append("knee")
+    if row.get("refused_share"):
+        notes.append(f"{row['refused_share']:.1%} refused")
     if "goodput_per_s" in row:
         bound = f"{row['bound_s'] * 1e3:g} ms"
         notes.append(f"{row['goodput_per_s']:.1f}/s within {bound}, {row['late_share']:.1%} sent late")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, SlipwayError, one_line
+from runtimes.errors import FOREIGN, EngineError, Overloaded, SlipwayError, said
 
 LATE_S = 1e-3  # a request sent this long after its intended time was late
 LEAD_S = 0.005  # between the start of the clock and the first arrival
@@ -21,20 +21,31 @@ Call = Callable[[], Any]
 
 @dataclass(kw_only=True, slots=True)
 class Window:
-    """A stretch of load. `samples_s` are latencies; for arrivals, from the intended time of sending.
+    """A stretch of load. `samples_s` are latencies of answers; for arrivals, from the intended time of sending.
 
     wall_s      from the first sending to the last answer
     cpu_s       CPU time of the calling process meanwhile, of all its threads
+    refused     requests that a busy server refused; they have no sample
     device_s    time on the GPU between events around each call; empty where there is none
-    service_s   of arrivals: from the real time of sending
-    late        of arrivals: how many were sent more than LATE_S after their intended time
+
+    Of arrivals only:
+
+    rate_per_s  how many a second were intended
+    service_s   latencies from the real time of sending
+    alone_s     of calls that began while no other was under way, how long they took
+    busy_s      how long at least one request was sent and not yet settled
+    late        how many were sent more than LATE_S after their intended time
     """
 
     samples_s: list[float]
     wall_s: float
     cpu_s: float
+    refused: int = 0
     device_s: list[float] = field(default_factory=list)
+    rate_per_s: float = 0.0
     service_s: list[float] = field(default_factory=list)
+    alone_s: list[float] = field(default_factory=list)
+    busy_s: float = 0.0
     late: int = 0
 
     def to_json(self) -> dict[str, Any]:
@@ -46,37 +57,36 @@ def one_by_one(call: Call, seconds: float, device_time: Callable[[], float] | No
 
     `device_time` is asked after each call, outside of its time, how long the GPU took for it.
     """
-    samples: list[float] = []
+    taken: list[float | None] = []
     device: list[float] = []
     cpu, started = time.process_time_ns(), time.perf_counter_ns()
     end = started + int(seconds * 1e9)
-    while not samples or time.perf_counter_ns() < end:
-        sent = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - sent) * 1e-9)
-        if device_time:
+    while not taken or time.perf_counter_ns() < end:
+        taken.append(_answered_in(call))
+        if device_time and taken[-1] is not None:
             device.append(device_time())
     wall = time.perf_counter_ns() - started
-    return Window(samples_s=samples, wall_s=wall * 1e-9, cpu_s=(time.process_time_ns() - cpu) * 1e-9, device_s=device)
+    return _closed_loop(taken, wall, time.process_time_ns() - cpu, device)
 
 
 def side_by_side(calls: Sequence[Call], seconds: float) -> Window:
-    """Every call again and again in a thread of its own for this long (closed loop, len(calls) in flight)."""
-    samples: list[list[float]] = [[] for _ in calls]
+    """Every call again and again in a thread of its own for this long (closed loop, len(calls) in flight).
+
+    One that is refused is made again at once, so that as many stay in flight.
+    """
+    taken: list[list[float | None]] = [[] for _ in calls]
     together = threading.Barrier(len(calls))
 
-    def lane(call: Call, own: list[float]) -> None:
+    def lane(call: Call, own: list[float | None]) -> None:
         together.wait()
         end = time.perf_counter_ns() + int(seconds * 1e9)
         while not own or time.perf_counter_ns() < end:
-            sent = time.perf_counter_ns()
-            call()
-            own.append((time.perf_counter_ns() - sent) * 1e-9)
+            own.append(_answered_in(call))
 
     cpu, started = time.process_time_ns(), time.perf_counter_ns()
-    _run_lanes([partial(lane, *each) for each in zip(calls, samples, strict=True)], together.abort)
+    _run_lanes([partial(lane, *each) for each in zip(calls, taken, strict=True)], together.abort)
     wall, cpu = time.perf_counter_ns() - started, time.process_time_ns() - cpu
-    return Window(samples_s=[sample for own in samples for sample in own], wall_s=wall * 1e-9, cpu_s=cpu * 1e-9)
+    return _closed_loop([each for own in taken for each in own], wall, cpu)
 
 
 def poisson_arrivals(rate_per_s: float, seconds: float, seed: Sequence[int]) -> np.ndarray:
@@ -95,13 +105,14 @@ def arriving(calls: Sequence[Call], intended_s: np.ndarray, *, queued: bool) -> 
     its own queue, and what waits here for a free call is late.
     """
     entered, begun, done = (np.zeros(len(intended_s)) for _ in range(3))
+    refused = np.zeros(len(intended_s), bool)
     waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
     origin = time.perf_counter() + LEAD_S
 
     def lane(call: Call) -> None:
         while (i := waiting.get()) is not None:
             begun[i] = time.perf_counter() - origin
-            call()
+            refused[i] = _answered_in(call) is None
             done[i] = time.perf_counter() - origin
 
     def send() -> None:
@@ -117,7 +128,7 @@ def arriving(calls: Sequence[Call], intended_s: np.ndarray, *, queued: bool) -> 
     cpu = time.process_time_ns()
     _run_lanes([send, *(partial(lane, call) for call in calls)], let_go)
     cpu_s = (time.process_time_ns() - cpu) * 1e-9
-    return account(intended_s, entered if queued else begun, done, cpu_s)
+    return account(intended_s, entered if queued else begun, done, cpu_s, begun_s=begun, refused=refused)
 
 
 def posting(post: Callable[[int, Callable[[], None]], None], intended_s: np.ndarray) -> Window:
@@ -141,20 +152,66 @@ def posting(post: Callable[[int, Callable[[], None]], None], intended_s: np.ndar
     return account(intended_s, sent, done, (time.process_time_ns() - cpu) * 1e-9)
 
 
-def account(intended_s: np.ndarray, sent_s: np.ndarray, done_s: np.ndarray, cpu_s: float) -> Window:
-    """Arrivals as a window: latencies from the intended times, so that a stall counts for all who had to wait."""
+def account(
+    intended_s: np.ndarray,
+    sent_s: np.ndarray,
+    done_s: np.ndarray,
+    cpu_s: float,
+    *,
+    begun_s: np.ndarray | None = None,
+    refused: np.ndarray | None = None,
+) -> Window:
+    """Arrivals as a window: latencies from the intended times, so that a stall counts for all who had to wait.
+
+    begun_s   when each call began, where that is not when it was sent
+    refused   bool [arrivals]: which were refused, at `done_s`; none if left out
+    """
+    begun_s = sent_s if begun_s is None else begun_s
+    answered = np.ones(len(done_s), bool) if refused is None else ~refused
+    alone = answered & (begun_s >= _settled_before(begun_s, done_s))
+    busy_s = done_s - np.maximum(sent_s, _settled_before(sent_s, done_s))
     return Window(
-        samples_s=(done_s - intended_s).tolist(),
+        samples_s=(done_s - intended_s)[answered].tolist(),
         wall_s=float(done_s.max()),
         cpu_s=cpu_s,
-        service_s=(done_s - sent_s).tolist(),
+        refused=int((~answered).sum()),
+        service_s=(done_s - sent_s)[answered].tolist(),
+        alone_s=(done_s - begun_s)[alone].tolist(),
+        busy_s=float(busy_s.clip(0).sum()),
         late=int((sent_s - intended_s > LATE_S).sum()),
     )
 
 
+def _settled_before(entered_s: np.ndarray, done_s: np.ndarray) -> np.ndarray:
+    """When the last of all who had entered before each was done; -inf for the first."""
+    order = np.argsort(entered_s, kind="stable")
+    latest = np.full(len(order), -np.inf)
+    latest[order[1:]] = np.maximum.accumulate(done_s[order])[:-1]
+    return latest
+
+
 def goodput(window: Window, bound_s: float) -> float:
-    """Requests a second that were answered within the bound."""
+    """Requests a second that were answered within the bound; one that was refused was not."""
     return sum(sample <= bound_s for sample in window.samples_s) / window.wall_s
+
+
+def _answered_in(call: Call) -> float | None:
+    """How many seconds the answer took, or None where a busy server refused to give one."""
+    sent = time.perf_counter_ns()
+    try:
+        call()
+    except Overloaded:
+        return None
+    return (time.perf_counter_ns() - sent) * 1e-9
+
+
+def _closed_loop(taken: Sequence[float | None], wall_ns: int, cpu_ns: int, device_s: Sequence[float] = ()) -> Window:
+    """Calls that waited for each other as a window; None was refused."""
+    samples = [each for each in taken if each is not None]
+    refused = len(taken) - len(samples)
+    return Window(
+        samples_s=samples, wall_s=wall_ns * 1e-9, cpu_s=cpu_ns * 1e-9, refused=refused, device_s=list(device_s)
+    )
 
 
 def _wait_until(moment: float) -> float:
@@ -176,8 +233,8 @@ def _run_lanes(lanes: Sequence[Callable[[], None]], let_go: Callable[[], None]) 
         except SlipwayError as error:
             failures.append(error)
             let_go()
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            failures.append(EngineError(f"{type(error).__name__}: {one_line(error)}"))
+        except FOREIGN as error:
+            failures.append(EngineError(said(error)))
             let_go()
 
     threads = [threading.Thread(target=guarded, args=(lane,), daemon=True) for lane in lanes]

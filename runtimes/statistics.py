@@ -38,10 +38,9 @@ def percentile(samples_s: Sequence[float], p: int) -> float | None:
     return float(np.percentile(samples_s, p)) if len(samples_s) >= SAMPLES_FOR[p] else None
 
 
-def steady(values: Sequence[float]) -> bool:
-    """Whether the last STEADY_WINDOWS values lie within STEADY_SPREAD of each other."""
-    last = values[-STEADY_WINDOWS:]
-    return len(last) == STEADY_WINDOWS and max(last) <= (1 + STEADY_SPREAD) * min(last)
+def within(values: Sequence[float]) -> bool:
+    """Whether all values lie within STEADY_SPREAD of each other."""
+    return max(values) <= (1 + STEADY_SPREAD) * min(values)
 
 
 def bootstrap_medians(values: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:

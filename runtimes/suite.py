@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from runtimes.artifact import Artifact
 from runtimes.base import device_for
 from runtimes.measure import Measurement, Sizes
 from runtimes.repository import home_of, published
-from runtimes.results import BASELINE, Row
+from runtimes.results import BASELINE, Row, counted_samples
 from runtimes.sampler import Sampler
 from runtimes.scenarios import SCENARIOS
 from runtimes.statistics import knee
@@ -113,7 +114,7 @@ def server(turns: Turns) -> Iterator[list[Row]]:
         for place, entrant in enumerate(entrants):
             entrant.prepare(sizes)
             entrant.window(_one_by_one(turns))
-            if isinstance(entrant.result, Measurement):
+            if isinstance(entrant.result, Measurement) and entrant.result.samples_s:
                 capacity.setdefault(place, 1 / entrant.result.run_median_s)
         for share in settings.rates or OWN_RATES:
             rates = [share * (1 if settings.rates else capacity.get(place, 1.0)) for place in range(len(entrants))]
@@ -143,7 +144,7 @@ def concurrency(turns: Turns) -> Iterator[list[Row]]:
 def mark_knee(sweep: Sequence[Row]) -> None:
     """Exactly one of the rows of an engine's sweep has `knee` true; none of a sweep that failed somewhere."""
     if not any("failed" in row for row in sweep):
-        chosen = knee([(row["rows_per_s"], sum(row["samples_s"]) / len(row["samples_s"])) for row in sweep])
+        chosen = knee([(row["rows_per_s"], float(np.mean(counted_samples(row)))) for row in sweep])
         for i, row in enumerate(sweep):
             row["knee"] = i == chosen
 

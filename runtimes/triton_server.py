@@ -28,7 +28,7 @@ START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
 # What would let a client change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
-# Of one request over HTTP, where the server can be told; 2.51 cannot, and none for gRPC: deploy/nginx.conf bounds both.
+# Of one request over HTTP, where the server can be told; 2.51 cannot; deploy/nginx.conf bounds gRPC too.
 HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.

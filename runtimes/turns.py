@@ -169,7 +169,10 @@ def joined(taken: Sequence[Taken]) -> Row:
     runs = [each.result for each in taken if isinstance(each.result, Measurement)]
     if len(runs) < len(taken):
         return {**head, "failed": next(each.result for each in taken if isinstance(each.result, str))}
-    whole = replace(runs[0], windows=[window for run in runs for window in run.windows])
+    if not all(run.samples_s for run in runs):
+        remedy = "ask less of it, or export it with a longer --queue"
+        return {**head, "failed": f"expected answers, found {sum(run.refused for run in runs)} refusals; {remedy}"}
+    whole = replace(runs[0], windows=[window for run in runs for window in run.counted.windows])
     for name in ("load_s", "first_call_s", "warmup_s"):
         setattr(whole, name, float(np.median([getattr(run, name) for run in runs])))
     whole.memory = max((run.memory for run in runs), key=lambda peak: peak.memory_bytes)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -142,16 +143,19 @@ class TransformersSubject(Subject):
 
     def __init__(self, name: str, folder: Path, *, dtype: str, device: str, threads: int, batched: bool) -> None:
         arguments = [str(folder), dtype, device, str(threads)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtimes.generation_worker", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=CHECKOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-            start_new_session=True,  # as vLLM has one: the scheduler shares a busy machine out among sessions
-        )
+        self.folder = tempfile.TemporaryDirectory(prefix="slipway-")
+        self.log = Path(self.folder.name, "log")  # a pipe that nobody reads would fill, and stop it
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "runtimes.generation_worker", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=CHECKOUT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+                start_new_session=True,  # as vLLM has one: the scheduler shares a busy machine out among sessions
+            )
         self.batched = batched
         super().__init__(name, f"transformers {self._answer()['version']} {device} {dtype}", self.process.pid)
 
@@ -164,6 +168,7 @@ class TransformersSubject(Subject):
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.folder.cleanup()
 
     def _ask(self, prompts: list[list[int]], tokens: int, *, first: bool) -> Any:
         assert self.process.stdin
@@ -173,10 +178,9 @@ class TransformersSubject(Subject):
 
     def _answer(self) -> Any:
         assert self.process.stdout
-        assert self.process.stderr
         if line := self.process.stdout.readline():
             return json.loads(line)
-        last = (self.process.stderr.read().strip().splitlines() or ["nothing"])[-1]
+        last = (self.log.read_text().strip().splitlines() or ["nothing"])[-1]
         raise EngineError(f"expected an answer of transformers, it died and says: {last}")
 
 

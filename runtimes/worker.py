@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from runtimes.base import Runtime, open_runtime
 from runtimes.device_time import DeviceTimer
-from runtimes.errors import EngineError, SlipwayError, one_line
+from runtimes.errors import FOREIGN, EngineError, SlipwayError, said
 from runtimes.pipeline import open_pipeline
 from runtimes.scenarios import Call, Window, arriving, one_by_one, poisson_arrivals, side_by_side
 from runtimes.tensors import BATCH, Tensors
@@ -24,8 +25,6 @@ from runtimes.tensors import BATCH, Tensors
 PROTOCOL = 1
 WARMUP_S, WARMUP_CALLS = 0.2, 10
 SERVER_LANES = 32  # requests in flight at most, when arrivals are sent to a server
-# torch.compile raises what it likes for a program it cannot compile: that engine's row says so.
-ENGINE_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, ImportError)
 
 
 class Bench:
@@ -56,11 +55,14 @@ class Bench:
         }
 
     def one_by_one(self, seconds: float) -> dict[str, Any]:
-        stream = self.runtime.cuda_stream
-        if stream is None:
+        if self._timer is None:
             return one_by_one(self.calls[0], seconds).to_json()
-        timer = DeviceTimer(stream)
-        return one_by_one(timer.around(self.calls[0]), seconds, timer.elapsed_s).to_json()
+        return one_by_one(self._timer.around(self.calls[0]), seconds, self._timer.elapsed_s).to_json()
+
+    @cached_property
+    def _timer(self) -> DeviceTimer | None:
+        stream = self.runtime.cuda_stream
+        return None if stream is None else DeviceTimer(stream)
 
     def side_by_side(self, lanes: int, seconds: float) -> dict[str, Any]:
         return side_by_side(self._lanes(lanes), seconds).to_json()
@@ -69,6 +71,7 @@ class Bench:
         remote = self.runtime.remote
         times = poisson_arrivals(rate_per_s, seconds, seed)
         window: Window = arriving(self._lanes(SERVER_LANES if remote else 1), times, queued=not remote)
+        window.rate_per_s = rate_per_s
         return window.to_json()
 
     def _lanes(self, count: int) -> list[Call]:
@@ -121,10 +124,8 @@ def main() -> None:
                 pipe.sendall(json.dumps({"ok": answer}).encode() + b"\n")
         except BrokenPipeError:
             pass  # whoever asked is gone
-        except SlipwayError as error:
-            _say(pipe, one_line(error))
-        except ENGINE_FAILURES as error:
-            _say(pipe, f"{type(error).__name__}: {one_line(error, 160)}")
+        except (SlipwayError, *FOREIGN) as error:  # torch.compile raises what it likes: that engine's row says so
+            _say(pipe, said(error))
 
 
 def _say(pipe: socket.socket, error: str) -> None:

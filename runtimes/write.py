@@ -13,7 +13,7 @@ from runtimes.artifact import artifact_name, require_plain
 from runtimes.base import open_runtime
 from runtimes.command import command, parser
 from runtimes.errors import EngineError, InputError, one_line
-from runtimes.pipeline import parse_request, write_answer
+from runtimes.pipeline import parse_request
 from runtimes.repository import STEP_SUFFIX, find, writer_name
 from runtimes.triton_client import CLIENTS
 from runtimes.writing import DEFAULTS, EXAMPLE, Wish, can_write, read_wish, write
@@ -60,7 +60,7 @@ def _ask(url: str, model: str, request: Any) -> Generator[Mapping[str, str]]:
     require_plain(model)
     client = CLIENTS["grpc"](url, 60.0)
     with closing(client):
-        stream = client.stream(writer_name(model), {"request": np.array([write_answer(request)], np.object_)})
+        stream = client.stream(writer_name(model), {"request": np.array([json.dumps(request).encode()], np.object_)})
         for response in stream:
             try:
                 piece: Mapping[str, str] = json.loads(response["answer"].item())

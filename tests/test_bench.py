@@ -17,7 +17,7 @@ from runtimes.artifact import Artifact, Check
 from runtimes.base import DEVICES, device_for
 from runtimes.measure import Measurement, Worker
 from runtimes.repository import find
-from runtimes.results import load_results, row_table, times_eager
+from runtimes.results import counted_samples, load_results, row_table, times_eager
 from runtimes.sampler import Peak
 from runtimes.scenarios import Window
 from runtimes.statistics import SAMPLES_FOR
@@ -25,6 +25,7 @@ from runtimes.turns import Settings, Subject, Taken, joined
 from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
+TOY: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
 KEYS = {
     *(
@@ -82,7 +83,7 @@ def test_bench_writes_the_documented_schema(
     data = load_results(out)
     assert json.loads(capsys.readouterr().out)["rows"] == data["rows"]
     assert set(data) == {"schema", "environment", "rows"}
-    assert data["schema"] == "slipway.bench/1"
+    assert data["schema"] == "slipway.bench/2"
     assert data["environment"]["threads"] == 1
     assert data["environment"].keys() >= {"cpu", "cpus", "cpu_mhz", "gpu", "gpu_state", "git", "load", "versions"}
     assert [row["sizes"] for row in data["rows"]] == [STEP, WINDOW]
@@ -100,6 +101,7 @@ def check_row(row: Mapping[str, Any]) -> None:
     samples = row["samples_s"]
     assert sum(row["windows"]) == len(samples)
     assert len(row["run_medians_s"]) == len(row["run_cpu_s_per_call"]) == 2
+    samples = counted_samples(row)
     for p, needed in SAMPLES_FOR.items():
         want = np.percentile(samples, p) if len(samples) >= needed else None
         assert row[f"p{p}_s"] == (want if want is None else pytest.approx(want, abs=1e-9))
@@ -170,8 +172,7 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
     rounds: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first window is twice as slow: four windows end in three alike."""
-    artifact: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
-    subject = Subject(artifact=artifact, root=Path(), label="onnx")
+    subject = Subject(artifact=TOY, root=Path(), label="onnx")
 
     class Toy:
         def __init__(self, subject: Subject, sampler: object) -> None:
@@ -197,7 +198,8 @@ def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
         yield suite._taken(entrants, "single-stream", STEP)
 
     ((row,),) = toy.run(points)
-    assert len(row["windows"]) == expected
+    assert len(row["windows"]) == len(row["counted"]) == expected
+    assert row["counted"][0] is (expected < 4), "what came before the steady stretch does not count"
     assert row["stable"] is (expected >= 4)
 
 

@@ -155,6 +155,16 @@ def test_results_files_are_compared_by_the_medians_of_their_runs(
     assert compare.main([failed, base]) == 2, "what failed in BASE cannot get slower"
 
 
+def test_files_whose_medians_are_of_other_windows_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, older = results(tmp_path / "base.json", 1.0), Path(results(tmp_path / "older.json", 1.0))
+    older.write_text(older.read_text().replace(SCHEMA, "slipway.bench/1"))
+    assert compare.main([str(older), str(older)]) == 0
+    assert compare.main([str(older), base]) == 2
+    assert "expected files of one schema, found slipway.bench/1, slipway.bench/2; measure" in capsys.readouterr().err
+
+
 def test_a_row_is_compared_with_itself_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = results(tmp_path / "base.json", 1.0)
     other = results(tmp_path / "other.json", 1.0, sizes={"batch": 2})

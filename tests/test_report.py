@@ -328,8 +328,22 @@ def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
     assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
     unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
     assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
-    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy 2.0x", "a baseline that is no target"
+    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy ~2.0x", "a baseline that is no target"
     assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
+
+
+def test_a_speed_that_was_not_steady_is_marked_and_so_is_a_multiple_of_one() -> None:
+    def speeds(*stable: bool) -> list[str]:
+        rows = [
+            row(engine, ms, stable=each) for engine, ms, each in zip(("torch", "onnx"), (4, 1), stable, strict=True)
+        ]
+        line = matrix.matrix([cell("torch"), cell("onnx")], rows, ENVIRONMENT).splitlines()[2]
+        return [text.rpartition(" · ")[2].strip() for text in line.strip("|").split("|")[1:]]
+
+    assert speeds(True, True) == ["4 ms", "4.0x"]
+    assert speeds(True, False) == ["4 ms", "~4.0x"]
+    assert speeds(False, True) == ["~4 ms", "~4.0x"]
+    assert "`~`: the engine, or torch eager beside it, was unstable" in matrix.legend(ENVIRONMENT)
 
 
 def test_the_matrix_is_put_between_its_marks_and_checked(

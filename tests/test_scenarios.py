@@ -1,12 +1,14 @@
 """Load: what each scenario calls, when, and what it counts."""
 
+import itertools
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from runtimes.errors import EngineError, InputError
+from runtimes.errors import EngineError, InputError, Overloaded
 from runtimes.scenarios import LATE_S, account, arriving, goodput, one_by_one, poisson_arrivals, posting, side_by_side
 
 
@@ -43,6 +45,64 @@ def test_a_lane_that_fails_ends_the_window_with_its_error() -> None:
         arriving([fail], np.zeros(3), queued=True)
     with pytest.raises(EngineError, match="ValueError: invalid literal"):
         arriving([lambda: int("no")], np.zeros(3), queued=False)
+
+
+def every_third_refused() -> Callable[[], None]:
+    """A call that takes a millisecond, and every third time a fifth of a second to be refused."""
+    turn = itertools.count(1)
+
+    def call() -> None:
+        third = next(turn) % 3 == 0
+        time.sleep(0.2 if third else 0.001)
+        if third:
+            raise Overloaded("expected room in the queue, found none")
+
+    return call
+
+
+def test_a_refusal_is_counted_and_its_time_is_in_no_latency() -> None:
+    closed = one_by_one(every_third_refused(), 0.3)
+    lanes = side_by_side([every_third_refused()] * 2, 0.3)
+    arrived = arriving([every_third_refused()], np.zeros(7), queued=False)
+    assert (len(arrived.samples_s), len(arrived.service_s), arrived.refused) == (5, 5, 2)
+    for window in (closed, lanes, arrived):
+        assert window.refused >= 1
+        assert len(window.samples_s) >= 2 * (window.refused - 1)
+        assert max(window.service_s or window.samples_s) < 0.19
+    assert max(arrived.alone_s) < 0.19
+    assert arrived.wall_s > 0.4
+    assert goodput(arrived, bound_s=60.0) == pytest.approx(5 / arrived.wall_s), "however late it came"
+
+
+def test_only_a_refusal_is_counted_as_one() -> None:
+    for error in (EngineError("the server died"), InputError("no such input")):
+
+        def fail(error: Exception = error) -> None:
+            raise error
+
+        for load in (lambda: one_by_one(fail, 0.0), lambda: side_by_side([fail], 0.0),
+                     lambda: arriving([fail], np.zeros(2), queued=False)):  # fmt: skip
+            with pytest.raises(type(error), match=str(error)):
+                load()
+
+
+def test_a_window_may_be_refused_altogether() -> None:
+    def refuse() -> None:
+        raise Overloaded("expected room in the queue, found none")
+
+    for window in (one_by_one(refuse, 0.0), side_by_side([refuse], 0.0), arriving([refuse], np.zeros(1), queued=False)):
+        assert (window.samples_s, window.refused) == ([], 1)
+
+
+def test_what_an_engine_is_judged_by_does_not_depend_on_when_requests_arrive() -> None:
+    """Four calls of one second: two alone, one that waits before the engine, one that waits in a server."""
+    sent, begun, done = np.array([0.0, 0.5, 5.0, 5.0]), np.array([0.0, 1.0, 5.0, 5.0]), np.array([1.0, 2.0, 6.0, 7.0])
+    window = account(sent, sent, done, 0.0, begun_s=begun)
+    assert window.busy_s == pytest.approx(4.0)
+    assert window.alone_s == pytest.approx([1.0, 1.0, 1.0])
+    swapped = [1, 3, 0, 2]
+    again = account(sent[swapped], sent[swapped], done[swapped], 0.0, begun_s=begun[swapped])
+    assert again.busy_s == pytest.approx(4.0), "in whatever order lanes begin"
 
 
 def test_arrivals_are_poisson_and_the_same_for_the_same_seed() -> None:

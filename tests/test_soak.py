@@ -10,20 +10,27 @@ import toys
 
 from export.repository import drafting, publish, publish_ensemble
 from export.triton_config import Scheduling
-from runtimes import soak
+from runtimes import soak, suite
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError, Overloaded
+from runtimes.repository import find
+from runtimes.results import counted_samples
 from runtimes.triton_client import CLIENTS, Answer, TritonClient
 from runtimes.triton_server import TritonServer
+from runtimes.turns import Settings, Subject
 
 pytestmark = toys.needs_server()
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toys.checkout_with_pipeline(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def repository(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Both toys with their ensembles, the stateless one with limits; the toy pipeline here and in the server."""
     repository = tmp_path_factory.mktemp("soaked") / "model_repository"
-    checkout = toys.checkout_with_pipeline(tmp_path_factory.mktemp("checkout"))
     limits = Scheduling(instances=2, queue=1)
     with toys.known_pipeline(checkout / "runtimes" / "pipelines"), pytest.MonkeyPatch.context() as patch:
         patch.setenv("SLIPWAY_PATH", str(checkout))
@@ -88,6 +95,21 @@ def test_more_than_may_wait_are_refused_and_none_is_answered_wrongly(
         client.close()
     assert right
     assert refused
+
+
+def test_a_server_that_refuses_is_measured(repository: Path, checkout: Path) -> None:
+    """Two instances with room for one more: of 16 in flight most are refused, and what is answered has its figures."""
+    root = find(repository, "doubling_onnx")
+    artifact = Artifact.load(root)
+    subject = Subject(artifact=artifact, root=root, label="triton", served=True, checkout=checkout)
+    settings = Settings(seconds=0.3, rounds=3, most_rounds=3, lanes=(1, 16), rates=(20_000.0,))
+    arrived, one, many = suite.measure([subject], ["server", "concurrency"], settings)
+    assert one["refused_share"] == 0
+    for row in (many, arrived):
+        assert 0.05 < row["refused_share"] < 1
+        assert row["refused_share"] == row["refused"] / (row["refused"] + len(counted_samples(row)))
+        assert row["p50_s"] > 0
+    assert 0 < arrived["goodput_per_s"] <= arrived["rows_per_s"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from runtimes.statistics import (
     knee,
     paired_difference,
     percentile,
-    steady,
     unpaired_difference,
 )
 
@@ -25,20 +24,6 @@ def test_a_percentile_needs_as_many_samples_as_its_confidence(p: int) -> None:
     assert percentile(samples[:-1], p) is None
     assert percentile(samples, p) == pytest.approx(np.percentile(samples, p))
     assert percentile([], p) is None
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([1.0, 1.05, 1.09], True),
-        ([1.0, 1.05, 1.11], False),
-        ([9.0, 1.0, 1.0, 1.0], True),
-        ([1.0, 1.0], False),
-        ([], False),
-    ],
-)
-def test_steady_means_that_the_last_three_windows_agree(values: list[float], expected: bool) -> None:
-    assert steady(values) is expected
 
 
 def rounds(seed: int, planted: float, runs: int = 20) -> np.ndarray:

@@ -83,6 +83,7 @@ def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Deco
     else:
         decoder = Decoder(source, revision, _load(source, revision, training))
     if torch.cuda.is_available() and not training["device_map"] and training["device"] != "cpu":
+        load_decoder.cache_clear()  # what it gave out is moved, and is no decoder on the CPU any more
         decoder = decoder.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if training["compile"]:
         decoder.run_layer = torch.compile(layer_outputs, dynamic=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.frozen import MASKED, freeze, pretrained, pretrained_model, stored_tokenizer, without_pooler
+from training.frozen import MASKED, freeze, pretrained_model, stored_tokenizer, without_pooler
 from training.models.statements.data import flatten, synthetic_papers
 from training.seeded import geometry, is_seeded, seeded, train_tokenizer
 
@@ -49,13 +49,6 @@ def load_base(source: str, revision: str) -> Any:
     else:
         model = seeded(0, lambda: AutoModel.from_config(config))
     return freeze(without_pooler(model))
-
-
-def base_width(source: str, revision: str) -> int:
-    """The width of the base's hidden states; its weights are not read."""
-    from transformers import AutoConfig
-
-    return int((seeded_config(source) or pretrained(AutoConfig, source, revision)).hidden_size)
 
 
 def seeded_config(source: str) -> Any:

@@ -1,5 +1,6 @@
 """What the frozen parts have to read of the samples, and under which names a store keeps it."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,27 +126,35 @@ def _text_reading(
     shelf: str, identity: Mapping[str, Any], texts: Sequence[str], model: nn.Module, tokenizer: bytes
 ) -> Reading:
     own = Tokens(tokenizer, identity["max_tokens"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    placed, device = _placed(model)
 
     def ask(batch: Sequence[str]) -> list[np.ndarray]:
         with torch.inference_mode():
             ids = torch.from_numpy(own.ids(batch)).to(device)
-            return list(model.to(device)(ids).cpu().numpy())
+            return list(placed(ids).cpu().numpy())
 
     return Reading(shelf=shelf, identity=identity, texts=texts, lengths=own.lengths, ask=ask)
+
+
+def _placed(model: nn.Module) -> tuple[nn.Module, torch.device]:
+    """The model where it is to run; on a GPU a copy, as others in this process share the one on the CPU."""
+    if not torch.cuda.is_available():
+        return model, torch.device("cpu")
+    device = torch.device("cuda")
+    return copy.deepcopy(model).to(device), device
 
 
 def _discourse_reading(
     identity: Mapping[str, Any], dialogues: Sequence[Dialogue], parser: nn.Module, tokenizer: bytes
 ) -> Reading:
     tokens = pair_tokens(tokenizer)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    placed, device = _placed(parser)
 
     def ask(batch: Sequence[str]) -> list[np.ndarray]:
         unparsed = [parser_dialogue(text) for text in batch]
         with torch.inference_mode():
             arrays = pair_tensors(unparsed, tokens).values()
-            scores = parser.to(device)(*(torch.from_numpy(array).to(device) for array in arrays)).cpu().numpy()
+            scores = placed(*(torch.from_numpy(array).to(device) for array in arrays)).cpu().numpy()
         return best_trees(scores)
 
     def lengths(texts: Sequence[str]) -> list[int]:
