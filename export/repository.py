@@ -162,7 +162,7 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
             name = writer_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
             write_json(draft / REQUEST_SCHEMA, WISH_SCHEMA)
-            _install_changes(draft, repository / name, writer_config(artifact, name), staging)
+            _install_changes(draft, repository / name, writer_config(artifact, name, scheduling), staging)
 
 
 def how_many_load(artifact: Artifact, earlier: list[Path]) -> int:

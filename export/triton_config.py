@@ -9,6 +9,7 @@ from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, InputError
 from runtimes.tensors import BATCH, TensorSpec
 from runtimes.vllm_artifact import ENGINE_FILE, task_of
+from runtimes.waiting_line import SIZE, TIMEOUT_MS
 
 # What the newest version folder must hold for a Triton backend; the runtime of an artifact is the backend's name.
 MODEL_FILES = {
@@ -65,7 +66,7 @@ class Scheduling:
     More are refused. The steps have limits of their own because an ensemble has none: what is slowest is waited for.
 
     instances   copies that work side by side, each step's in a process of its own
-    queue       requests that may wait; 0 is any number
+    queue       requests that may wait; 0 is any number, and 64 before a model that queues by itself
     timeout_ms  how long one may wait; 0 is for ever
 
     `InputError` for a limit with a single instance: Triton's batcher then sleeps for half a second when a request
@@ -95,6 +96,11 @@ class Scheduling:
             limits |= {"timeout_action": Word("REJECT"), "default_timeout_microseconds": self.timeout_ms * 1000}
         return {"default_queue_policy": limits} if limits else {}
 
+    def parameters(self) -> dict[str, str]:
+        """What a model is told that queues by itself; nothing where its own default is the limit."""
+        given = {SIZE: self.queue, TIMEOUT_MS: self.timeout_ms}
+        return {name: str(value) for name, value in given.items() if value}
+
 
 UNLIMITED = Scheduling()
 
@@ -112,7 +118,7 @@ def model_config(
             "publish it as not served"
         )
     if backend == "vllm":
-        return render(language_model_config(artifact))
+        return render(language_model_config(artifact, scheduling))
     served_by = {"platform": "tensorrt_plan"} if backend == "tensorrt" else {"backend": backend}
     on_gpu = backend == "tensorrt" or "gpu" in artifact.built_with
     recurrent = bool(artifact.signature.state)
@@ -131,7 +137,7 @@ def model_config(
     return render(message)
 
 
-def language_model_config(artifact: Artifact) -> Message:
+def language_model_config(artifact: Artifact, scheduling: Scheduling) -> Message:
     """Text in, text out, in as many responses as the client asks for; vLLM makes the batches and picks the device.
 
     The tensors are NVIDIA's, whose vllm backend would complete them; the bundled core completes nothing.
@@ -149,6 +155,7 @@ def language_model_config(artifact: Artifact) -> Message:
         "output": made,
         "version_policy": newest(1),
         "instance_group": instances("MODEL"),
+        **({"parameters": parameters(**scheduling.parameters())} if scheduling.limited else {}),
     }
 
 
@@ -179,10 +186,10 @@ def step_config(
     )
 
 
-def writer_config(artifact: Artifact, name: str) -> str:
+def writer_config(artifact: Artifact, name: str, scheduling: Scheduling = UNLIMITED) -> str:
     """config.pbtxt for the model that writes with this artifact of a step: one JSON request in, many answers out.
 
-    It makes its own batches of what comes, so Triton makes none.
+    It makes its own batches of what comes, and its own queue, so Triton makes none.
     """
     return render(
         {
@@ -194,7 +201,7 @@ def writer_config(artifact: Artifact, name: str) -> str:
             "version_policy": newest(1),
             "model_transaction_policy": {"decoupled": True},
             "instance_group": instances("GPU" if "gpu" in artifact.built_with else "CPU"),
-            "parameters": parameters(step=WRITE),
+            "parameters": parameters(step=WRITE, **scheduling.parameters()),
         }
     )
 

@@ -12,7 +12,7 @@ from runtimes.base import Runtime, open_runtime
 from runtimes.caching import Shelf, Store
 from runtimes.dialogue import STRATEGIES, Dialogue, emotion_tensors, graph_tensors, read_answers, read_dialogue
 from runtimes.discourse import best_trees, load_pair_tokens, pair_tensors, parser_dialogue, parser_text
-from runtimes.errors import InputError
+from runtimes.pipeline import refuse_no_requests
 from runtimes.repository import find
 from runtimes.tensors import BATCH, Tensors
 from runtimes.texts import Tokens
@@ -81,8 +81,7 @@ class StrategyCascade:
 
     def feeds(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of strategy_graph; what is not in the store yet is read by the frozen parts."""
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         dialogues = [
             self._complete(read_dialogue(request, self.strategies, f"request {i}").newest(self.config["max_turns"]))
             for i, request in enumerate(requests)

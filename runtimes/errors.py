@@ -61,7 +61,7 @@ def said(error: BaseException, limit: int = 300) -> str:
     )
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of an error without line breaks, cut to `limit` characters."""
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The text of an error, or any other, without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

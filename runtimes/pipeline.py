@@ -56,6 +56,12 @@ def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
     return pipeline(artifact.config, folder / ASSETS)
 
 
+def refuse_no_requests(requests: Sequence[Any]) -> None:
+    """`InputError` for a batch without a request."""
+    if not requests:
+        raise InputError("expected at least one request, found none")
+
+
 def parse_request(text: bytes, where: str) -> Any:
     """The JSON value of a request; `InputError` for what is too long, too deep, not UTF-8 or no JSON."""
     if len(text) > REQUEST_BYTES:

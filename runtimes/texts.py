@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from runtimes.errors import EngineError, InputError, require
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import TEXT, Schema, record
 from runtimes.tensors import Tensors
 
@@ -97,7 +97,8 @@ class TextPipeline(Pipeline):
 
 
 def read_texts(requests: Sequence[Any]) -> list[str]:
-    """The text of each request; `InputError` names the request that is none."""
+    """The text of each request; `InputError` for no request, or with the number of one that is none."""
+    refuse_no_requests(requests)
     for i, request in enumerate(requests):
         if not isinstance(request, dict) or request.keys() != {"text"} or not isinstance(request["text"], str):
             raise InputError(f"request {i}: expected an object with a string 'text'; found {ascii(request)[:80]}")

@@ -121,8 +121,9 @@ class TritonClient(ABC):
     def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
 
-        An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, for it
-        arrives without a status: Triton 2.51 would send one for the header `triton_grpc_error`, but may crash then.
+        An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, and
+        `Overloaded` where it says so in words, for it arrives without a status: Triton 2.51 would send one for the
+        header `triton_grpc_error`, but may crash then.
         """
         raise InputError(f"expected protocol grpc for a stream of responses, found {self.protocol}")
 

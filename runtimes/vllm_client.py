@@ -156,11 +156,11 @@ def _refusal(path: str, status: int, body: bytes) -> InputError | EngineError:
     try:
         said = _message(json.loads(body))
     except (ValueError, KeyError, TypeError):
-        said = one_line(EngineError(body.decode(errors="replace")))
+        said = one_line(body.decode(errors="replace"))
     if 400 <= status < 500:
         return InputError(f"vLLM refuses the request: {said}")
     return EngineError(f"vLLM failed with status {status}: {said}")
 
 
 def _message(answer: Any) -> str:
-    return one_line(EngineError(answer["error"]["message"]))
+    return one_line(str(answer["error"]["message"]))

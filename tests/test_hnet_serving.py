@@ -1,8 +1,10 @@
 """H-Net behind every door: a text is scored and divided, another is gone on with, and a wrong one is refused."""
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import toys
 from exported import Exports
 
 from export.lint import lint
+from export.repository import reschedule
+from export.triton_config import Scheduling
+from runtimes.artifact import Artifact
 from runtimes.base import open_runtime
-from runtimes.errors import InputError, SlipwayError
+from runtimes.errors import InputError, Overloaded, SlipwayError
 from runtimes.pipeline import open_pipeline
 from runtimes.predict import main as predict
 from runtimes.repository import find
@@ -311,3 +316,29 @@ class TestServer:
             assert not answered.is_set()
         assert answered.wait(15)
         thread.join()
+
+    def test_too_many_texts_are_refused_at_once_and_those_that_wait_too_long_later(
+        self, repository: Path, tmp_path: Path
+    ) -> None:
+        limited = tmp_path / "model_repository"
+        shutil.copytree(repository, limited)
+        queue = Scheduling(instances=2, queue=3, timeout_ms=3000)
+        reschedule(Artifact.load(find(limited, "hnet_step_onnx")), limited, queue)
+        with TritonServer(limited, models=["hnet_generate"]) as server, ExitStack() as stack:
+            texts = []
+            for _ in range(16):
+                own = stack.enter_context(closing(CLIENTS["grpc"](server.grpc_url, 30)))
+                texts.append(stack.enter_context(closing(ask(own, max_bytes=4096, temperature=0))))
+                next(texts[-1])
+
+            def one_more(_: int) -> str:
+                with closing(CLIENTS["grpc"](server.grpc_url, 30)) as own, pytest.raises(Overloaded) as refused:
+                    list(ask(own, max_bytes=3))
+                return str(refused.value)
+
+            with ThreadPoolExecutor(5) as pool:
+                told = list(pool.map(one_more, range(5)))
+            assert sum("maximum queue size" in each for each in told) == 2
+            assert sum("timeout expired" in each for each in told) == 3
+            texts.pop().close()
+            assert written(ask(own, max_bytes=3))

@@ -8,7 +8,7 @@ import toys
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as schema
 
-from export.triton_config import Scheduling, Word, ensemble_config, model_config, render, step_config
+from export.triton_config import Scheduling, Word, ensemble_config, model_config, render, step_config, writer_config
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, InputError
 
@@ -125,6 +125,17 @@ def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, run
     recurrent = parsed(model_config(running, "onnxruntime", limited))  # Triton has no such limits for sequences
     assert recurrent.instance_group[0].count == 1
     assert recurrent.HasField("sequence_batching")
+
+
+def test_what_queues_by_itself_is_told_the_limits(doubling: Artifact) -> None:
+    limited = Scheduling(instances=2, queue=64, timeout_ms=250)
+    generator = dataclasses.replace(doubling, built_with={"task": "generate"})
+    for text in (writer_config(doubling, "writes", limited), model_config(generator, "vllm", limited)):
+        found = {name: value.string_value for name, value in parsed(text).parameters.items()}
+        assert {"max_queue_size": "64", "queue_timeout_ms": "250"}.items() <= found.items()
+        assert parsed(text).instance_group[0].count == 1
+    for text in (writer_config(doubling, "writes"), model_config(generator, "vllm")):
+        assert "max_queue_size" not in parsed(text).parameters
 
 
 @pytest.mark.parametrize("step", ["encode", "decode"])

@@ -58,7 +58,7 @@ def build(builder: str, onnx_path: Path, signature: Signature) -> bytes:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(onnx_path)):
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
-        raise EngineError(f"{builder} cannot parse the model: {one_line(EngineError('; '.join(map(str, problems))))}")
+        raise EngineError(f"{builder} cannot parse the model: {one_line('; '.join(map(str, problems)))}")
     check_network(trt, network, signature)
     plan = factory.build_serialized_network(network, _configure(trt, factory, signature))
     if plan is None:

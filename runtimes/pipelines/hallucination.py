@@ -9,7 +9,7 @@ import numpy as np
 from runtimes.answer_cache import AnswerCache
 from runtimes.errors import EngineError, InputError
 from runtimes.grounding import EXAMPLE, GroundedTokens, Spans, Tokenized, read_request, request_schema
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 from runtimes.texts import Tokens
@@ -36,8 +36,7 @@ class HallucinationPipeline(Pipeline):
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of the detector, padded on the right; a padded chunk has an empty span."""
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         return self.tensors([self.read(request, f"request {i}") for i, request in enumerate(requests)])
 
     def read(self, request: Any, where: str) -> Tokenized:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import EngineError, InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import Schema, array, record, whole
 from runtimes.tensors import Tensors
 
@@ -21,8 +21,7 @@ class ScorerPipeline(Pipeline):
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of the scorer; chunks that an answer does not have are padded with a length of 0."""
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         rows = [self.read(request, f"request {i}") for i, request in enumerate(requests)]
         longest = max(len(row["lengths"]) for row in rows)
         return {name: np.stack([_padded(row[name], longest) for row in rows]) for name in ("ecs", "pks", "lengths")}

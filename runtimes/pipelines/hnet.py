@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from runtimes.bytetext import VOCABULARY, padded_rows, read_request, segments
-from runtimes.errors import EngineError, InputError
-from runtimes.pipeline import Pipeline
+from runtimes.errors import EngineError
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import TEXT, Schema, array, record, whole
 from runtimes.tensors import Tensors
 
@@ -23,8 +23,7 @@ class HNetPipeline(Pipeline):
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """`byte_ids` int64 [batch, time] and `lengths` int64 [batch]; what begins a text is counted."""
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         ids, lengths = padded_rows([read_request(request, i, BYTES_MAX) for i, request in enumerate(requests)])
         return {"byte_ids": ids, "lengths": lengths}
 

@@ -18,8 +18,7 @@ from runtimes.dialogue import (
     read_dialogue,
 )
 from runtimes.discourse import load_pair_tokens, pair_tensors
-from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 from runtimes.texts import Tokens
@@ -45,8 +44,7 @@ class StrategyPipeline(Pipeline):
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of the fused model; dialogues of different lengths are padded."""
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         dialogues = [
             read_dialogue(request, self.strategies, f"request {i}").newest(self.config["max_turns"])
             for i, request in enumerate(requests)

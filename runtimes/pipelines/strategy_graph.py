@@ -17,7 +17,7 @@ from runtimes.dialogue import (
     read_dialogue,
 )
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import Schema, array
 from runtimes.tensors import Tensors
 
@@ -30,8 +30,7 @@ class GraphPipeline(Pipeline):
         self.strategies = STRATEGIES[config["labels"]]
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         contexts, dialogues = [], []
         for i, request in enumerate(requests):
             if not isinstance(request, dict) or "context" not in request:

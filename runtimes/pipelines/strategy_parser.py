@@ -9,7 +9,7 @@ import numpy as np
 from runtimes.dialogue import EXAMPLE, STRATEGIES, dialogue_schema, read_dialogue
 from runtimes.discourse import best_trees, load_pair_tokens, pair_tensors
 from runtimes.errors import EngineError, InputError
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, refuse_no_requests
 from runtimes.schemas import Schema
 from runtimes.tensors import Tensors
 
@@ -23,8 +23,7 @@ class ParserPipeline(Pipeline):
         self.tokens = load_pair_tokens(assets)
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
-        if not requests:
-            raise InputError("expected at least one request, found none")
+        refuse_no_requests(requests)
         dialogues = [read_dialogue(request, self.strategies, f"request {i}") for i, request in enumerate(requests)]
         for i, dialogue in enumerate(dialogues):
             if dialogue.edges is not None:

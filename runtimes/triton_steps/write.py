@@ -4,8 +4,8 @@ Export copies this file, as model.py, beside the manifest and all files of the a
 clients are written together: one step of the model reads a byte of each. A client that has gone ends its text.
 """
 
+import json
 import os
-import queue
 import sys
 import threading
 from pathlib import Path
@@ -23,8 +23,9 @@ if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.remove(source)
 
 from runtimes.base import open_runtime
-from runtimes.errors import InputError, SlipwayError
+from runtimes.errors import InputError, Overloaded, SlipwayError
 from runtimes.pipeline import parse_request, write_answer
+from runtimes.waiting_line import Limits, WaitingLine
 from runtimes.writing import Desk, Writing, piece, read_wish
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}
@@ -43,25 +44,24 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(str(error)) from error
         self.desk = Desk(self.runtime)
         self.senders: dict[Writing, Any] = {}
-        self.arrived: queue.SimpleQueue[tuple[Writing, Any] | None] = queue.SimpleQueue()
+        self.line: WaitingLine[tuple[Writing, Any]] = WaitingLine(Limits.of(json.loads(args["model_config"])))
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Nothing yet: what is right goes to the thread that writes, what is wrong is refused alone."""
+        """Nothing yet: what is right waits for the thread that writes; what is wrong, or too much, is refused alone."""
         for request in requests:
             sender = request.get_response_sender()
             try:
                 text = pb_utils.get_input_tensor_by_name(request, "request").as_numpy().ravel()[0]
                 wish = read_wish(parse_request(text, "request"), "request")
+                self.line.put((Writing(wish), sender), free=self.desk.places - len(self.desk.writings))
             except SlipwayError as error:
                 refuse(sender, error)
-            else:
-                self.arrived.put((Writing(wish), sender))
 
     def finalize(self) -> None:
         """Texts that are not finished end where they are."""
-        self.arrived.put(None)
+        self.line.close()
         self.thread.join()
         self.runtime.close()
 
@@ -84,24 +84,26 @@ class TritonPythonModel:
     def _seat(self) -> bool:
         """Those who wait begin, as far as there is room; where nobody writes, the next is waited for. False at the end.
 
-        Who has gone while waiting is not begun.
+        Who has gone while waiting is not begun, and who has waited too long is refused.
         """
-        while len(self.desk.writings) < self.desk.places:
-            try:
-                next_one = self.arrived.get(block=not self.senders)
-            except queue.Empty:
-                break
+        for _, sender in self.line.overdue():
+            refuse(sender, self.line.limits.too_late())
+        while not self.line.closed and len(self.desk.writings) < self.desk.places:
+            next_one = self.line.get(block=not self.senders)
             if next_one is None:
-                for writing in list(self.senders):
-                    self._leave(writing)
-                return False
+                break
             writing, sender = next_one
             self.senders[writing] = sender
             if sender.is_cancelled():
                 self._leave(writing)
             else:
                 self.desk.add(writing)
-        return True
+        if self.line.closed:
+            for writing in list(self.senders):
+                self._leave(writing)
+            while left := self.line.get():
+                left[1].send(flags=FINAL)
+        return not self.line.closed
 
     def _leave(self, writing: Writing, error: SlipwayError | None = None) -> None:
         self.desk.remove(writing)
@@ -119,4 +121,6 @@ def send(sender: Any, answer: bytes) -> None:
 
 def refuse(sender: Any, error: SlipwayError) -> None:
     code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
+    if isinstance(error, Overloaded):
+        code = pb_utils.TritonError.UNAVAILABLE
     sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), flags=FINAL)

@@ -7,6 +7,8 @@ requests of all clients meet in vLLM, which makes its own batches; Triton makes 
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +28,11 @@ if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.remove(source)
 
 from runtimes.device import gpu
-from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.errors import InputError, Overloaded, SlipwayError, one_line
 from runtimes.vllm_artifact import engine_arguments
 from runtimes.vllm_client import Completion
 from runtimes.vllm_model import VllmModel
+from runtimes.waiting_line import Limits
 
 TEXT, FLAG, NUMBER, COUNT = "TYPE_STRING", "TYPE_BOOL", "TYPE_FP32", "TYPE_UINT32"
 ASKED_FOR = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
@@ -88,21 +91,29 @@ class TritonPythonModel:
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         pb_utils.Logger.log_info(f"{args['model_name']} runs in {reported}")
+        self.limits = Limits.of(config)
+        self.room = threading.Semaphore(REQUESTS + self.limits.size)
         self.pool = ThreadPoolExecutor(REQUESTS)
 
     def execute(self, requests: list[Any]) -> None:
-        """Nothing yet: each request is answered from a thread of its own."""
+        """Nothing yet: each request is answered from a thread of its own, for which so many may wait."""
         for request in requests:
             given = {tensor.name(): tensor.as_numpy().ravel()[0] for tensor in request.inputs()}
-            self.pool.submit(self._respond, given, request.get_response_sender())
+            sender = request.get_response_sender()
+            if self.room.acquire(blocking=False):
+                self.pool.submit(self._respond, given, sender, time.monotonic())
+            else:
+                sender.send(refusal(self.limits.too_many()), flags=FINAL)
 
     def finalize(self) -> None:
         self.pool.shutdown()
         self.model.close()
 
-    def _respond(self, given: Mapping[str, Any], sender: Any) -> None:
+    def _respond(self, given: Mapping[str, Any], sender: Any, arrived_s: float) -> None:
         """Send what the model says, until it has said all or nobody listens; a wrong request fails alone."""
         try:
+            if self.limits.passed(arrived_s):
+                raise self.limits.too_late()
             pieces = self._pieces(given)
             for tensors in pieces:
                 if sender.is_cancelled():
@@ -110,13 +121,13 @@ class TritonPythonModel:
                     break
                 sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(*named) for named in tensors.items()]))
         except SlipwayError as error:
-            code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
-            sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)))
+            sender.send(refusal(error))
         except Exception as error:  # in a thread of a pool, where nobody else would hear of it
             pb_utils.Logger.log_error(f"vllm backend: {traceback.format_exc()}")
             sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the backend failed: {error!r}")))
             raise
         finally:
+            self.room.release()
             sender.send(flags=FINAL)
 
     def _pieces(self, given: Mapping[str, Any]) -> Any:
@@ -151,6 +162,13 @@ class TritonPythonModel:
 
     def _wanted(self, given: Mapping[str, Any]) -> set[str]:
         return {name for name in ASKED_FOR if given.get(f"return_{name}") and name in self.outputs}
+
+
+def refusal(error: SlipwayError) -> Any:
+    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
+    if isinstance(error, Overloaded):
+        code = pb_utils.TritonError.UNAVAILABLE
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
 def read(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What the fused graph saves: python -m training.models.hallucination.bench WHAT
+"""What the detector costs and what saves some of it: python -m training.models.hallucination.bench WHAT
 
 goals    fused, memory, cached and fitting, one after the other
 fused    one ONNX graph that gives the scores, beside one that gives all attention and states for scoring outside
@@ -116,9 +116,6 @@ class Everything(nn.Module):
         return pooled(ecs, inside, True), pooled(pks, inside, True)
 
 
-# Fused ---------------------------------------------------------------------------------------------------------------
-
-
 def bench_fused(arguments: Any) -> str:
     """CPU milliseconds end to end, in turns, and the bytes that leave the graph."""
     config = settle({**CONFIG, "level": "token"})
@@ -190,9 +187,6 @@ def _in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
     return {name: float(np.median(values)) for name, values in samples.items()}
 
 
-# Memory --------------------------------------------------------------------------------------------------------------
-
-
 def bench_memory(arguments: Any) -> str:
     """Peak MiB above the loaded model, each length in a process of its own."""
     rows = []
@@ -237,9 +231,6 @@ def peak_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
 def bench_reading(arguments: Any) -> str:
     """Answers a CPU minute, the weights of the layers, and how far PKS moves."""
     config = settle({**CONFIG, "max_tokens": 1024})
@@ -271,9 +262,6 @@ def bench_reading(arguments: Any) -> str:
     return table(["decoder", "answers/CPU min", "layers, MiB", "PKS moves (median)"], rows)
 
 
-# Fitting -------------------------------------------------------------------------------------------------------------
-
-
 def bench_fitting(arguments: Any) -> str:
     """AUC, PCC and F1 on sources that were held out, by what is chosen on the rest."""
     if not arguments.scores:
@@ -303,9 +291,6 @@ def bench_fitting(arguments: Any) -> str:
     return table(["held out by source", "AUC", "PCC", "F1", "F1 at 0.5"], rows) + note
 
 
-# Cached ---------------------------------------------------------------------------------------------------------------
-
-
 def bench_cached(arguments: Any) -> str:
     """CPU milliseconds of requests of the published artifact, first and asked again."""
     rows = []
@@ -325,9 +310,6 @@ def bench_cached(arguments: Any) -> str:
             medians = [1e3 * float(np.median(times)) for times in (cold, warm)]
             rows.append((len(request["prompt"]), *(f"{ms:.3f}" for ms in medians), f"{medians[0] / medians[1]:.0f}"))
     return table(["characters of prompt", "first, CPU ms", "again, CPU ms", "ratio"], rows)
-
-
-# Served --------------------------------------------------------------------------------------------------------------
 
 
 def bench_served(arguments: Any) -> str:

@@ -47,6 +47,9 @@ class ScorerRecipe(Recipe):
     @cached_property
     def units(self) -> tuple[Units, Units]:
         """Units to fit to and units to judge by, apart by source."""
+        return self.logged_units()
+
+    def logged_units(self) -> tuple[Units, Units]:
         every = self.logged()
         held = held_out_sources(every.sources, self.training["valid_share"], self.training["seed"])
         valid = np.array([source in held for source in every.sources])
@@ -173,9 +176,9 @@ class HallucinationRecipe(ScorerRecipe):
     @cached_property
     def units(self) -> tuple[Units, Units]:
         if self.training["scores"]:
-            train, valid = ScorerRecipe.units.func(self)  # type: ignore[attr-defined]
             heads, layers = heads_of(self.reader.config), layers_of(self.reader.config)
-            return train.columns(heads, layers), valid.columns(heads, layers)
+            fitted, judged = (units.columns(heads, layers) for units in self.logged_units())
+            return fitted, judged
         train, valid = self.examples
         folder = Path(self.training["store"]) if self.training["store"] else None
         with Store(folder, memory_entries=EVERYTHING) as store:
