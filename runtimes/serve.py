@@ -94,15 +94,25 @@ def follow(server: TritonServer, versions: VersionWatch) -> None:
 
     It loads a model only when it is told to: by polling it would take what nobody compared.
     """
-    for model in versions.look():
-        if problem := versions.problems.get(model):
-            print(f"not loaded: {problem}", file=sys.stderr, flush=True)
-        elif model not in versions.known:
-            server.unload(model)
-        elif versions.holds_back(model):  # else old and new would be mixed, and an ensemble brings all its parts along
-            versions.known[model] = NOT_YET
-        else:
-            server.load(model)
+    waiting = versions.look()
+    try:
+        while waiting:
+            tell(server, versions, waiting[0])
+            waiting.pop(0)
+    finally:  # the server may answer too late; whoever is left is looked at again
+        versions.known |= dict.fromkeys(waiting, NOT_YET)
+
+
+def tell(server: TritonServer, versions: VersionWatch, model: str) -> None:
+    """The server has loaded or unloaded a model that has changed, or it is said why not."""
+    if problem := versions.problems.get(model):
+        print(f"not loaded: {problem}", file=sys.stderr, flush=True)
+    elif model not in versions.known:
+        server.unload(model)
+    elif versions.holds_back(model):  # else old and new would be mixed, and an ensemble brings all its parts along
+        versions.known[model] = NOT_YET
+    else:
+        server.load(model)
 
 
 @contextmanager
