@@ -16,9 +16,11 @@ from export.lint import lint
 from export.repository import drafting, publish, publish_ensemble
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError
+from runtimes.serve import follow
 from runtimes.tensors import Signature
 from runtimes.triton_client import CLIENTS, TritonClient
-from runtimes.triton_server import TritonServer
+from runtimes.triton_server import EVERY_MODEL, TritonServer
+from runtimes.version_watch import VersionWatch
 
 pytestmark = toys.needs_server()
 
@@ -41,9 +43,34 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 @pytest.fixture
-def server(repository: Path) -> Iterator[TritonServer]:
+def told(repository: Path) -> Iterator[TritonServer]:
+    """A server that loads what it is told to, as `runtimes.serve` has it."""
+    versions, done = VersionWatch(repository), Event()
+    versions.look()
+
+    def keep_telling() -> None:
+        while not done.wait(0.5):
+            with suppress(OSError):
+                follow(server, versions)
+
+    with TritonServer(repository, models=[EVERY_MODEL], strict=False) as server, ThreadPoolExecutor(1) as pool:
+        telling = pool.submit(keep_telling)
+        yield server
+        done.set()
+        telling.result()
+
+
+@pytest.fixture
+def polling(repository: Path) -> Iterator[TritonServer]:
+    """A server that looks for itself, as one may that is started without `runtimes.serve`."""
     with TritonServer(repository, poll_s=1, strict=False) as server:
         yield server
+
+
+@pytest.fixture
+def server(request: pytest.FixtureRequest) -> TritonServer:
+    server: TritonServer = request.getfixturevalue(getattr(request, "param", "told"))
+    return server
 
 
 @pytest.fixture
@@ -69,6 +96,7 @@ def made_by(client: TritonClient) -> tuple[float, float, int]:
     return zero / factor, factor, answer["unit"]
 
 
+@pytest.mark.parametrize("server", ["told", "polling"], indirect=True)
 def test_every_answer_is_of_one_version_and_none_fails_while_versions_change(
     server: TritonServer, repository: Path, client: TritonClient
 ) -> None:
@@ -112,6 +140,7 @@ def test_a_version_that_follows_faster_than_one_loads_is_not_mixed_with_it(
     assert seen <= {(number, number, number) for number in range(1, 4)}
 
 
+@pytest.mark.parametrize("server", ["polling"], indirect=True)
 def test_a_corrupt_version_is_not_mixed_in_and_the_next_is_served(
     server: TritonServer, repository: Path, client: TritonClient
 ) -> None:
