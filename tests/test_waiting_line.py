@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -102,6 +103,22 @@ def vllm_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_writer_whose_thread_fails_ends_its_process() -> None:
+    """Else it would look ready and answer nobody."""
+    path = Path(runtimes.__file__).parent / "triton_steps" / "write.py"
+    code = (
+        "import runpy, sys, threading, types\n"
+        "triton = types.SimpleNamespace(TRITONSERVER_RESPONSE_COMPLETE_FINAL=1)\n"
+        "sys.modules['triton_python_backend_utils'] = triton\n"
+        f"runpy.run_path({str(path)!r})\n"
+        "thread = threading.Thread(target=lambda: {}['tokens'])\n"
+        "thread.start(); thread.join(); print('alive')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "KeyError: 'tokens'" in ended.stderr
 
 
 def test_vllm_is_asked_so_much_at_once_so_many_wait_and_the_rest_is_refused(

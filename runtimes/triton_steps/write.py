@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,15 @@ from runtimes.writing import Desk, Writing, piece, read_wish
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+def end_process(failure: threading.ExceptHookArgs) -> None:
+    """A thread that fails takes the process along: Triton tells those who wait, and serve has the model loaded again."""
+    traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
+    os._exit(1)
+
+
+threading.excepthook = end_process
 
 
 class TritonPythonModel:
