@@ -34,7 +34,7 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 def end_process(failure: threading.ExceptHookArgs) -> None:
-    """A thread that fails takes the process along: Triton tells those who wait, and serve has the model loaded again."""
+    """A thread that fails takes the process along: Triton tells those who wait, and serve has it loaded again."""
     traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
     os._exit(1)
 
