@@ -57,6 +57,7 @@ def read_config(model: Path) -> Any:
 
 
 def backend_of(config: Any) -> str:
+    """The backend that runs a config's model, for one that names it by its older word, too."""
     return PLATFORMS.get(config.platform, config.platform) if config.platform else config.backend
 
 
@@ -239,6 +240,7 @@ def kinds(specs: Iterable[TensorSpec]) -> dict[str, Kind]:
 
 
 def kind(spec: TensorSpec) -> Kind:
+    """What Triton has to say of a tensor: its type and its dims without the batch."""
     return TYPES[spec.dtype], tuple(dims(spec))
 
 

@@ -163,6 +163,7 @@ def lies_in(node: "onnx.NodeProto", parts: Sequence[str]) -> bool:
 
 
 def weights_bytes(model: "onnx.ModelProto") -> int:
+    """Of all initializers that lie in the model itself."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 

@@ -251,6 +251,7 @@ def tensor(spec: TensorSpec) -> Message:
 
 
 def dims(spec: TensorSpec) -> list[int]:
+    """Sizes without the batch, -1 for a dynamic axis; a number per row has none here and travels as [1]."""
     return [size if isinstance(size, int) else -1 for size in spec.shape[1:]]
 
 
@@ -312,6 +313,7 @@ def sequences(artifact: Artifact) -> Message:
 
 
 def carried(spec: TensorSpec, result: str) -> Message:
+    """A recurrent state that Triton keeps between the requests of a sequence, zero at its start."""
     kind = {"data_type": Word(TYPES[spec.dtype]), "dims": dims(spec)}
     return {
         "input_name": spec.name,
@@ -334,6 +336,7 @@ def ensemble_step(
 
 
 def newest(count: int) -> Message:
+    """A version policy: so many of the newest versions are loaded."""
     return {"latest": {"num_versions": count}}
 
 

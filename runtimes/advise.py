@@ -167,6 +167,7 @@ def unmeasured(model: str, rows: Sequence[Row], environment: Mapping[str, Any], 
 
 
 def option_of(row: Row, limits: Limits) -> Option:
+    """What a row offers, and which of the limits it misses."""
     memory, slowest = memory_of(row), row["p90_s"] or row["p50_s"]
     misses = []
     if limits.latency_s is not None and (slowest is None or slowest > limits.latency_s):
@@ -187,6 +188,7 @@ def option_of(row: Row, limits: Limits) -> Option:
 
 
 def missed_agreement(row: Row, limits: Limits) -> Iterator[str]:
+    """The limit on agreement, if the row misses it; unknown agreement does."""
     if limits.agreement is not None and (row["agreement"] is None or row["agreement"] < limits.agreement):
         yield "agreement"
 

@@ -131,6 +131,7 @@ def artifact_name(model: str, target: str, precision: str) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """Of the bytes in a file, in hex, read piece by piece."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
 

@@ -58,6 +58,7 @@ class Generated:
 
 
 def likeliest(logits: np.ndarray) -> int:
+    """The number of the largest logit, the first among equals."""
     return int(logits.argmax())
 
 

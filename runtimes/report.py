@@ -97,6 +97,7 @@ def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
 
 
 def latency_strips(rows: Sequence[Row]) -> str:
+    """The latencies that count of every row, in ms, a strip for each engine."""
     return strips([_in_ms((name_of(row), row["engine"], counted_samples(row), row["p50_s"])) for row in rows], "ms")
 
 
@@ -119,6 +120,7 @@ def sweep(rows: Sequence[Row], scenario: str) -> str:
 
 
 def speed_against_accuracy(rows: Sequence[Row], request: Sequence[Row]) -> str:
+    """A point for each engine: how many times as fast as torch eager, and the worst agreement of decisions."""
     known = [(row, times_eager(rows, row)) for row in request if row["agreement"] is not None]
     series = [
         Series(name=name_of(row), kind=row["engine"], points=[(times, row["agreement"], "")])

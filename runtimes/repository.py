@@ -57,6 +57,7 @@ def all_versions(repository: Path, name: str) -> list[Path]:
 
 
 def number_of(version: Path) -> int:
+    """The number of a version folder."""
     return int(version.name)
 
 

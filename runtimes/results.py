@@ -183,14 +183,17 @@ def note_of(row: Row) -> str:
 
 
 def milliseconds(seconds: float | None) -> str:
+    """Seconds as milliseconds with three digits; a dash where it is not known."""
     return number(None if seconds is None else seconds * 1e3, 3)
 
 
 def megabytes(size: float | None) -> float | None:
+    """Bytes in units of a million; None stays None."""
     return None if size is None else size / 1e6
 
 
 def number(value: float | None, digits: int) -> str:
+    """A number as text with so many digits; a dash where it is not known."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 

@@ -10,18 +10,22 @@ FLAG: Schema = {"type": "boolean"}
 
 
 def real(low: float, high: float) -> Schema:
+    """A number from `low` to `high`, both allowed."""
     return {"type": "number", "minimum": low, "maximum": high}
 
 
 def whole(low: int, high: int | None = None) -> Schema:
+    """An integer from `low` to `high`; None is no upper bound."""
     return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
 
 
 def choice(values: Sequence[str]) -> Schema:
+    """One of these texts."""
     return {"enum": list(values)}
 
 
 def array(items: Schema, least: int = 0, most: int | None = None) -> Schema:
+    """From `least` to `most` items of one kind; None is no upper bound."""
     return {"type": "array", "items": items, "minItems": least} | ({} if most is None else {"maxItems": most})
 
 

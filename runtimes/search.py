@@ -90,6 +90,7 @@ def open_embedder(arguments: argparse.Namespace) -> Embedder:
 
 
 def embedder_flags(to: argparse.ArgumentParser) -> None:
+    """The options that choose the artifact by which a text is embedded."""
     to.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
     to.add_argument("--target", default="onnx", help="target of the artifact (default: onnx)")
     to.add_argument("--precision", default="fp32", help="precision of the artifact (default: fp32)")

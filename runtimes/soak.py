@@ -109,6 +109,7 @@ class Question:
 
 
 def only_answer(wait: Answer) -> bytes:
+    """The JSON of an ensemble's answer, once it is there."""
     answer: bytes = wait()["answer"].item()
     return answer
 
@@ -157,6 +158,7 @@ class Memory:
 
 
 def resident(process: int) -> int:
+    """Bytes of resident memory; 0 for a process that has gone."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE_BYTES
     except (FileNotFoundError, ProcessLookupError):
@@ -260,6 +262,7 @@ def overload(question: Question, factor: float, seconds: float) -> tuple[Tally, 
 
 
 def spread(times_s: Sequence[float]) -> str:
+    """Median and 99th percentile as text."""
     median, most = np.percentile(times_s, [50, 99]) * 1e3
     return f"p50 {median:.1f} ms, p99 {most:.1f} ms"
 

@@ -50,6 +50,7 @@ def stubs(shared_memory_prefix: str) -> Iterator[tuple[int, Path]]:
 
 
 def is_zombie(process: int) -> bool:
+    """Whether a process has ended and nobody has asked for its status."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:

@@ -151,4 +151,5 @@ def write(runtime: Runtime, wish: Wish) -> Iterator[dict[str, str]]:
 
 
 def piece(text: str, writing: Writing) -> dict[str, str]:
+    """A piece of text as it is sent; the last one says why it ends."""
     return {"text": text} | ({"finish_reason": writing.finish_reason} if writing.finish_reason else {})

@@ -183,6 +183,7 @@ def _under(name: str, frozen: Iterable[Frozen]) -> bool:
 
 
 def sha256_tensor(tensor: np.ndarray) -> str:
+    """Of dtype, shape and numbers, in hex."""
     head = f"{tensor.dtype.str}{tensor.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 

@@ -59,6 +59,7 @@ def without_pooler(model: Any) -> Any:
 
 
 def freeze(model: Any) -> Any:
+    """The model in evaluation, none of whose parameters takes a gradient."""
     return model.eval().requires_grad_(False)
 
 

@@ -21,6 +21,7 @@ Model = TypeVar("Model")
 
 
 def is_seeded(source: str) -> bool:
+    """Whether a base is made from a seed rather than read from a folder or a hub."""
     return source.startswith(SEEDED)
 
 

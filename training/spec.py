@@ -49,10 +49,12 @@ class Tolerance:
 
 
 def whole(module: "nn.Module") -> "nn.Module":
+    """The module itself: nothing of it is left out."""
     return module
 
 
 def as_said(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+    """The answer itself: nothing in it is a near-tie."""
     return got
 
 

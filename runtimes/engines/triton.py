@@ -171,6 +171,7 @@ def joined(answers: Sequence[Answer]) -> Tensors:
 
 
 def narrowed(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """A number per row as the signature has it, [batch]; it travelled as [batch, 1]."""
     return array[:, 0] if len(spec.shape) == 1 else array
 
 

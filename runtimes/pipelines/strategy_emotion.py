@@ -4,6 +4,8 @@ from runtimes.texts import TextPipeline
 
 
 class EmotionPipeline(TextPipeline):
+    """The vector of an answer is seven logits."""
+
     tokenizer = "emotion_tokenizer.json"
     max_tokens = "turn_tokens"
 

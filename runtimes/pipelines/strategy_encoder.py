@@ -4,6 +4,8 @@ from runtimes.texts import TextPipeline
 
 
 class EncoderPipeline(TextPipeline):
+    """The vector of an answer is the context's."""
+
     tokenizer = "context_tokenizer.json"
     max_tokens = "max_tokens"
 

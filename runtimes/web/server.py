@@ -82,10 +82,12 @@ class Request:
 
 
 def collections(library: Library, request: Request) -> Answer:
+    """What `Library.describe_all` says of every collection."""
     return {"collections": library.describe_all()}
 
 
 def collection(library: Library, request: Request) -> Answer:
+    """One entry of that list."""
     return library.describe(request.names[0])
 
 
@@ -102,6 +104,7 @@ def papers(library: Library, request: Request) -> Answer:
 
 
 def paper(library: Library, request: Request) -> Answer:
+    """A paper with all its statements; `NotFound` for a number beyond the last."""
     opened = library.open(request.names[0])
     number = int(request.names[1])
     if number >= len(opened.papers):
@@ -112,6 +115,7 @@ def paper(library: Library, request: Request) -> Answer:
 
 
 def neighbours(library: Library, request: Request) -> Answer:
+    """A statement and the `k` nearest to it, with `others=1` of other papers only; `NotFound` for no such row."""
     name, row = request.names[0], int(request.names[1])
     opened = library.open(name)
     if row >= len(opened.source):
@@ -121,11 +125,13 @@ def neighbours(library: Library, request: Request) -> Answer:
 
 
 def search(library: Library, request: Request) -> Answer:
+    """The `k` statements nearest to a text."""
     k = max(1, _number(request.body.get("k", 20) if isinstance(request.body, dict) else 20, "k", K_MAX))
     return {"hits": library.search(request.names[0], request.text("text"), k)}
 
 
 def compute(library: Library, request: Request) -> Answer:
+    """The entry of a file whose vectors are computed from now on."""
     library.compute(request.names[0])
     return library.describe(request.names[0])
 

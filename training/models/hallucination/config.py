@@ -53,10 +53,12 @@ def layers_of(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def head_text(heads: tuple[Head, ...]) -> str:
+    """Heads as settings have them: `layer.head layer.head`."""
     return " ".join(f"{layer}.{head}" for layer, head in heads)
 
 
 def layer_text(layers: tuple[int, ...]) -> str:
+    """Layers as settings have them, with blanks between."""
     return " ".join(map(str, layers))
 
 

@@ -108,6 +108,7 @@ def resemblance(chosen_BHRT: Tensor, final_BTD: Tensor, rows_BR: Tensor) -> Tens
 
 
 def cosine(one: Tensor, other: Tensor) -> Tensor:
+    """Along the last axis, which is lost; 0 where a vector is zero."""
     norms = one.norm(dim=-1) * other.norm(dim=-1)
     return (one * other).sum(-1) / norms.clamp_min(SMALLEST)
 

@@ -115,6 +115,7 @@ def _width(bounds: Bounds) -> float:
 
 
 def bounds_of(values: np.ndarray) -> Bounds:
+    """The smallest and the largest value."""
     return float(values.min()), float(values.max())
 
 

@@ -227,6 +227,7 @@ def length_for_pks(units: Units) -> Units:
 
 
 def joined(one: Units, other: Units) -> Units:
+    """The units of both; responses and sources of the other are numbered after those of the one."""
     names = ("ecs", "pks", "labels", "lengths", "weights")
     arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
     responses = np.concatenate([one.responses, other.responses + len(one.sources)])

@@ -143,6 +143,7 @@ def in_turns(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float,
 
 
 def cpu_s(act: Callable[[], Any]) -> float:
+    """CPU seconds of this process for one call."""
     started = time.process_time()
     act()
     return time.process_time() - started

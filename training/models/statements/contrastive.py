@@ -84,11 +84,13 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def world() -> int:
+    """How many processes train together."""
     available = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if available else 1
 
 
 def rank() -> int:
+    """The number of this process among them."""
     return torch.distributed.get_rank() if world() > 1 else 0
 
 

@@ -134,6 +134,7 @@ def tokenizer_json(source: str, revision: str) -> bytes:
 
 
 def sha256_bytes(data: bytes) -> str:
+    """In hex."""
     return hashlib.sha256(data).hexdigest()
 
 
