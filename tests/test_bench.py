@@ -259,6 +259,13 @@ def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_
         assert all(each.options["threads"] == 1 for each in subjects)
 
 
+def test_what_generates_is_left_out(tmp_path: Path) -> None:
+    make(tmp_path / "doubling_torch" / "1", DOUBLING, target="torch", runtime="torch", pipeline="hallucination_aarf")
+    make(tmp_path / "doubling_onnx" / "1", DOUBLING)
+    found = suite.choose(tmp_path, [], [], {"device": "cpu"})
+    assert [subject.artifact.target for subject in found] == ["onnx"]
+
+
 @pytest.mark.parametrize("engine", plugins.names("runtimes.engines"))
 def test_the_device_an_engine_is_measured_on_is_one_it_has(engine: str) -> None:
     has = plugins.load("runtimes.engines", engine, "RUNTIME").devices
@@ -315,7 +322,7 @@ def test_a_table_without_rows_is_a_header() -> None:
         (["--lanes", "0"], "--lanes: expected 1 or more, found 0"),
         (["--rate", "0"], "--rate: expected a number above 0, found 0"),
         (["--bound-ms", "inf"], "--bound-ms: expected a number above 0, found inf"),
-        (["--model", "policy_rnn"], "expected artifacts that can run here"),
+        (["--model", "policy_rnn"], "expected artifacts that answer in one run here"),
         (["--repository", "/nowhere"], "expected a folder with published artifacts at /nowhere, found nothing"),
         (["--out", "/nowhere/rows.json"], "expected a folder with room for the results at /nowhere, found nothing"),
     ],

@@ -19,6 +19,8 @@ ENDS = ("</s>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>") 
 class MitigatedPipeline(Pipeline):
     """A request is `{contexts, question}` or `{prompt}`; an answer is `{text, tokens: [{text, score, reweighted}]}`."""
 
+    generates = True
+
     def prompt(self, request: Any, max_new_tokens: int) -> tuple[list[int], Span]:
         """The tokens of a request, cut to leave room for new ones, and where its context is among them."""
         if not isinstance(request, dict) or not request.keys() <= NAMES:
