@@ -64,10 +64,9 @@ def code_files(spec: ModelSpec, target: Target) -> list[tuple[Path, Path]]:
         if path not in found:
             found.add(path)
             waiting += [file for file in map(source_file, imported(path.read_text(encoding="utf-8"))) if file]
-    inside = (path.is_relative_to(top) for path in sorted(found))
     return [
-        (top, path.relative_to(top)) if ours else (path.parent, Path(path.name))
-        for path, ours in zip(sorted(found), inside, strict=True)
+        (top, path.relative_to(top)) if path.is_relative_to(top) else (path.parent, Path(path.name))
+        for path in sorted(found)
     ]
 
 

@@ -5,15 +5,21 @@ from types import ModuleType
 
 
 class SlipwayError(Exception):
-    """The base of every error a user can meet. Its text is one line, fit to be printed as it is."""
+    """The base of every error a user can meet. Its text is one line, fit to be printed as it is.
+
+    exit_status  of a command that ends with it
+    triton_code  what a Python backend answers with: the name of a code of Triton's TritonError
+    """
 
     exit_status = 1
+    triton_code = "INTERNAL"
 
 
 class InputError(SlipwayError):
     """The command line, a request, or a file that the user gave is wrong."""
 
     exit_status = 2
+    triton_code = "INVALID_ARG"
 
 
 class MissingPackage(InputError):
@@ -31,6 +37,8 @@ class EngineError(SlipwayError):
 class Overloaded(EngineError):
     """A server refuses a request because too many wait already, or because it waited too long."""
 
+    triton_code = "UNAVAILABLE"
+
 
 class ParityError(SlipwayError):
     """A converted model does not say what the original says."""
@@ -41,24 +49,22 @@ class ParityError(SlipwayError):
 FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 
 
-def require(module: str, *, extra: str) -> ModuleType:
-    """Import `module`, or raise `MissingPackage` naming the extra that installs it."""
+def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
+    """Import `module`, or raise `MissingPackage` naming the extra that installs it, or another remedy."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        install = remedy or f"pip install 'slipway[{extra}]'"
         raise MissingPackage(
             f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
-            f"install it with: pip install 'slipway[{extra}]'"
+            f"install it with: {install}"
         ) from error
 
 
 def said(error: BaseException, limit: int = 300) -> str:
     """The text of an error in one line; of one that is not ours, with its kind: a KeyError's text is a name only."""
-    return (
-        one_line(error, limit)
-        if isinstance(error, SlipwayError | OSError)
-        else (f"{type(error).__name__}: {one_line(error, limit)}")
-    )
+    text = one_line(error, limit)
+    return text if isinstance(error, SlipwayError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:

@@ -3,15 +3,13 @@
 Its pins exclude the project's, so it lives in an environment of its own.
 """
 
-import importlib
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from runtimes.base import Runtime
-from runtimes.errors import EngineError, MissingPackage, one_line, require
+from runtimes.errors import EngineError, require
 from runtimes.tensors import Tensors
 
 MODEL_FOLDER = "hub"  # what optimum's save_pretrained wrote
@@ -28,7 +26,7 @@ class OptimumRuntime(Runtime):
 
     def open(self) -> None:
         self.refuse_device()
-        library = self._library()
+        library = require("optimum.onnxruntime", remedy="make peer-optimum")
         ort, torch = require("onnxruntime", extra="onnx"), require("torch", extra="export")
         torch.set_num_threads(self.threads)
         options = ort.SessionOptions()
@@ -41,14 +39,6 @@ class OptimumRuntime(Runtime):
         self.model = opened
         if self.provider != PROVIDER:
             raise EngineError(f"optimum: expected {PROVIDER}, it runs on {self.provider}")
-
-    def _library(self) -> ModuleType:
-        try:
-            return importlib.import_module("optimum.onnxruntime")
-        except ImportError as error:
-            raise MissingPackage(
-                f"expected optimum-onnx in {self.environment}, found {one_line(error)}; make it: make peer-optimum"
-            ) from error
 
     def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")

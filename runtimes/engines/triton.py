@@ -84,7 +84,10 @@ class TritonRuntime(Runtime):
         return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
 
     def repeated(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
-        """As the base class says; a request that starts no sequence is checked and built once."""
+        """As the base class says; a request that starts no sequence is checked and built once.
+
+        What comes back is not held against the signature again: `open` has compared that with the server's.
+        """
         if self.recurrent:
             return super().repeated(feeds)
         self.signature.check_inputs(feeds)

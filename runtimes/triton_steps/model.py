@@ -23,7 +23,7 @@ if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.remove(source)
 
 from runtimes.artifact import Artifact, verify_digests
-from runtimes.errors import InputError, SlipwayError
+from runtimes.errors import SlipwayError
 from runtimes.pipeline import open_pipeline, parse_request, write_answer
 from runtimes.tensors import Tensors
 
@@ -51,7 +51,7 @@ class TritonPythonModel:
         try:
             tensors = self.act({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
         except SlipwayError as error:
-            code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
+            code = getattr(pb_utils.TritonError, error.triton_code)
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
         return pb_utils.InferenceResponse([pb_utils.Tensor(*named) for named in tensors.items()])
 

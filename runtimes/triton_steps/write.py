@@ -24,7 +24,7 @@ if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.remove(source)
 
 from runtimes.base import open_runtime
-from runtimes.errors import InputError, Overloaded, SlipwayError
+from runtimes.errors import SlipwayError
 from runtimes.pipeline import parse_request, write_answer
 from runtimes.waiting_line import Limits, WaitingLine
 from runtimes.writing import Desk, Writing, piece, read_wish
@@ -130,7 +130,5 @@ def send(sender: Any, answer: bytes) -> None:
 
 
 def refuse(sender: Any, error: SlipwayError) -> None:
-    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
-    if isinstance(error, Overloaded):
-        code = pb_utils.TritonError.UNAVAILABLE
+    code = getattr(pb_utils.TritonError, error.triton_code)
     sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code)), flags=FINAL)

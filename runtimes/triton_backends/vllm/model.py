@@ -28,7 +28,7 @@ if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.remove(source)
 
 from runtimes.device import gpu
-from runtimes.errors import InputError, Overloaded, SlipwayError, one_line
+from runtimes.errors import InputError, SlipwayError, one_line
 from runtimes.vllm_artifact import engine_arguments
 from runtimes.vllm_client import Completion
 from runtimes.vllm_model import VllmModel
@@ -165,9 +165,7 @@ class TritonPythonModel:
 
 
 def refusal(error: SlipwayError) -> Any:
-    code = pb_utils.TritonError.INVALID_ARG if isinstance(error, InputError) else pb_utils.TritonError.INTERNAL
-    if isinstance(error, Overloaded):
-        code = pb_utils.TritonError.UNAVAILABLE
+    code = getattr(pb_utils.TritonError, error.triton_code)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
 
 
