@@ -24,7 +24,7 @@ test-fast: .venv/ready
 
 # A thousand nearly right requests to each of the ensembles that were exported.
 fuzz: .venv/ready .venv-triton/ready
-	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/test_triton_fuzz.py -s
+	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/runtimes/triton/test_triton_fuzz.py -s
 
 # Ten minutes of right and wrong requests to every served model (README, "Under load"); fails where an answer is wrong or the
 # server gains more than 100 MB (--most-growth-mb).

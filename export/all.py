@@ -14,19 +14,19 @@ from typing import Any
 from tqdm import tqdm
 
 from export import parity
-from export.calibration_texts import CalibrationTexts, read_texts
 from export.key import artifact_key, library_versions
-from export.repository import drafting, publish, publish_again, publish_ensemble, reschedule
+from export.quantization.calibration_texts import CalibrationTexts, read_texts
 from export.source import LastSource, Source
 from export.target import Built, Target
-from export.triton_config import UNLIMITED, Scheduling
+from export.triton.config import UNLIMITED, Scheduling
+from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
-from runtimes.base import open_runtime
-from runtimes.command import command, parser, table
 from runtimes.errors import FOREIGN, InputError, SlipwayError, one_line, said
-from runtimes.quiet import native_talk_on_stderr
+from runtimes.host.cli import command, parser, table
+from runtimes.host.output_capture import native_talk_on_stderr
 from runtimes.repository import home_of, newest, published
+from runtimes.runtime import open_runtime
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
 from training.spec import ModelSpec, all_specs, find_spec

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 
 import export
-from export.calibration_texts import CalibrationTexts
+from export.quantization.calibration_texts import CalibrationTexts
 from export.target import Target
 from runtimes.artifact import sha256_file, sha256_json
-from runtimes.device import gpu
+from runtimes.host.gpu import gpu
+from runtimes.pipeline import find_pipeline
 from training.checkpoint import Checkpoint
 from training.spec import ModelSpec
 
@@ -55,8 +56,11 @@ def code_files(spec: ModelSpec, target: Target) -> list[tuple[Path, Path]]:
     """
     top = Path(export.__file__).parent.parent
     modules = ["export.source", "export.parity", f"runtimes.engines.{target.runtime}"]
-    modules += [f"runtimes.pipelines.{spec.pipeline}"]
-    waiting = [Path(inspect.getfile(spec.build)), Path(inspect.getfile(target.convert))]
+    waiting = [
+        Path(inspect.getfile(find_pipeline(spec.pipeline))),
+        Path(inspect.getfile(spec.build)),
+        Path(inspect.getfile(target.convert)),
+    ]
     waiting += [path for path in map(source_file, modules) if path]
     found: set[Path] = set()
     while waiting:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.source import Source
 from runtimes.errors import ParityError, one_line, require
 from runtimes.tensors import Signature, TensorSpec
-from training.scan import Form
+from training.layers.scan import Form
 
 if TYPE_CHECKING:
     import onnx
@@ -180,7 +180,7 @@ def check_onnx(path: Path) -> None:
 
 
 def _translations() -> dict[Any, Any]:
-    """How the traced cells of training/cells.py become ONNX LSTM and GRU, and softplus one operator.
+    """How the traced cells of training/layers/rnn.py become ONNX LSTM and GRU, and softplus one operator.
 
     The exporter keeps torch's threshold of softplus by three operators; that of ONNX needs none to be right.
     """
@@ -189,7 +189,7 @@ def _translations() -> dict[Any, Any]:
     from onnxscript.function_libs.torch_lib.ops.core import aten_gru, aten_lstm
     from onnxscript.function_libs.torch_lib.ops.nn import aten_softplus
 
-    import training.cells  # noqa: F401  registers the operators
+    import training.layers.rnn  # noqa: F401  registers the operators
 
     def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
         return opset20.Softplus(x) if beta == 1 else aten_softplus(x, beta, threshold)

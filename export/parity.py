@@ -6,8 +6,8 @@ import numpy as np
 
 from export.source import Source
 from runtimes.artifact import Check
-from runtimes.base import Runtime
 from runtimes.errors import ParityError
+from runtimes.runtime import Runtime
 from runtimes.tensors import Signature, Tensors
 from training.spec import Tolerance
 

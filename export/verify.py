@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-from export.lint import lint
+from export.triton.lint import lint
 from runtimes.artifact import Artifact
-from runtimes.command import command, existing_folder, parser, table
 from runtimes.errors import SlipwayError
+from runtimes.host.cli import command, existing_folder, parser, table
 from runtimes.repository import published
 
 

@@ -12,11 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtimes.base import DEVICES
-from runtimes.command import command, parser, table
-from runtimes.errors import InputError
-from runtimes.profiles import MACHINES
-from runtimes.results import (
+from runtimes.bench.results import (
     BASELINE,
     Row,
     device_of,
@@ -27,6 +23,10 @@ from runtimes.results import (
     number,
     sizes_text,
 )
+from runtimes.errors import InputError
+from runtimes.host.cli import command, parser, table
+from runtimes.host.machines import MACHINES
+from runtimes.runtime import DEVICES
 
 PROBLEMS = ("out-of-memory", "too-slow", "low-accuracy")
 

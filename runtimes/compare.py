@@ -16,15 +16,15 @@ import numpy as np
 from tqdm import tqdm
 
 from runtimes.artifact import write_json
-from runtimes.base import DEVICES
-from runtimes.command import command, parser, table
-from runtimes.environment import environment
+from runtimes.bench.interleave import Subject
+from runtimes.bench.measure import Measurement, Worker, worker_module
+from runtimes.bench.results import KEYS, Row, load_results, name_of, run_medians, sizes_text
+from runtimes.bench.statistics import FEWEST_RUNS, Difference, paired_difference, unpaired_difference
+from runtimes.bench.suite import choose, request_sizes
 from runtimes.errors import EngineError, InputError
-from runtimes.measure import Measurement, Worker
-from runtimes.results import KEYS, Row, load_results, name_of, run_medians, sizes_text
-from runtimes.statistics import FEWEST_RUNS, Difference, paired_difference, unpaired_difference
-from runtimes.suite import choose, request_sizes
-from runtimes.turns import Subject
+from runtimes.host.cli import command, parser, table
+from runtimes.host.environment import environment
+from runtimes.runtime import DEVICES
 
 SCHEMA = "slipway.compare/1"
 CLOCKS = ("wall", "cpu")
@@ -172,7 +172,7 @@ def cell_table(cells: Sequence[Cell], threshold: float) -> str:
 
 def _subjects(folder: Path, arguments: Any) -> Iterator[Subject]:
     """The artifacts of a repository, or of a checkout that runs them by its own code."""
-    own_code = (folder / "runtimes" / "worker.py").is_file()
+    own_code = worker_module(folder) is not None
     repository = folder / "model_repository" if own_code else folder
     if not repository.is_dir():
         raise InputError(f"expected published artifacts in {repository}, found nothing; run python -m export.all there")

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import artifact_name, read_json
-from runtimes.base import open_runtime
-from runtimes.command import command, parser
 from runtimes.engines.torch import Torch
 from runtimes.errors import InputError
-from runtimes.generation import Mitigation
+from runtimes.host.cli import command, parser
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hallucination_aarf import MitigatedPipeline
+from runtimes.pipelines.hallucination.aarf import MitigatedPipeline
+from runtimes.pipelines.hallucination.decoding import Mitigation
 from runtimes.repository import find
+from runtimes.runtime import open_runtime
 
 DEFAULTS = Mitigation()
 HEADS, LAYERS = "heads such as '25.0 18.13'", "layers such as '23 24'"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import read_json
-from runtimes.command import command, existing_folder, parser
+from runtimes.bench.results import Row, eager_row, load_results
 from runtimes.errors import InputError
-from runtimes.results import Row, eager_row, load_results
+from runtimes.host.cli import command, existing_folder, parser
 
 BEGIN, END = "<!-- matrix: made by runtimes.matrix, do not edit -->", "<!-- matrix: end -->"
 BETWEEN = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)

@@ -10,9 +10,9 @@ import numpy as np
 
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
-from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError, one_line
-from runtimes.schemas import Schema
+from runtimes.json_schema import Schema
+from runtimes.runtime import Runtime
 
 REQUEST_BYTES = 4 << 20  # of one request in JSON; the parsed form of more would take a hundred megabytes
 
@@ -53,8 +53,22 @@ class Pipeline(ABC):
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
     """The pipeline of an artifact that lies in `folder`."""
-    pipeline: type[Pipeline] = plugins.load("runtimes.pipelines", artifact.pipeline, "PIPELINE")
-    return pipeline(artifact.config, folder / ASSETS)
+    return find_pipeline(artifact.pipeline)(artifact.config, folder / ASSETS)
+
+
+def all_pipelines() -> dict[str, type[Pipeline]]:
+    """Every pipeline there is, by name: those that the packages in `runtimes.pipelines` declare in `PIPELINES`."""
+    packages = plugins.names("runtimes.pipelines")
+    declared = (plugins.load("runtimes.pipelines", package, "PIPELINES") for package in packages)
+    return {name: pipeline for pipelines in declared for name, pipeline in pipelines.items()}
+
+
+def find_pipeline(name: str) -> type[Pipeline]:
+    """The pipeline of this name; `InputError` names the pipelines there are."""
+    pipelines = all_pipelines()
+    if name not in pipelines:
+        raise InputError(f"expected a pipeline of {', '.join(sorted(pipelines))}; found '{name}'")
+    return pipelines[name]
 
 
 def refuse_no_requests(requests: Sequence[Any]) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import Artifact, artifact_name, require_plain
-from runtimes.base import open_runtime, serving_engine
-from runtimes.caching import Store
-from runtimes.command import command, parser
+from runtimes.cache.store import Store
 from runtimes.errors import InputError, one_line
+from runtimes.host.cli import command, parser
 from runtimes.pipeline import Pipeline, open_pipeline, parse_request, write_answer
 from runtimes.repository import find
-from runtimes.triton_client import ask
+from runtimes.runtime import open_runtime, serving_engine
+from runtimes.triton.client import ask
 
 TARGET, PRECISION = "onnx", "fp32"
 

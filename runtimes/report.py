@@ -9,12 +9,21 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, existing_folder, parser
+from runtimes.bench.plots import Series, bars, curves, strips
+from runtimes.bench.results import (
+    COLUMNS,
+    Row,
+    counted_samples,
+    load_results,
+    name_of,
+    sizes_text,
+    table_of,
+    times_eager,
+)
 from runtimes.errors import InputError
-from runtimes.plots import Series, bars, curves, strips
-from runtimes.results import COLUMNS, Row, counted_samples, load_results, name_of, sizes_text, table_of, times_eager
+from runtimes.host.cli import command, existing_folder, parser
 
-STYLE = Path(__file__).with_name("report.css")
+STYLE = Path(__file__).parent / "bench" / "report.css"
 SHOWN = [name for name in COLUMNS if name != "model"]  # each has a table of its own
 TEXTS = ("scenario", "sizes", "engine", "device", "note")
 READING = (

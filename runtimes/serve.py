@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtimes.background_server import LOOPBACK
-from runtimes.command import command, existing_folder, parser
 from runtimes.errors import EngineError, InputError
-from runtimes.stub_watch import StubWatch
-from runtimes.triton_server import EVERY_MODEL, TritonServer
-from runtimes.version_watch import Seen, VersionWatch
+from runtimes.host.background_server import LOOPBACK
+from runtimes.host.cli import command, existing_folder, parser
+from runtimes.triton.server import EVERY_MODEL, TritonServer
+from runtimes.triton.stub_health import StubWatch
+from runtimes.triton.version_watch import Seen, VersionWatch
 
 POLL_S = 1
 NOT_YET: Seen = ((), 0)

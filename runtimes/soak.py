@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
-from runtimes.command import command, existing_folder, parser, table
+from runtimes.bench.load import LATE_S, poisson_arrivals, posting, side_by_side
+from runtimes.bench.statistics import knee, percentile
 from runtimes.errors import EngineError, InputError, Overloaded
+from runtimes.host.cli import command, existing_folder, parser, table
+from runtimes.host.memory_sampler import tree
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import home_of, published
-from runtimes.sampler import tree
-from runtimes.scenarios import LATE_S, poisson_arrivals, posting, side_by_side
-from runtimes.statistics import knee, percentile
-from runtimes.triton_client import CLIENTS, Answer, TritonClient, new_sequence
-from runtimes.triton_server import TritonServer
+from runtimes.triton.client import CLIENTS, Answer, TritonClient, new_sequence
+from runtimes.triton.server import TritonServer
 
 LANES = (1, 2, 4, 8, 16)
 KNEE_S = 2.0

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import artifact_name, require_plain
-from runtimes.base import open_runtime
-from runtimes.command import command, parser
 from runtimes.errors import EngineError, InputError, one_line
+from runtimes.host.cli import command, parser
 from runtimes.pipeline import parse_request
+from runtimes.pipelines.hnet.generation import DEFAULTS, EXAMPLE, Wish, can_write, read_wish, write
 from runtimes.repository import STEP_SUFFIX, find, writer_name
-from runtimes.triton_client import CLIENTS
-from runtimes.writing import DEFAULTS, EXAMPLE, Wish, can_write, read_wish, write
+from runtimes.runtime import open_runtime
+from runtimes.triton.client import CLIENTS
 
 SETTINGS = {
     "max_bytes": (int, "bytes to write at most"),

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import small_decoders
 import torch
-from exported import Exports, common_folder
 
 import training.models
 from runtimes.engines.vllm import VllmRuntime
 from runtimes.errors import MissingPackage
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton.server import TritonServer, find_bundle
+from tests import small_decoders
+from tests.exported import Exports, common_folder
 from training.checkpoint import save_checkpoint
 from training.spec import ModelSpec, all_specs, find_spec
 

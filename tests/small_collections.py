@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.collection import Entry, Info
-from runtimes.collection_writer import Writer
-from runtimes.search import Embedder
+from runtimes.search.collection import Entry, Info
+from runtimes.search.embedder import Embedder
+from runtimes.search.writer import Writer
 from runtimes.web.library import Library
 from runtimes.web.server import Server
 

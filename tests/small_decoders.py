@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from runtimes.artifact import ASSETS, Artifact, Facts, digests, write_json
-from runtimes.base import open_runtime
 from runtimes.engines.vllm import VllmRuntime
 from runtimes.errors import MissingPackage
+from runtimes.runtime import open_runtime
 from runtimes.tensors import Axis, Signature, TensorSpec
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, NEXT_IDS, TASK, TOKEN_LOGPROBS, TOKENIZER
-from runtimes.vllm_server import find_python
-from training.seeded import train_tokenizer
+from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, NEXT_IDS, TASK, TOKEN_LOGPROBS, TOKENIZER
+from runtimes.vllm.server import find_python
+from training.random_init import train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, Qwen2Model

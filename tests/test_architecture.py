@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 FLOORS = ("runtimes", "training", "export")
 PLUG_IN_FOLDERS = ("runtimes/engines", "runtimes/pipelines", "training/models", "export/targets")
 # Scripts that Triton runs, in its own interpreter; they are data to this package.
-SCRIPTS = ("runtimes/triton_backends", "runtimes/triton_steps")
+SCRIPTS = ("runtimes/triton/backends", "runtimes/triton/steps")
 FILE_LINES, FUNCTION_LINES = 400, 60
 GROUND = ("numpy", *FLOORS[:1])
 
@@ -123,6 +123,6 @@ def test_every_module_of_the_ground_floor_imports_with_numpy_alone(module: str) 
 
 
 def test_the_bare_environment_is_bare() -> None:
-    code = BARE.format(allowed=(*GROUND, "training"), root=str(ROOT), module="training.scan")
+    code = BARE.format(allowed=(*GROUND, "training"), root=str(ROOT), module="training.layers.scan")
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "torch is not in a bare environment" in asked.stderr

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import toys
 
-from export.repository import drafting, publish
+from export.triton.repository import drafting, publish
 from runtimes import serve
-from runtimes.background_server import answers
-from runtimes.triton_server import HTTP_BYTES, TritonServer
+from runtimes.host.background_server import answers
+from runtimes.triton.server import HTTP_BYTES, TritonServer
+from tests import toys
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[1]

@@ -12,12 +12,13 @@ from export import parity
 from export.all import Cell, convert, prove
 from export.source import Source
 from export.target import Built
-from runtimes import bench, plugins
+from runtimes import plugins
 from runtimes.artifact import Artifact
-from runtimes.base import open_runtime
-from runtimes.device import gpu
+from runtimes.bench import __main__ as bench
+from runtimes.host.gpu import gpu
+from runtimes.runtime import open_runtime
 from training.checkpoint import Checkpoint
-from training.scan import Form, scan_form, selective_scan
+from training.layers.scan import Form, scan_form, selective_scan
 from training.spec import all_specs, find_spec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(gpu() is None, reason="no NVIDIA GPU here")]

@@ -22,7 +22,7 @@ import runtimes.pipelines
 from runtimes.artifact import ASSETS, Artifact, Facts, digests
 from runtimes.errors import MissingPackage
 from runtimes.tensors import Axis, Signature, TensorSpec
-from runtimes.triton_server import TritonServer, find_bundle
+from runtimes.triton.server import TritonServer, find_bundle
 
 WIDTH = 3
 AXES = (Axis(name="batch", min=1, opt=2, max=8), Axis(name="time", min=1, opt=4, max=16))
@@ -54,7 +54,7 @@ class ToyPipeline(Pipeline):
     def example(self):
         return {"x": [[1.0, 2.0, 3.0]]}
 
-PIPELINE = ToyPipeline
+PIPELINES = {"toy": ToyPipeline}
 """
 
 

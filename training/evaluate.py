@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from runtimes.command import command, flags, parser, settings
+from runtimes.host.cli import command, flags, parser, settings
 from training.checkpoint import Checkpoint, restore
 from training.loop import COMMON
 from training.run import changed, configure, evaluation_table

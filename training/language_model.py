@@ -9,7 +9,7 @@ import numpy as np
 
 from runtimes.errors import InputError, require
 from training.frozen import fast_tokenizer
-from training.seeded import is_seeded
+from training.random_init import is_seeded
 
 if TYPE_CHECKING:
     from torch import nn

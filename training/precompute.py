@@ -1,7 +1,7 @@
 """Let models read their data once: python -m training.precompute MODEL
 
 With --store, the frozen parts of a model read its training data into a store. With --out, a trained model embeds a
-collection into a folder that `runtimes.collection` opens.
+collection into a folder that `runtimes.search.collection` opens.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from runtimes.caching import Store, buckets
-from runtimes.collection import DTYPES
-from runtimes.command import command, flags, parser, settings, table
+from runtimes.cache.store import Store, buckets
 from runtimes.errors import InputError
-from runtimes.statements import SIZES
-from training.collecting import Job, Work, collect, collect_with_ray
+from runtimes.host.cli import command, flags, parser, settings, table
+from runtimes.pipelines.statements.papers import SIZES
+from runtimes.search.collection import DTYPES
+from training.embed_dataset import Job, Work, collect, collect_with_ray
 from training.loop import is_first_process
 from training.run import configure
 from training.spec import Reading, find_spec

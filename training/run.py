@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError
+from runtimes.host.cli import command, flags, parser, settings, table
 from training.checkpoint import Checkpoint, exists, save_checkpoint
 from training.loop import COMMON, check_training, fit, is_first_process
 from training.spec import Config, Evaluation, ModelSpec, Recipe, all_specs, find_spec, override

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.artifact import sha256_json
-from runtimes.command import command, flags, parser, settings, table
 from runtimes.errors import InputError, require
+from runtimes.host.cli import command, flags, parser, settings, table
 from training.run import configure, train
 from training.spec import ModelSpec, Sweep, find_spec
 

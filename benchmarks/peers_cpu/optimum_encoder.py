@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 from export import parity
-from export.repository import drafting, publish
 from export.source import Source
+from export.triton.repository import drafting, publish
 from runtimes.artifact import Artifact, Facts, digests, sha256_json
-from runtimes.base import Runtime
+from runtimes.bench.measure import CHECKOUT, interpreter
 from runtimes.engines.optimum import MODEL_FOLDER
 from runtimes.errors import EngineError, SlipwayError
-from runtimes.measure import CHECKOUT, interpreter
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint
 from training.spec import find_spec
@@ -40,7 +40,7 @@ ORTModelForFeatureExtraction.from_pretrained(sys.argv[1], export=True).save_pret
 ANSWER = """
 import sys
 import numpy as np
-from runtimes.base import open_runtime
+from runtimes.runtime import open_runtime
 with open_runtime(sys.argv[1]) as runtime:
     for path in map(str.strip, sys.stdin):
         np.savez(path, **runtime.run(dict(np.load(path))))

@@ -148,9 +148,9 @@ def sentence_transformers_onnx(folder: Path, threads: int, kind: str = "") -> Em
 def slipway(folder: Path, threads: int, artifact: str = "") -> Embed:
     """A published artifact through its runtime and its pipeline, as `runtimes.predict` runs it."""
     sys.path.insert(0, str(ROOT))
-    from runtimes.base import open_runtime
     from runtimes.pipeline import open_pipeline
     from runtimes.repository import find
+    from runtimes.runtime import open_runtime
 
     root = find(Path(os.environ["PEERS_REPOSITORY"]), artifact)
     runtime = open_runtime(root, threads=threads)

@@ -13,10 +13,10 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from runtimes.command import command, parser
-from runtimes.statements import read_papers
+from runtimes.host.cli import command, parser
+from runtimes.pipelines.statements.papers import read_papers
 from training.models.statements.data import flatten
-from training.seeded import train_tokenizer
+from training.random_init import train_tokenizer
 
 VOCABULARY, END = 8000, "<end>"
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
 
 from export.hugging_face import store_as
-from export.quantization import SCHEMES, bytes_of_bf16, quantize
-from runtimes.command import command, parser, table
-from runtimes.quiet import bars_on_a_terminal_only
-from runtimes.statements import read_papers
+from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
+from runtimes.host.cli import command, parser, table
+from runtimes.host.output_capture import bars_on_a_terminal_only
+from runtimes.pipelines.statements.papers import read_papers
 from training.models.statements.data import flatten
 
 CONTROL = "w4a16_awq"

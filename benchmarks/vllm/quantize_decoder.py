@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from export.hugging_face import store_as
-from export.quantization import SCHEMES, bytes_of_bf16, quantize
-from runtimes.command import command, parser
-from runtimes.statements import read_papers
+from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
+from runtimes.host.cli import command, parser
+from runtimes.pipelines.statements.papers import read_papers
 from training.models.statements.data import flatten
 
 

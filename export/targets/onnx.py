@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from export.calibration import calibration_feeds, quantize_static
 from export.lowering import OPSET, quantize_weights, write_onnx
+from export.quantization.calibration import calibration_feeds, quantize_static
 from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes.engines.onnxruntime import MODEL_FILE

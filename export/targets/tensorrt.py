@@ -9,16 +9,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from export.calibration import calibration_feeds, quantize_static
 from export.lowering import OPSET, write_onnx
+from export.quantization.calibration import calibration_feeds, quantize_static
 from export.source import Source
 from export.target import Built, Target
-from runtimes.device import gpu
 from runtimes.engines.onnxruntime import MODEL_FILE
 from runtimes.engines.tensorrt import FULL, PLAN_FILE, RTX, numpy_dtype
 from runtimes.errors import ArtifactError, EngineError, one_line, require
+from runtimes.host.gpu import gpu
 from runtimes.tensors import Signature
-from training.scan import Form
+from training.layers.scan import Form
 
 # What one RTX engine is built for: Ampere, Ada and Blackwell. Turing has no float32 matrix product, Hopper no support.
 RTX_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")

@@ -9,7 +9,7 @@ from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes import torch_program
 from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
-from training.scan import Form
+from training.layers.scan import Form
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -30,7 +30,7 @@ def tidy(program: "ExportedProgram") -> "ExportedProgram":
 
     A program as it is traced runs at half the speed of its module, most of it in checks of what cannot change.
     """
-    from training.cells import name_cells
+    from training.layers.rnn import name_cells
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own tree specs when they are copied

@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.hugging_face import store_as, write_embedding_modules, write_tokenizer
-from export.quantization import SCHEMES, bytes_of_bf16, quantize, quantized_layers
+from export.quantization.static import SCHEMES, bytes_of_bf16, quantize, quantized_layers
 from export.source import Source
 from export.target import Built, Target
 from runtimes.artifact import Check, write_json
-from runtimes.device import gpu
 from runtimes.errors import MissingPackage
-from runtimes.quiet import bars_on_a_terminal_only
-from runtimes.vllm_artifact import CHECKPOINT, ENGINE_FILE, TASK, TOKENIZER
-from runtimes.vllm_server import find_python
+from runtimes.host.gpu import gpu
+from runtimes.host.output_capture import bars_on_a_terminal_only
+from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TASK, TOKENIZER
+from runtimes.vllm.server import find_python
 
 if TYPE_CHECKING:
     from training.language_model import LanguageModel

@@ -1,1 +1,1 @@
-"""One file per engine; each declares `RUNTIME`, a subclass of `runtimes.base.Runtime`."""
+"""One file per engine; each declares `RUNTIME`, a subclass of `runtimes.runtime.Runtime`."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import CarriedStream, Runtime
 from runtimes.errors import EngineError, one_line, require
+from runtimes.runtime import CarriedStream, Runtime
 from runtimes.tensors import Tensors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime
 from runtimes.errors import EngineError, one_line, require
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 
 MODEL_FILE = "model.xml"

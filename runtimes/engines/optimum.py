@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime
 from runtimes.errors import EngineError, require
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 
 MODEL_FOLDER = "hub"  # what optimum's save_pretrained wrote

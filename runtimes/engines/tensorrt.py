@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.base import Runtime
-from runtimes.device import gpu
 from runtimes.errors import EngineError, require
+from runtimes.host.gpu import gpu
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors, TensorSpec
 
 FULL, RTX = "tensorrt", "tensorrt_rtx"

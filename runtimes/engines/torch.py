@@ -8,9 +8,9 @@ import numpy as np
 
 from runtimes import torch_program
 from runtimes.artifact import Artifact
-from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError, require
-from runtimes.generation import Generated, Generator, Head
+from runtimes.pipelines.hallucination.decoding import Generated, Generator, Head
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 
 PROGRAM_FILE = "program.pt2"

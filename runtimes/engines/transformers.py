@@ -11,11 +11,11 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from runtimes.artifact import Artifact, read_json
-from runtimes.base import Runtime
 from runtimes.errors import require
-from runtimes.quiet import bars_on_a_terminal_only
+from runtimes.host.output_capture import bars_on_a_terminal_only
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
-from runtimes.vllm_artifact import CHECKPOINT, NEXT_IDS, TOKEN_LOGPROBS, task_of
+from runtimes.vllm.artifact import CHECKPOINT, NEXT_IDS, TOKEN_LOGPROBS, task_of
 
 if TYPE_CHECKING:
     import torch

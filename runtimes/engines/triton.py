@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
-from runtimes.base import Runtime, Stream
 from runtimes.errors import EngineError, InputError, SlipwayError
+from runtimes.runtime import Runtime, Stream
 from runtimes.tensors import Signature, Tensors, TensorSpec
-from runtimes.triton_client import CLIENTS, Answer, TritonClient, new_sequence
+from runtimes.triton.client import CLIENTS, Answer, TritonClient, new_sequence
 
 DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}

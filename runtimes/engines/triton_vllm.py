@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
-from runtimes.base import Runtime
 from runtimes.errors import EngineError, InputError
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
-from runtimes.triton_client import GrpcClient, TritonClient
-from runtimes.vllm_artifact import real_rows, task_of
-from runtimes.vllm_client import Completion, Prompt
+from runtimes.triton.client import GrpcClient, TritonClient
+from runtimes.vllm.artifact import real_rows, task_of
+from runtimes.vllm.client import Completion, Prompt
 
 DEFAULT_URL = "127.0.0.1:8001"
 EXPECTED = {"inputs": {"text_input", "stream", "sampling_parameters"}, "outputs": {"text_output"}}

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact, read_json
-from runtimes.base import Runtime
 from runtimes.errors import ArtifactError, EngineError, InputError
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
-from runtimes.vllm_artifact import (
+from runtimes.vllm.artifact import (
     CHECKPOINT,
     ENGINE_FILE,
     NEXT_IDS,
@@ -19,15 +19,15 @@ from runtimes.vllm_artifact import (
     real_rows,
     task_of,
 )
-from runtimes.vllm_client import Completion, Prompt
-from runtimes.vllm_model import VllmModel
-from runtimes.vllm_server import Reported
+from runtimes.vllm.client import Completion, Prompt
+from runtimes.vllm.process import VllmModel
+from runtimes.vllm.server import Reported
 
 PACKED = "pack-quantized"  # compressed-tensors' format of weights of 4 and 8 bits
 
 
 class VllmRuntime(Runtime):
-    """Runs `checkpoint/` with the arguments of `model.json`; what `run` takes and gives, runtimes.vllm_artifact says.
+    """Runs `checkpoint/` with the arguments of `model.json`; what `run` takes and gives, runtimes.vllm.artifact says.
 
     `port`, `log` and `start_timeout_s` are the server's; see `VllmServer`.
     """

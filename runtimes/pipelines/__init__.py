@@ -1,1 +1,1 @@
-"""One file per model; each declares `PIPELINE`, a subclass of `runtimes.pipeline.Pipeline`."""
+"""One package per model family; each declares `PIPELINES`: subclasses of `runtimes.pipeline.Pipeline` by name."""

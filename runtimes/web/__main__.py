@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, existing_folder, parser
-from runtimes.search import embedder_flags, open_embedder
+from runtimes.host.cli import command, existing_folder, parser
+from runtimes.search.embedder import embedder_flags, open_embedder
 from runtimes.web.library import Library
 from runtimes.web.server import Server
 

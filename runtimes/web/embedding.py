@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.collection import Entry, Paper, read_entries
 from runtimes.errors import EngineError, InputError, SlipwayError, one_line
-from runtimes.search import Embedder
+from runtimes.search.collection import Entry, Paper, read_entries
+from runtimes.search.embedder import Embedder
 
 BATCH = 16
 

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from runtimes.collection import INFO, METADATA, OLD_EMBEDDINGS, UNFINISHED, Collection, Entry, Paper
 from runtimes.errors import ArtifactError, InputError, SlipwayError
-from runtimes.nearest import top_k
-from runtimes.search import Embedder
+from runtimes.search.collection import INFO, METADATA, OLD_EMBEDDINGS, UNFINISHED, Collection, Entry, Paper
+from runtimes.search.embedder import Embedder
+from runtimes.search.exact import top_k
 from runtimes.web.embedding import Job
 
 MARKS = (INFO, UNFINISHED, METADATA, OLD_EMBEDDINGS)  # a folder with one of these is, or was to be, a collection

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from runtimes.command import command, parser, table
+from runtimes.host.cli import command, parser, table
 from training.models.hallucination.config import head_text
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.units import Head

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.command import existing_folder
 from runtimes.errors import InputError, one_line
-from runtimes.grounding import Span, Spans
+from runtimes.host.cli import existing_folder
+from runtimes.pipelines.hallucination.grounding import Span, Spans
 
 RESPONSES, SOURCES = "response.jsonl", "source_info.jsonl"
 

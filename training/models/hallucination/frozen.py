@@ -23,7 +23,7 @@ from training.frozen import (
     stored_tokenizer,
     without_pooler,
 )
-from training.seeded import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, seeded
+from training.random_init import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, seeded
 
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 FAMILIES = ("llama", "mistral", "qwen2")

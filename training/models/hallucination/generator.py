@@ -12,7 +12,7 @@ import numpy as np
 from runtimes.artifact import Check
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from runtimes.vllm_artifact import NEXT_IDS, TOKEN_LOGPROBS
+from runtimes.vllm.artifact import NEXT_IDS, TOKEN_LOGPROBS
 from training.spec import Config, Tolerance
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def language_model(config: Config, module: "nn.Module", probe: Tensors) -> "Lang
     """The frozen decoder with its tokenizer; `InputError` if the two do not fit."""
     from training.language_model import LanguageModel, check_vocabulary, whole_tokenizer
     from training.models.hallucination.frozen import template_json, tokenizer_json
-    from training.seeded import is_seeded
+    from training.random_init import is_seeded
 
     model: Any = module.decoder.model  # type: ignore[union-attr]
     source, revision = config["base"], config["base_revision"]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from runtimes.errors import InputError, require
-from runtimes.profiles import MACHINES
+from runtimes.host.machines import MACHINES
 from training.frozen import freeze, pretrained_model
 from training.models.hallucination.decoder import Decoder, layer_outputs
 from training.models.hallucination.frozen import decoder_config, load_decoder
-from training.seeded import is_seeded
+from training.random_init import is_seeded
 from training.spec import Config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

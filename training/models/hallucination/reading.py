@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from runtimes.artifact import sha256_json
-from runtimes.grounding import Tokenized, labelled
-from runtimes.pipelines.hallucination import HallucinationPipeline
+from runtimes.pipelines.hallucination.detector import HallucinationPipeline
+from runtimes.pipelines.hallucination.grounding import Tokenized, labelled
 from training.frozen import digest
 from training.models.hallucination.config import heads_of, layers_of
 from training.models.hallucination.data import Example

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from runtimes.caching import Store
+from runtimes.cache.store import Store
 from runtimes.errors import InputError
-from runtimes.grounding import TooLong
+from runtimes.pipelines.hallucination.grounding import TooLong
 from runtimes.tensors import Tensors
 from training.models.hallucination import fitting
 from training.models.hallucination.config import LEAST_TRAINING, head_text, heads_of, layer_text, layers_of

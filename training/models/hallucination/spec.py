@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.grounding import TEMPLATE, TOKENIZER
-from runtimes.pipelines.hallucination import ENCODER_TOKENIZER
+from runtimes.pipelines.hallucination.detector import ENCODER_TOKENIZER
+from runtimes.pipelines.hallucination.grounding import TEMPLATE, TOKENIZER
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.models.hallucination import generator, mitigated
 from training.models.hallucination.config import CONFIG, SCORER, TINY, TRAINING, check, heads_of, layers_of, settle

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from runtimes.bytetext import BOS, decode_utf8
-from runtimes.command import existing_folder
 from runtimes.errors import InputError
+from runtimes.host.cli import existing_folder
+from runtimes.pipelines.hnet.byte_text import BOS, decode_utf8
 from training.models.hnet.arch import parse_numbers
 
 UNITS = ("document", "line")

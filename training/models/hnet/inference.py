@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtimes.bytetext import check_text, padded_rows, segments
-from runtimes.command import command, parser
 from runtimes.errors import InputError
-from runtimes.writing import Wish, Writing
+from runtimes.host.cli import command, parser
+from runtimes.pipelines.hnet.byte_text import check_text, padded_rows, segments
+from runtimes.pipelines.hnet.generation import Wish, Writing
 from training.checkpoint import Checkpoint, restore
 from training.models.hnet.metrics import NATS_A_BIT
 from training.models.hnet.module import HNetForCausalLM
@@ -52,7 +52,7 @@ def score(module: HNetForCausalLM, texts: Sequence[Text]) -> list[dict[str, floa
 
 
 def segment(module: HNetForCausalLM, texts: Sequence[Text]) -> list[list[list[dict[str, Any]]]]:
-    """The segments of every text at every stage, the shortest first; see `runtimes.bytetext.segments`."""
+    """The segments of every text at every stage, the shortest first."""
     rows, _, _, boundary = _read(module, texts)
     return [
         [list(segments(data, boundary[row, 1 : len(data) + 1, stage])) for stage in range(boundary.shape[-1])]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.layers.scan import current_form, decayed_sums
 from training.models.hnet.arch import HEAD, TAPS
 from training.models.hnet.precision import RMSNorm, in_float32
-from training.scan import current_form, decayed_sums
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
 A_MIN, A_MAX = 1.0, 16.0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.layers.scan import current_form
 from training.models.hnet.arch import VOCABULARY, Arch, check, integer_states, is_ring, state_shapes
 from training.models.hnet.blocks import Isotropic, State
 from training.models.hnet.precision import in_float32
@@ -23,7 +24,6 @@ from training.models.hnet.routing import (
     smooth_step,
     upsample,
 )
-from training.scan import current_form
 
 INNER = "main_"  # before the names of the states of what lies inside a stage
 Decisions = tuple[list[Tensor], list[Tensor]]  # p and b of every stage, the outermost first

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtimes.bytetext import BOS, VOCABULARY
+from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY
 from training.models.hnet.data import Corpus
 
 

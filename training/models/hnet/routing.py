@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.layers.scan import current_form, decayed_sums
 from training.models.hnet.precision import in_float32
-from training.scan import current_form, decayed_sums
 
 P_MIN = 1e-4  # of a boundary, where it smooths
 LENGTH_MIN = 1e-12  # of a vector, where it is divided by its length

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError, one_line, require
-from runtimes.melee import BUTTONS, PROJECTILE_COUNT, STAGES, encode_frames, pack_labels
+from runtimes.pipelines.policy.melee import BUTTONS, PROJECTILE_COUNT, STAGES, encode_frames, pack_labels
 
 BUTTON_BITS = {"A": 8, "B": 9, "X": 10, "Y": 11, "Z": 4, "L": 6, "R": 5, "D_UP": 3}  # of the physical controller
 WAIT, DASH, ATTACK, SHIELD = 14, 20, 50, 179  # what a synthetic opponent does

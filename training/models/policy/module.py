@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, COLUMNS, HEADS, ID_COLUMNS
-from training.cells import run_cell
+from runtimes.pipelines.policy.melee import ACTION_COUNT, CHARACTER_COUNT, COLUMNS, HEADS, ID_COLUMNS
+from training.layers.rnn import run_cell
 from training.models.policy.blocks import FeedForward, Mamba, WindowAttention
 
 HEAD_WIDTHS = {"shoulder": 32}  # the other heads are 64 wide

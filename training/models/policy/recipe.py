@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from runtimes.errors import InputError
-from runtimes.melee import BUTTONS, HEADS
+from runtimes.pipelines.policy.melee import BUTTONS, HEADS
 from runtimes.tensors import Tensors
 from training.models.policy.data import Game, read_replays, split_by_game, synthetic_games
 from training.models.policy.spec import TIME_MAX, signature

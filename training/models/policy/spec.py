@@ -7,7 +7,7 @@ import numpy as np
 
 from runtimes.artifact import Check
 from runtimes.errors import InputError
-from runtimes.melee import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
+from runtimes.pipelines.policy.melee import ACTION_COUNT, CHARACTER_COUNT, FRAME_WIDTH, HEADS, ID_COLUMNS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
 

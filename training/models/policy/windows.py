@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from runtimes.errors import InputError, require
-from runtimes.melee import FRAME_WIDTH, LABEL_WIDTH
+from runtimes.pipelines.policy.melee import FRAME_WIDTH, LABEL_WIDTH
 from training.models.policy.data import Game
 
 Batch = dict[str, torch.Tensor]

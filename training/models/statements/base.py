@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.frozen import MASKED, freeze, pretrained_model, stored_tokenizer, without_pooler
 from training.models.statements.data import flatten, synthetic_papers
-from training.seeded import geometry, is_seeded, seeded, train_tokenizer
+from training.random_init import geometry, is_seeded, seeded, train_tokenizer
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "tiny": {

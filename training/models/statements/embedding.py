@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from runtimes.artifact import ASSETS
-from runtimes.caching import buckets
+from runtimes.cache.store import buckets
 from runtimes.errors import EngineError, InputError
-from runtimes.texts import Tokens, padded
+from runtimes.text_pipeline import Tokens, padded
 from training.checkpoint import Checkpoint, restore
 from training.spec import ModelSpec
 

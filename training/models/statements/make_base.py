@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, parser
-from runtimes.statements import read_papers
+from runtimes.host.cli import command, parser
+from runtimes.pipelines.statements.papers import read_papers
 from training.models.statements.base import GEOMETRIES, PAD, statement_tokenizer
 from training.models.statements.data import flatten
-from training.seeded import SEEDED, add_sizes, geometry, write_folder
+from training.random_init import SEEDED, add_sizes, geometry, write_folder
 
 MAX_POSITIONS = 1024
 HEAD_WIDTH = 32

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
-from runtimes.texts import Tokens, padded
+from runtimes.text_pipeline import Tokens, padded
 from training.models.statements.base import hidden_states, load_base, pool, tokenizer_json
 from training.models.statements.contrastive import CachedContrast, cut
 from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid

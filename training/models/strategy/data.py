@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import read_json
-from runtimes.dialogue import EMOTIONS, ROOT, STRATEGIES, Dialogue, Turn, read_dialogue, strategy_id
 from runtimes.errors import InputError, one_line
+from runtimes.pipelines.strategy.dialogue import EMOTIONS, ROOT, STRATEGIES, Dialogue, Turn, read_dialogue, strategy_id
 
 # What the keys and speakers of the Telugu variant mean.
 TELUGU = {

@@ -12,13 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtimes.dialogue import DISCOURSE, ROOT
-from runtimes.discourse import NO_PAIR
 from runtimes.errors import InputError, one_line
-from training.cells import run_cell
+from runtimes.pipelines.strategy.dialogue import DISCOURSE, ROOT
+from runtimes.pipelines.strategy.discourse import NO_PAIR
 from training.frozen import FrozenModule, freeze, inputs, real_tokens
+from training.layers.rnn import run_cell
 from training.models.strategy.frozen import load_encoder, load_untrained_encoder
-from training.seeded import is_seeded, seeded
+from training.random_init import is_seeded, seeded
 
 CLASSES = len(DISCOURSE) + 1
 WEIGHTS = "model.safetensors"
@@ -44,7 +44,7 @@ class DiscourseParser(FrozenModule):
         self.classes = nn.Linear(2 * width, CLASSES)
 
     def forward(self, pair_ids: Tensor, pair_places: Tensor) -> Tensor:
-        """Scores float32 [B, T, T, C] at [head, tail], for tensors as `runtimes.discourse.pair_tensors` makes them.
+        """Scores float32 [B, T, T, C] at [head, tail], for tensors of the pipeline's `pair_tensors`.
 
         The diagonal is for the root as head. Where no pair is, below it and beyond a dialogue's turns, is NO_PAIR.
         """
@@ -97,7 +97,7 @@ def one_hot(ids: Tensor, count: int) -> Tensor:
 
 
 def trees(scores_BTTC: Tensor) -> Tensor:
-    """`runtimes.discourse.best_trees` as relation ids [B, T, T] at [tail, head], -1 for no edge."""
+    """`runtimes.pipelines.strategy.discourse.best_trees` as relation ids [B, T, T] at [tail, head], -1 for no edge."""
     best_BTT, relations_BTT = scores_BTTC[..., :ROOT].max(-1)
     turns_T = torch.arange(best_BTT.shape[1], device=best_BTT.device)
     earlier_BTT = (turns_T.unsqueeze(1) < turns_T) & (best_BTT > NO_PAIR)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from runtimes.dialogue import DISCOURSE, EMOTIONS, OTHER, SEEKER, STRATEGIES
+from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, OTHER, SEEKER, STRATEGIES
 from runtimes.tensors import Tensors
 from training.spec import Config
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from runtimes.dialogue import EMOTIONS
 from runtimes.errors import InputError
+from runtimes.pipelines.strategy.dialogue import EMOTIONS
 from training.frozen import (
     EAGER,
     FrozenModule,
@@ -22,7 +22,7 @@ from training.frozen import (
     stored_tokenizer,
     without_pooler,
 )
-from training.seeded import BYTES, byte_tokenizer, geometry, is_seeded, seeded
+from training.random_init import BYTES, byte_tokenizer, geometry, is_seeded, seeded
 
 SINGLE, PAIR = "<s> $A </s>", "<s> $A </s> </s> $B </s>"  # as XLM-R puts its special tokens
 VOCABULARY = 250_002  # of XLM-R, which base and large have without reading most of it

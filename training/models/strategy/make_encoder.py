@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtimes.command import command, parser
-from runtimes.dialogue import STRATEGIES
 from runtimes.errors import InputError
+from runtimes.host.cli import command, parser
+from runtimes.pipelines.strategy.dialogue import STRATEGIES
 from training.models.strategy.data import read_samples
 from training.models.strategy.frozen import PAIR, SINGLE
-from training.seeded import SPECIAL, add_sizes, train_tokenizer, write_folder
+from training.random_init import SPECIAL, add_sizes, train_tokenizer, write_folder
 
 MAX_POSITIONS = 514
 HEADS = 4

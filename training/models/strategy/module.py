@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from runtimes.dialogue import DISCOURSE, EMOTIONS, INTER, OTHER, PADDING, RELATIONS, SEEKER, SELF, STRATEGIES
+from runtimes.pipelines.strategy.dialogue import (
+    DISCOURSE,
+    EMOTIONS,
+    INTER,
+    OTHER,
+    PADDING,
+    RELATIONS,
+    SEEKER,
+    SELF,
+    STRATEGIES,
+)
 from training.models.strategy.discourse import load_parser, one_hot, trees
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention

@@ -8,10 +8,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from runtimes.caching import Store
-from runtimes.dialogue import Dialogue
-from runtimes.discourse import PAIR_TOKENS, best_trees, pair_tensors, pair_tokens, parser_dialogue, parser_text
-from runtimes.texts import Tokens
+from runtimes.cache.store import Store
+from runtimes.pipelines.strategy.dialogue import Dialogue
+from runtimes.pipelines.strategy.discourse import (
+    PAIR_TOKENS,
+    best_trees,
+    pair_tensors,
+    pair_tokens,
+    parser_dialogue,
+    parser_text,
+)
+from runtimes.text_pipeline import Tokens
 from training.frozen import digest
 from training.models.strategy.discourse import load_parser
 from training.models.strategy.frozen import (

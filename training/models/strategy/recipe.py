@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from runtimes.caching import Store
-from runtimes.dialogue import EMOTIONS, STRATEGIES, graph_tensors
+from runtimes.cache.store import Store
 from runtimes.errors import InputError, require
+from runtimes.pipelines.strategy.dialogue import EMOTIONS, STRATEGIES, graph_tensors
 from runtimes.tensors import Tensors
 from training.models.strategy import reading
 from training.models.strategy.data import Sample, split_by_dialogue, synthetic_samples, train_and_valid

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.dialogue import DISCOURSE, EMOTIONS, ROOT, STRATEGIES
-from runtimes.discourse import PAIR_TOKENS
 from runtimes.errors import InputError
+from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, ROOT, STRATEGIES
+from runtimes.pipelines.strategy.discourse import PAIR_TOKENS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.models.strategy.feeds import context_feeds, fused_feeds, graph_feeds, parser_feeds, turn_feeds
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance

@@ -1,0 +1,90 @@
+"""What kept keys save while AARF generates: python -m benchmarks.hallucination.generation
+
+The same step of the same decoder, with every earlier token kept and with none: then each token reads all before it.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtimes.errors import EngineError
+from runtimes.host.cli import command, parser, table
+from runtimes.pipelines.hallucination.decoding import Generated, Generator, Mitigation
+from training.models.hallucination import mitigated
+from training.models.hallucination.config import TINY, heads_of, layers_of, settle
+from training.models.hallucination.mitigation import MitigatedDecoder
+from training.models.hallucination.module import ChunkDetector
+from training.spec import Config
+
+LENGTHS = (128, 512, 1024, 2048)
+CONFIG: Config = {**TINY, "base": "seeded:bench", "heads": "all", "layers": "all", "max_tokens": 4096}
+ALWAYS = Mitigation(tau=-1e9)
+
+
+class Forgetful(Generator):
+    """Keeps nothing: what was said of earlier tokens is read again."""
+
+    def generate(self, ids: Any, prompt: tuple[int, int], **options: Any) -> Generated:
+        result = Generated()
+        for _ in range(options["max_new_tokens"]):
+            said = super().generate([*ids, *result.ids], prompt, **{**options, "max_new_tokens": 1})
+            result.ids += said.ids
+            result.scores += said.scores
+            result.reweighted += said.reweighted
+        return result
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print CPU milliseconds a token by length of the prompt, both ways in turns, scored and always reweighted."""
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(1)
+    settings = generator_settings(settle(CONFIG))
+    ways = {"kept": Generator(**settings), "read anew": Forgetful(**settings)}
+    rows = []
+    for length in LENGTHS:
+        ids = (torch.arange(length) * 7 % 3000 + 4).tolist()
+        found: dict[str, Generated] = {}
+        milliseconds: dict[str, float] = {}
+        for name, generator in ways.items():
+            first_ms, _ = _generate(generator, ids, 1)
+            all_ms, found[name] = _generate(generator, ids, 1 + arguments.tokens)
+            milliseconds[name] = (all_ms - first_ms) / arguments.tokens
+        if found["kept"].ids != found["read anew"].ids:
+            raise EngineError("expected the same tokens both ways, found others")
+        ratio = milliseconds["read anew"] / milliseconds["kept"]
+        rows.append((length, *(f"{ms:.0f}" for ms in milliseconds.values()), f"{ratio:.1f}"))
+    print(table(["tokens of prompt", "keys kept, CPU ms a token", "read anew", "ratio"], rows))
+    return 0
+
+
+def generator_settings(config: Config) -> dict[str, Any]:
+    module = MitigatedDecoder(ChunkDetector(config).eval())
+    signature = mitigated.signature(config)
+
+    def step(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            said = module(*(feeds[tensor.name] for tensor in signature.inputs))
+        return {tensor.name: value for tensor, value in zip(signature.outputs, said, strict=True)}
+
+    return {"step": step, "signature": signature, "heads": heads_of(config), "layers": layers_of(config)}
+
+
+def _generate(generator: Generator, ids: list[int], count: int) -> tuple[float, Generated]:
+    started = time.process_time()
+    found = generator.generate(ids, (4, len(ids) - 4), max_new_tokens=count, mitigation=ALWAYS)
+    return 1e3 * (time.process_time() - started), found
+
+
+def _parser() -> Any:
+    result = parser("benchmarks.hallucination.generation", __doc__.partition(":")[0] + ".", "", "--tokens 16")
+    result.add_argument("--tokens", type=int, default=8, help="tokens that are timed, after the first (default: 8)")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""What length buckets save beside padding everything: python -m benchmarks.statements.padding
+
+Both read the same statements in turns, with the same model, tokenizer and thread; CPU time is what is compared.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from runtimes.cache.store import buckets
+from runtimes.errors import InputError
+from runtimes.host.cli import command, parser, table
+from runtimes.pipelines.statements.papers import read_papers
+from runtimes.text_pipeline import Tokens
+from training.checkpoint import Checkpoint
+from training.models.statements.data import flatten
+from training.spec import find_spec
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print statements a second for each way, the tokens it computes, and the median of the ratios of their times."""
+    import torch
+
+    from training.models.statements.embedding import Embedder
+
+    arguments = _parser().parse_args(argv)
+    torch.set_num_threads(1)
+    bucketed, longest = _embedder(arguments)
+    texts, _ = flatten(list(read_papers(arguments.data)))
+    texts = texts[:: max(1, len(texts) // arguments.statements)]
+    lengths = bucketed.tokens.lengths(texts)
+
+    class Padded(Embedder):
+        """Batches in the order of the file, each padded to the longest input there is; as large as those beside it."""
+
+        def embed(self, texts: Any) -> np.ndarray:
+            rows = [np.pad(row, (0, longest - len(row))) for row in self.tokens.rows(texts)]
+            count = max(1, self.padded_size // longest)
+            return np.concatenate([self._vectors(rows[i : i + count]) for i in range(0, len(rows), count)])
+
+    padded = Padded(bucketed.module, bucketed.tokens, device="cpu")
+    with torch.inference_mode():
+        seconds = [(_cpu_s(bucketed.embed, texts), _cpu_s(padded.embed, texts)) for _ in range(arguments.rounds)]
+    computed = sum(len(batch) * max(batch) for batch in buckets(lengths, lengths, bucketed.padded_size))
+    print(f"{len(texts)} statements, {np.mean(lengths):.1f} tokens on average, {longest} at most")
+    rows = [
+        (name, tokens, f"{len(texts) / median(column):.1f}")
+        for name, tokens, column in zip(
+            ("length buckets", f"padded to {longest}"),
+            (computed, longest * len(texts)),
+            zip(*seconds, strict=True),
+            strict=True,
+        )
+    ]
+    print(table(["batches", "tokens computed", "statements/CPU s"], rows))
+    print(f"of the tokens in buckets {1 - sum(lengths) / computed:.1%} are padding")
+    print(f"tokens saved: {longest * len(texts) / computed:.2f} times")
+    print(f"median of the ratios of time: {median(slow / fast for fast, slow in seconds):.2f}")
+    return 0
+
+
+def _embedder(arguments: Any) -> tuple[Any, int]:
+    """(embedder, longest input) of a checkpoint, or of an untrained model: time does not depend on the weights."""
+    from training.models.statements.embedding import Embedder, open_embedder
+
+    spec = find_spec("statements")
+    if arguments.checkpoint:
+        checkpoint = Checkpoint.load(arguments.checkpoint)
+        return open_embedder(checkpoint, spec, device="cpu"), checkpoint.config["max_tokens"]
+    if not arguments.base:
+        raise InputError("expected --checkpoint DIR or --base SOURCE, found neither")
+    config = {**spec.preset("tiny").config, "base": arguments.base}
+    tokens = Tokens(spec.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
+    return Embedder(spec.part(spec.build(config).eval()), tokens, device="cpu"), config["max_tokens"]
+
+
+def _cpu_s(embed: Callable[[Any], Any], texts: list[str]) -> float:
+    started = time.process_time()
+    embed(texts)
+    return time.process_time() - started
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.statements.padding",
+        __doc__.partition(":")[0] + ".",
+        "--checkpoint checkpoints/statements --data stacks_valid.jsonl",
+        "--base bases/base --data stacks_valid.jsonl --statements 200 --rounds 5",
+    )
+    result.add_argument("--checkpoint", type=Path, help="folder of the checkpoint")
+    result.add_argument("--base", help="a base in place of a checkpoint, its model untrained")
+    result.add_argument("--data", type=Path, required=True, help="file with papers")
+    result.add_argument(
+        "--statements", type=int, default=1000, help="about how many to read, from all over the file (default: 1000)"
+    )
+    result.add_argument("--rounds", type=int, default=3, help="how often each way has its turn (default: 3)")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

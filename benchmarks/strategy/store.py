@@ -1,0 +1,100 @@
+"""What a store saves: samples/s of training with the frozen models in the loop, and with what they said kept.
+
+python -m benchmarks.strategy.store
+"""
+
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from runtimes.cache.store import Store
+from runtimes.host.cli import command, flags, parser, settings, table
+from training.models.strategy.recipe import StrategyRecipe
+from training.precompute import fill
+from training.run import configure
+from training.spec import Reading, find_spec
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Train on the same batches both ways, taking turns, and print how many samples a second each gets through."""
+    arguments, more = _parser().parse_known_args(argv)
+    spec = find_spec("strategy")
+    changes = {"encoder": arguments.geometry, "emotion_model": arguments.geometry}
+    config, training = configure(spec, "tiny", {**changes, **settings(arguments.set), **flags(more)})
+    recipe = StrategyRecipe(config, training, arguments.data)
+    count = arguments.batches * training["batch"]
+    recipe.samples = (recipe.samples[0][:count], recipe.samples[1][:1])
+    readings = recipe.readings()
+    with tempfile.TemporaryDirectory(prefix="slipway-") as folder:
+        with Store(Path(folder)) as store:
+            read_s = _seconds(lambda: [fill(store, each) for each in readings])
+        with Store(Path(folder)) as store:
+            fetched_s = _seconds(lambda: _fetch(store, readings))
+        recipe.training = {**training, "store": folder}
+        step_s = _steps_s(recipe, arguments.batches)
+    samples = len(recipe.samples[0])
+    rows = [
+        ("frozen models in the loop", f"{samples / (read_s + step_s):.1f}"),
+        ("from the store", f"{samples / (fetched_s + step_s):.1f}"),
+        ("ratio", f"{(read_s + step_s) / (fetched_s + step_s):.1f}"),
+    ]
+    print(table([f"{arguments.geometry}, batch {training['batch']}", "samples/s"], rows))
+    return 0
+
+
+def _fetch(store: Store, readings: Sequence[Reading]) -> None:
+    """Take from the store what it holds, as training does once before its first epoch."""
+    for each in readings:
+        store.shelf(each.shelf, each.identity).require(each.texts, "read them first")
+
+
+def _steps_s(recipe: StrategyRecipe, batches: int) -> float:
+    """Seconds of `batches` training steps of the trained part alone."""
+    module = find_spec("strategy").build(recipe.config)
+    trainee = recipe.trainee(module).train()
+    optimiser = torch.optim.AdamW(trainee.parameters(), recipe.training["lr"])
+    loader: Any = DataLoader(recipe.datasets(1)[0], recipe.training["batch"], collate_fn=recipe.collate)
+    rows = list(itertools.islice(itertools.cycle(loader), batches + 1))
+
+    def step(batch: Any) -> None:
+        optimiser.zero_grad()
+        trainee(**batch)["loss"].backward()
+        optimiser.step()
+
+    step(rows[0])  # the first one allocates
+    started = time.perf_counter()
+    for batch in rows[1:]:
+        step(batch)
+    return time.perf_counter() - started
+
+
+def _seconds(act: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.strategy.store",
+        __doc__.partition(":")[0] + ".",
+        "--data dialogues.jsonl",
+        "--data dialogues.jsonl --geometry seeded:tiny --batches 20",
+    )
+    result.add_argument("--data", type=Path, help="the model's data (default: synthetic)")
+    result.add_argument("--geometry", default="seeded:base", help="encoder and classifier (default: seeded:base)")
+    result.add_argument("--batches", type=int, default=4, help="batches of each way (default: 4)")
+    result.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

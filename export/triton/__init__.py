@@ -1,0 +1,1 @@
+"""The Triton side of an export: config.pbtxt, the model repository, and its linter."""

@@ -1,0 +1,251 @@
+"""Checks a model repository without a server: does every config say what its artifact is?"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from export.triton.config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, WRITE, dims
+from export.triton.lint_vllm import check_entry
+from export.triton.repository import CONFIG
+from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
+from runtimes.errors import ArtifactError, SlipwayError, one_line, require
+from runtimes.json_schema import Schema
+from runtimes.pipeline import find_pipeline, open_pipeline
+from runtimes.pipelines.hnet.generation import SCHEMA as WISH_SCHEMA
+from runtimes.pipelines.hnet.generation import can_write
+from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
+from runtimes.tensors import BATCH, TensorSpec
+
+PLATFORMS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # older names of backends
+TEXT = ("TYPE_STRING", (1,))
+
+Kind = tuple[str, tuple[int, ...]]  # data type, dims without the batch
+Configs = Mapping[str, Any]
+
+
+def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
+    """One line for each thing in the repository that is not as its artifacts say, "model: expected X, found Y".
+
+    `mounted_at` is the repository's path for the server that reads it, where that is another.
+    """
+    problems: list[str] = []
+    configs: dict[str, Any] = {}
+    for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
+        try:
+            configs[folder.name] = read_config(folder)
+        except SlipwayError as error:
+            problems.append(f"{folder.name}: {error}")
+    for name, config in configs.items():
+        found = _check(repository / name, config, configs, repository if mounted_at is None else mounted_at)
+        problems += (f"{name}: {problem}" for problem in found)
+    return problems
+
+
+def read_config(model: Path) -> Any:
+    """The parsed config.pbtxt of a model; `ArtifactError` if there is none or Triton could not parse it."""
+    schema = require("tritonclient.grpc.model_config_pb2", extra="client")
+    text_format = require("google.protobuf.text_format", extra="client")
+    path = model / CONFIG
+    if not path.is_file():
+        raise ArtifactError(f"expected {CONFIG}, found none; publish the model again")
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), schema.ModelConfig())
+    except (text_format.ParseError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"expected a {CONFIG} that Triton can parse, found {one_line(error)}") from error
+
+
+def backend_of(config: Any) -> str:
+    """The backend that runs a config's model, for one that names it by its older word, too."""
+    return PLATFORMS.get(config.platform, config.platform) if config.platform else config.backend
+
+
+def _check(model: Path, config: Any, configs: Configs, mounted_at: Path) -> Iterator[str]:
+    if config.name not in ("", model.name):
+        yield f"expected the name of its folder, found '{config.name}'"
+    present = versions(model)
+    if not present:
+        yield "expected a version folder, found none"
+    elif config.platform == "ensemble":
+        yield from _check_ensemble(model, config, configs)
+    elif config.backend == "python":
+        for version in loaded(present, config):
+            yield from _check_step(version, config)
+    else:
+        yield from _check_versions(present, config, mounted_at)
+
+
+def loaded(present: list[Path], config: Any) -> list[Path]:
+    """The versions that Triton loads of those there are."""
+    return present[-(config.version_policy.latest.num_versions or 1) :]
+
+
+def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Iterator[str]:
+    """Every version is whole; those that are served are what the config says."""
+    for version in present:
+        try:
+            artifact = Artifact.load(version)
+            artifact.verify_files(version)
+        except SlipwayError as error:
+            yield f"version {version.name}: {error}"
+            continue
+        if artifact.name != version.parent.name:
+            yield f"version {version.name}: expected artifact {version.parent.name}, found {artifact.name}"
+        if version in loaded(present, config):
+            yield from _check_backend(version, artifact, config)
+            if artifact.runtime == "vllm":
+                yield from check_entry(version, artifact, config, mounted_at)
+            else:
+                yield from _check_interface(artifact, config)
+                yield from _check_state(artifact, config)
+
+
+def _check_backend(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
+    backend = backend_of(config)
+    if backend != artifact.runtime:
+        yield f"expected backend '{artifact.runtime}', found '{backend}'"
+    file = config.default_model_filename or MODEL_FILES.get(backend, "")
+    if file not in artifact.files:
+        yield f"version {version.name}: expected {file or 'a known backend'} in its manifest, found none"
+
+
+def _check_interface(artifact: Artifact, config: Any) -> Iterator[str]:
+    yield from _check_batch(artifact, config)
+    yield from _compare("input", kinds(artifact.signature.free_inputs), declared(config.input))
+    yield from _compare("output", kinds(artifact.signature.visible_outputs), declared(config.output))
+
+
+def _check_batch(artifact: Artifact, config: Any) -> Iterator[str]:
+    proved = artifact.signature.axis(BATCH).max
+    if config.max_batch_size != proved:
+        yield f"expected max_batch_size {proved}, for which the artifact was proved, found {config.max_batch_size}"
+
+
+def _check_state(artifact: Artifact, config: Any) -> Iterator[str]:
+    specs = {spec.name: spec for spec in artifact.signature.inputs}
+    expected = {source: (result, *kind(specs[source])) for source, result in artifact.signature.state}
+    states = config.sequence_batching.state
+    found = {each.input_name: (each.output_name, _type(each.data_type), tuple(each.dims)) for each in states}
+    yield from _compare("state", expected, found)
+    for each in states:
+        if not (len(each.initial_state) == 1 and each.initial_state[0].zero_data):
+            yield f"state '{each.input_name}': expected zeros as its initial state, found something else"
+
+
+def _check_step(version: Path, config: Any) -> Iterator[str]:
+    """A Python step is ours, whole, and speaks as its artifact does."""
+    step = config.parameters["step"].string_value if "step" in config.parameters else ""
+    if step not in (*STEPS, WRITE):
+        yield f"expected parameter step of {', '.join((*STEPS, WRITE))}, found '{step}'"
+        return
+    if not (version / STEP_FILE).is_file():
+        yield f"version {version.name}: expected {STEP_FILE}, found none"
+    try:
+        artifact = Artifact.load(version)
+        verify_digests(version, artifact.files if step == WRITE else artifact.assets)
+        find_pipeline(artifact.pipeline)
+    except SlipwayError as error:
+        yield f"version {version.name}: {error}"
+        return
+    if step == WRITE:
+        yield from _check_writer(version, artifact, config)
+        return
+    yield from _check_batch(artifact, config)
+    given, returned = kinds(artifact.signature.free_inputs), kinds(artifact.signature.visible_outputs)
+    yield from _compare("input", {REQUEST: TEXT} if step == "encode" else returned, declared(config.input))
+    yield from _compare("output", given if step == "encode" else {ANSWER: TEXT}, declared(config.output))
+
+
+def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
+    """One request in, many answers out; the artifact is a step."""
+    if not can_write(artifact.signature):
+        yield f"expected a step of a byte language model to write with, found {artifact.name}"
+    yield from _check_schema(version, WISH_SCHEMA)
+    if not config.model_transaction_policy.decoupled:
+        yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
+    if config.max_batch_size:
+        yield f"expected max_batch_size 0, for it makes its own batches, found {config.max_batch_size}"
+    yield from _compare("input", {REQUEST: TEXT}, declared(config.input))
+    yield from _compare("output", {ANSWER: TEXT}, declared(config.output))
+
+
+def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]:
+    """Every tensor a step reads was written before, by the request or by a step, and is of the same kind."""
+    known = declared(config.input)
+    for step in config.ensemble_scheduling.step:
+        if step.model_name not in configs:
+            yield f"step '{step.model_name}': expected a model in the repository, found none"
+            continue
+        called = configs[step.model_name]
+        newest = max(map(number_of, versions(model.parent / step.model_name)), default=-1)
+        if step.model_version not in (-1, newest):  # -1, whichever is newest, is of an earlier export
+            found = f"expected version {newest}, the newest, found {step.model_version}"
+            yield f"step '{step.model_name}': {found}; publish the ensemble again"
+        if called.max_batch_size < config.max_batch_size:
+            sizes = f"expected max_batch_size {config.max_batch_size}, found {called.max_batch_size}"
+            yield f"step '{step.model_name}': {sizes}"
+        needed, made = declared(called.input), declared(called.output)
+        read = {key: known[value] for key, value in step.input_map.items() if value in known}
+        yield from (f"step '{step.model_name}': {line}" for line in _compare("input", needed, read))
+        for key in step.output_map.keys() - made.keys():
+            yield f"step '{step.model_name}': expected outputs {', '.join(made)}, found '{key}'"
+        known |= {value: made[key] for key, value in step.output_map.items() if key in made}
+    final = {name: known[name] for name in declared(config.output) if name in known}
+    yield from _compare("output", declared(config.output), final)
+    names = [step.model_name for step in config.ensemble_scheduling.step]
+    yield from _check_keys(model.parent, names)
+    for encode in [version for name in names[:1] for version in versions(model.parent / name)[-1:]]:
+        with suppress(SlipwayError):  # the step has a line of its own
+            artifact = Artifact.load(encode)
+            verify_digests(encode, artifact.assets)
+            yield from _check_schema(versions(model)[-1], open_pipeline(artifact, encode).schema())
+
+
+def _check_schema(version: Path, schema: Schema) -> Iterator[str]:
+    """What is said of requests is what the pipeline that reads them says."""
+    try:
+        if read_json(version / REQUEST_SCHEMA) == schema:
+            return
+        found = "another"
+    except SlipwayError as error:
+        found = one_line(error)
+    yield f"version {version.name}: expected the schema of its requests, found {found}; publish the ensemble again"
+
+
+def _check_keys(repository: Path, names: list[str]) -> Iterator[str]:
+    """The steps were made for the artifact that is served, not for an earlier one."""
+    newest = [present[-1] for present in (versions(repository / name) for name in names) if present]
+    keys = {Artifact.load(version).key for version in newest if (version / MANIFEST).is_file()}
+    if len(keys) > 1:
+        yield f"expected steps made for one artifact, found {len(keys)} keys; publish the ensemble again"
+
+
+def _compare(what: str, expected: Mapping[str, object], found: Mapping[str, object]) -> Iterator[str]:
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            yield f"{what} '{name}': expected {_show(expected.get(name))}, found {_show(found.get(name))}"
+
+
+def declared(tensors: Iterable[Any]) -> dict[str, Kind]:
+    """What a config's inputs or outputs are, by name, as the model behind Triton sees them."""
+    return {
+        each.name: (_type(each.data_type), tuple(each.reshape.shape if each.HasField("reshape") else each.dims))
+        for each in tensors
+    }
+
+
+def kinds(specs: Iterable[TensorSpec]) -> dict[str, Kind]:
+    return {spec.name: kind(spec) for spec in specs}
+
+
+def kind(spec: TensorSpec) -> Kind:
+    """What Triton has to say of a tensor: its type and its dims without the batch."""
+    return TYPES[spec.dtype], tuple(dims(spec))
+
+
+def _type(number: int) -> str:
+    return str(require("tritonclient.grpc.model_config_pb2", extra="client").DataType.Name(number))
+
+
+def _show(kind: object) -> str:
+    return "nothing" if kind is None else " ".join(map(str, kind)) if isinstance(kind, tuple) else str(kind)

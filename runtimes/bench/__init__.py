@@ -1,0 +1,1 @@
+"""The benchmark suite: interleaved engines, each in a process of its own; python -m runtimes.bench."""

@@ -1,0 +1,1 @@
+"""Content-addressed store of the outputs of frozen models."""

@@ -1,0 +1,1 @@
+"""This machine and its processes: GPU, environment, command lines, background processes, memory."""

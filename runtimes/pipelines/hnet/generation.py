@@ -1,0 +1,155 @@
+"""Texts that a byte language model goes on with: what may be asked, and many of them written together.
+
+A request is `{"text": prompt, "max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}`; all but `text` may be left
+out, and the prompt may be empty. What is written is UTF-8: a character is told when it is complete.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtimes.errors import EngineError, InputError
+from runtimes.json_schema import TEXT, Schema, real, record, whole
+from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
+from runtimes.runtime import Runtime
+from runtimes.tensors import BATCH, Signature
+
+PROMPT_BYTES, NEW_BYTES = 4096, 4096  # at most
+DEFAULTS = {"max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}
+SCHEMA: Schema = record(
+    {"text": TEXT},
+    {
+        "max_bytes": whole(1, NEW_BYTES),
+        "temperature": real(0, 100),
+        "top_k": whole(0, VOCABULARY),
+        "seed": whole(0, 2**63 - 1),
+    },
+)
+EXAMPLE = {"text": "తెలుగు", "max_bytes": 120, "temperature": 0.8, "seed": 1}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """What is to be written: after `prompt`, at most `max_bytes`; 0 is the temperature of the likeliest byte."""
+
+    prompt: bytes
+    max_bytes: int
+    temperature: float
+    top_k: int
+    seed: int
+
+
+def can_write(signature: Signature) -> bool:
+    """Whether this is a step of a byte language model: a byte of each row and a state in, logits of the next out."""
+    given = [(tensor.name, tensor.shape) for tensor in signature.free_inputs]
+    returned = {tensor.name: tensor.shape for tensor in signature.visible_outputs}
+    step = given == [("byte_ids", (BATCH, 1))] and returned.get("logits") == (BATCH, 1, VOCABULARY)
+    return step and bool(signature.state)
+
+
+def read_wish(request: Any, where: str) -> Wish:
+    """What a request asks for; `InputError` for anything that is not a right one."""
+    if not isinstance(request, dict) or not isinstance(request.get("text"), str):
+        raise InputError(f'{where}: expected {{"text": "..."}}, found {ascii(request)[:60]}')
+    if unknown := sorted(request.keys() - SCHEMA["properties"].keys()):
+        raise InputError(f"{where}: expected fields {', '.join(SCHEMA['properties'])}; found {ascii(unknown[0])[:60]}")
+    given = {**DEFAULTS, **{name: value for name, value in request.items() if value is not None}}
+    prompt = check_text(given.pop("text"), where, PROMPT_BYTES, least=0)
+    for name, value in given.items():
+        bounds = SCHEMA["properties"][name]["anyOf"][0]
+        kinds = (int, float) if bounds["type"] == "number" else (int,)
+        right = type(value) in kinds and bounds["minimum"] <= value <= bounds["maximum"]
+        if not right:
+            raise InputError(
+                f"{where}, {name}: expected a {'' if float in kinds else 'whole '}number from {bounds['minimum']} to "
+                f"{bounds['maximum']}, found {ascii(value)[:60]}"
+            )
+    return Wish(prompt=prompt, **given)
+
+
+class Writing:
+    """A text on its way: the byte to be read next, first of the prompt, then what was chosen.
+
+    `finish_reason` is None while it goes on, then `stop`, where the model ended the text, or `length`. Each `row` of a
+    batch has random numbers of its own.
+    """
+
+    def __init__(self, wish: Wish, row: int = 0) -> None:
+        self.wish = wish
+        self.row = row
+        self.next = BOS
+        self.finish_reason: str | None = None
+        self._prompt = iter(wish.prompt)
+        self._text = Utf8Writer(wish.max_bytes)
+        self._rng = np.random.default_rng((wish.seed, row))
+
+    def take(self, logits: np.ndarray) -> str:
+        """Choose what follows the byte that was just read; the character it completes, or nothing yet."""
+        given = next(self._prompt, None)
+        if given is not None:
+            self.next = given
+            return ""
+        if not np.isfinite(logits).all():
+            raise EngineError("expected finite logits, found NaN or infinity; run export.verify")
+        allowed = self._text.allowed()
+        self.next = choose(logits, allowed, self._rng, temperature=self.wish.temperature, top_k=self.wish.top_k)
+        if self._text.ends_with(self.next):
+            self.finish_reason = "stop" if self.next == BOS else "length"
+            return ""
+        text = self._text.write(self.next)
+        if self._text.full:
+            self.finish_reason = "length"
+        return text
+
+
+class Desk:
+    """Texts that are written together: one step of the model reads a byte of each, wherever each of them stands.
+
+    `runtime` is open and holds a step. No more than `places` texts fit, for which the artifact was proved.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.places = runtime.signature.axis(BATCH).max
+        self.writings: list[Writing] = []
+        self._stream = runtime.carried(0)
+
+    def add(self, writing: Writing) -> None:
+        """Let a text begin at the next step."""
+        if len(self.writings) == self.places:
+            raise InputError(f"expected at most {self.places} texts at once, found one more")
+        self._stream.choose([*range(len(self.writings)), None])
+        self.writings.append(writing)
+
+    def remove(self, writing: Writing) -> None:
+        """Forget a text that is finished or not wanted any more; one that is not here is forgotten already."""
+        kept = [row for row, each in enumerate(self.writings) if each is not writing]
+        self._stream.choose(kept)
+        self.writings = [self.writings[row] for row in kept]
+
+    def step(self) -> list[tuple[Writing, str]]:
+        """Every text with the character that this step completed in it; finished ones are removed."""
+        ids = np.array([[writing.next] for writing in self.writings], np.int64)
+        logits = self._stream.step({"byte_ids": ids})["logits"]
+        said = [(writing, writing.take(row[0])) for writing, row in zip(self.writings, logits, strict=True)]
+        for writing, _ in said:
+            if writing.finish_reason:
+                self.remove(writing)
+        return said
+
+
+def write(runtime: Runtime, wish: Wish) -> Iterator[dict[str, str]]:
+    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same wherever it stands."""
+    desk, writing = Desk(runtime), Writing(wish)
+    desk.add(writing)
+    while writing.finish_reason is None:
+        for _, text in desk.step():
+            if text or writing.finish_reason:
+                yield piece(text, writing)
+
+
+def piece(text: str, writing: Writing) -> dict[str, str]:
+    """A piece of text as it is sent; the last one says why it ends."""
+    return {"text": text} | ({"finish_reason": writing.finish_reason} if writing.finish_reason else {})

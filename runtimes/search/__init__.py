@@ -1,0 +1,1 @@
+"""Collections of vectors: writer, exact search, index; python -m runtimes.search."""

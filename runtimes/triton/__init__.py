@@ -1,0 +1,1 @@
+"""Triton: client, server, watchers, and what runs inside the server (backends, steps)."""

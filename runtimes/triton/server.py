@@ -1,0 +1,248 @@
+"""Starts a real Triton Inference Server on a model repository, and leaves nothing behind when it stops.
+
+The server is NVIDIA's own when `tritonserver` is on PATH, as in NVIDIA's container, with that server's backends. Else
+it is the unmodified core inside the PyPI package nvidia-pytriton, which has the `python` backend only: the folders of
+`backends/` then stand in for the others under those names, so that one repository is served by both.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from runtimes.errors import EngineError, MissingPackage
+from runtimes.host.background_server import (
+    EVERYWHERE,
+    LOOPBACK,
+    PACKAGE,
+    BackgroundServer,
+    answers,
+    choose_ports,
+    find_venv,
+)
+
+# A backend's name, and the folder that stands in for it.
+STAND_INS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
+VLLM_ENTRY = re.compile(r'^\s*backend\s*:\s*"vllm"', re.MULTILINE)
+START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
+# What would let a client change the server, write to its disk or map memory of other processes.
+CONTROL = ("model-repository", "shared-memory", "logging", "trace")
+CONTROL_KEY = "slipway-control"
+EVERY_MODEL = "*"
+# Of one request over HTTP, where the server can be told; 2.51 cannot; deploy/nginx.conf bounds gRPC too.
+HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
+# The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
+# `runtimes` from there: the server runs the same checkout as the program that started it.
+SLIPWAY_PATH = "SLIPWAY_PATH"
+PROBE = "import sys, sysconfig, numpy; print(*sys.version_info[:2], numpy.__version__.split('.')[0], sep='.'); " + (
+    "print(sysconfig.get_path('purelib')); print(sysconfig.get_config_var('LIBDIR'))"
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """The Triton core of nvidia-pytriton in a virtual environment, and what its Python stub needs."""
+
+    venv: Path
+    site: Path
+    python_libraries: str
+    python_version: str
+
+    @property
+    def core(self) -> Path:
+        return self.site / "pytriton" / "tritonserver"
+
+    @property
+    def server(self) -> Path:
+        return self.core / "bin" / "tritonserver"
+
+    def copy_backends(self, folder: Path) -> None:
+        """`folder` holds the python backend and our stand-ins."""
+        python = folder / "python"
+        python.mkdir()
+        stub = self.core / "python_backend_stubs" / self.python_version / "triton_python_backend_stub"
+        # Copies, because Triton refuses a linked library ("escapes backend directory") for a stand-in.
+        for source in (*(self.core / "backends" / "python").glob("*.*"), stub):
+            if source.is_file():
+                shutil.copy(source, python)
+        for backend, stand_in in STAND_INS.items():
+            source = PACKAGE / "triton" / "backends" / stand_in
+            shutil.copytree(source, folder / backend, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def environment(self) -> dict[str, str]:
+        """Variables that make the stub's interpreter find this environment and the server its libraries."""
+        libraries = (str(self.site / "nvidia_pytriton.libs"), self.python_libraries, os.environ.get("LD_LIBRARY_PATH"))
+        return {
+            # The embedded interpreter looks for `python3` on PATH, and beside it for pyvenv.cfg.
+            "PATH": os.pathsep.join((str(self.venv / "bin"), os.environ.get("PATH", ""))),
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+        }
+
+    def arguments(self, backends: Path, complete: bool) -> Iterator[str]:
+        """What the core must be told beyond what NVIDIA's container needs; `complete` is what the configs are."""
+        yield f"--backend-directory={backends}"
+        yield f"--cache-directory={self.core / 'caches'}"
+        yield "--allow-gpu-metrics=false"
+        if complete:
+            yield "--disable-auto-complete-config"  # launches every stub once instead of twice
+
+
+def find_bundle() -> Bundle:
+    """The bundled server; `MissingPackage` if there is none, `EngineError` if its environment cannot run models."""
+    venv = find_venv("SLIPWAY_TRITON_VENV", ".venv-triton")
+    if not (venv / "bin" / "python3").exists():
+        raise MissingPackage(
+            f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
+            "run: make triton"
+        )
+    return probe(venv)
+
+
+def probe(venv: Path) -> Bundle:
+    """The bundle in `venv`, asked from its interpreter."""
+    asked = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        raise EngineError(f"{venv}: expected an environment with numpy, found {asked.stderr[-200:]}; run: make triton")
+    version, site, libraries = asked.stdout.splitlines()
+    python_version, _, numpy_major = version.rpartition(".")
+    bundle = Bundle(venv=venv, site=Path(site), python_libraries=libraries, python_version=python_version)
+    if not bundle.server.is_file():
+        raise MissingPackage(f"{venv}: expected nvidia-pytriton in this environment, found none; run: make triton")
+    # With numpy 2 this core's stub loads, says READY, and reads zeros from every tensor.
+    if int(numpy_major) >= 2:
+        raise EngineError(f"{venv}: expected numpy 1 for Triton's Python stub, found {numpy_major}; run: make triton")
+    return bundle
+
+
+class TritonServer(BackgroundServer):
+    """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
+
+    Ports that are None are chosen among the free ones. `models` loads only these (and what they need, or EVERY_MODEL)
+    and later what it is told to `load`; `poll_s` looks for changed models that often by itself; with `strict` a model
+    that fails to load fails the start, without it the others are served. `log`, a file or a stream, gets the server's
+    output. The control interfaces answer only who knows `control_key`, which is drawn at random, unless they are
+    `open_to_all`. `EngineError` if the server does not get ready.
+    """
+
+    name = "Triton"
+    telling = ("UNAVAILABLE:", "error while loading", "Poll failed", "failed to load", "error: ")
+    # A stub without its libpython never gets ready, and the server would wait for it.
+    hopeless = ("error while loading shared libraries",)
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        http_port: int | None = None,
+        grpc_port: int | None = None,
+        metrics_port: int | None = None,
+        host: str = LOOPBACK,
+        models: Sequence[str] | None = None,
+        poll_s: int | None = None,
+        strict: bool = True,
+        open_to_all: bool = False,
+        log: Path | IO[bytes] | None = None,
+        start_timeout_s: float | None = None,
+    ) -> None:
+        usual_s = VLLM_START_TIMEOUT_S if has_vllm(repository) else START_TIMEOUT_S
+        super().__init__(log=log, start_timeout_s=usual_s if start_timeout_s is None else start_timeout_s)
+        self.repository = repository
+        self.host = host
+        self.ports = (http_port, grpc_port, metrics_port)
+        self.models = models
+        self.poll_s = poll_s
+        self.strict = strict
+        self.control_key = "" if open_to_all else secrets.token_hex(16)
+        self.http_url = self.grpc_url = self.metrics_url = ""
+
+    @property
+    def shared_memory_prefix(self) -> str:
+        """How the names of the shared memory between the server and its Python stubs begin."""
+        return self.folder.name if self.folder else ""
+
+    @property
+    def subject(self) -> str:
+        return str(self.repository)
+
+    def index(self) -> list[dict[str, str]]:
+        """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
+        models: list[dict[str, str]] = json.loads(self._control("index", timeout_s=10))
+        return models
+
+    def load(self, model: str) -> None:
+        """The server has loaded the model as it lies in the repository; if it cannot, `index` says why."""
+        self._control(f"models/{quote(model, safe='')}/load", self.start_timeout_s)
+
+    def unload(self, model: str) -> None:
+        """The server no longer answers for the model."""
+        self._control(f"models/{quote(model, safe='')}/unload", self.start_timeout_s)
+
+    def _control(self, path: str, timeout_s: float) -> bytes:
+        """What the server answers to an empty request at this path of its repository interface."""
+        with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=timeout_s)) as connection:
+            # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 crashes on a body of 5 MiB.
+            headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
+            connection.request("POST", f"/v2/repository/{path}", "{}", headers)
+            return connection.getresponse().read()
+
+    def launch(self) -> None:
+        ports = choose_ports(self.host, self.ports)
+        reached = LOOPBACK if self.host == EVERYWHERE else self.host
+        self.http_url, self.grpc_url, self.metrics_url = (f"{reached}:{port}" for port in ports)
+        folder = self.make_folder()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        environment.setdefault(SLIPWAY_PATH, str(PACKAGE.parent))
+        if installed := shutil.which("tritonserver"):
+            command = [installed]
+        else:
+            bundle = find_bundle()
+            bundle.copy_backends(folder)
+            environment |= bundle.environment()
+            command = [str(bundle.server), *bundle.arguments(folder, complete=not has_vllm(self.repository))]
+        if knows_option(command[0], HTTP_LIMIT, environment):
+            command.append(f"{HTTP_LIMIT}={HTTP_BYTES}")
+        self.start([*command, *self._arguments(ports, folder.name)], environment)
+
+    def is_ready(self) -> bool:
+        return answers(self.http_url, "/v2/health/ready") and answers(self.metrics_url, "/metrics")
+
+    def _arguments(self, ports: Sequence[int], shared_memory_prefix: str) -> Iterator[str]:
+        yield f"--model-repository={self.repository.absolute()}"
+        for service, port in zip(("http", "grpc", "metrics"), ports, strict=True):
+            yield f"--{service}-address={self.host}"
+            yield f"--{service}-port={port}"
+        yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
+        # The default waits 30 s for a stub that hangs; vLLM takes some seconds to stop.
+        yield f"--exit-timeout-secs={12 if has_vllm(self.repository) else 5}"
+        if self.control_key:
+            restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
+            yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
+        if self.models is not None:
+            yield "--model-control-mode=explicit"
+            yield from (f"--load-model={model}" for model in self.models)
+        elif self.poll_s is not None:
+            yield "--model-control-mode=poll"
+            yield f"--repository-poll-secs={self.poll_s}"
+        if not self.strict:
+            yield "--exit-on-error=false"
+            yield "--strict-readiness=false"
+
+
+def knows_option(server: str, option: str, environment: Mapping[str, str]) -> bool:
+    """Whether the server's help names the option; one that it does not know would keep it from starting."""
+    asked = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return re.search(rf"{option}\b", asked.stdout + asked.stderr) is not None  # 2.51 prints it on stderr
+
+
+def has_vllm(repository: Path) -> bool:
+    """Whether an entry is for the vllm backend, which completes its config itself and takes a minute to start."""
+    return any(VLLM_ENTRY.search(config.read_text("utf-8", "replace")) for config in repository.glob("*/config.pbtxt"))

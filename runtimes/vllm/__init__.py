@@ -1,0 +1,1 @@
+"""vLLM: its artifact, its process, its client."""

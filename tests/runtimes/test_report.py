@@ -1,0 +1,382 @@
+"""What is made of a results file: the page, Markdown, advice, and the matrix of the README."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtimes import advise, matrix, report
+from runtimes.artifact import write_json
+from runtimes.bench.results import SCHEMA
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "matrix"
+Row = dict[str, Any]
+
+
+def row(engine: str, ms: float, *, precision: str = "fp32", scenario: str = "single-stream", **changes: Any) -> Row:
+    """A row of the model `toy` as runtimes.bench writes it."""
+    samples = (ms * 1e-3 * np.random.default_rng(0).lognormal(0, 0.1, 100)).tolist()
+    head = {"model": "toy", "target": "torch" if "torch" in engine else "onnx", "precision": precision}
+    figures = {f"p{p}_s": float(np.percentile(samples, p)) for p in (50, 90, 95)} | {"p99_s": None}
+    return {
+        **head,
+        **{"engine": engine, "scenario": scenario, "sizes": {"batch": 1, "tokens": 16}, **figures},
+        **{"agreement": 1.0, "agreement_check": "same", "difference": 0.1, "provider": "toy", "stable": True},
+        **{"load_s": 0.5, "first_call_s": 0.01, "warmup_s": 0.2, "warmup_calls": 10, "rows_per_s": 1e3 / ms},
+        **{"cpu_s_per_call": ms * 1e-3, "device_p50_s": None, "memory_bytes": int(ms * 50e6), "gpu_memory_bytes": None},
+        **{"run_medians_s": [ms * 1e-3], "windows": [100], "samples_s": samples},
+        **changes,
+    }
+
+
+ROWS = [
+    row("torch", 4.0),
+    row("torch.compile", 2.0, stable=False),
+    row("onnx", 1.0),
+    row("onnx", 0.5, precision="int8", agreement=0.97),
+    {**row("openvino", 1.0), "failed": "openvino cannot <open> it"},
+    *(
+        row("onnx", 1.0 * n, scenario="offline", sizes={"batch": n, "tokens": 16}, rows_per_s=900.0 + 100 * n)
+        for n in (1, 2, 4)
+    ),
+    *(row("triton", 2.0 * n, scenario="concurrency", lanes=n, knee=n == 2) for n in (1, 2, 4)),
+    row("onnx", 3.0, scenario="server", rate_per_s=50.0, bound_s=0.1, goodput_per_s=49.0, late_share=0.25),
+]  # fmt: skip
+ENVIRONMENT = {
+    "cpu": "Toy CPU",
+    "cpus": 2,
+    "gpu": None,
+    "threads": 1,
+    "load": [0.5, 0.4, 0.3],
+    "versions": {"numpy": "2"},
+}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    path = tmp_path / "results.json"
+    write_json(path, {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": ROWS})
+    return path
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert report.main([str(results), "--html", str(page)]) == 0
+    text = page.read_text()
+    addresses = set(re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')>\s]+)""", text))
+    assert addresses == {"#toy"}
+    assert set(re.findall(r"https?://[^\"\s<]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "<script" not in text
+
+
+def test_the_page_has_a_figure_for_every_question_that_the_rows_answer(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    report.main([str(results), "--html", str(page)])
+    text = page.read_text()
+    for title in ("Latency, one request at a time", "requests side by side", "by batch", "under arrivals", "Memory",
+                  "Speed against accuracy"):  # fmt: skip
+        assert title in text
+    assert "Memory on the GPU" not in text, "no row has any"
+    assert "openvino cannot &lt;open&gt; it" in text
+    assert text.count("<svg") == 6
+
+
+def test_a_file_without_samples_still_makes_a_page(results: Path, tmp_path: Path) -> None:
+    data = json.loads(results.read_text())
+    for each in data["rows"]:
+        each["samples_s"] = []
+    write_json(results, data)
+    assert report.main([str(results), "--html", str(tmp_path / "page.html")]) == 0
+
+
+def test_markdown_has_every_row_with_as_many_cells_as_its_header(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(results)]) == 0
+    printed = capsys.readouterr().out
+    assert report.main([str(results), "--markdown", str(tmp_path / "summary.md")]) == 0
+    assert (tmp_path / "summary.md").read_text() == printed
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(ROWS)
+    assert len({line.count("|") for line in lines}) == 1
+    (int8,) = (line for line in lines if "onnx int8" in line)
+    assert "| 8.00 | 0.970 |" in int8
+
+
+def test_what_a_gpu_took_has_columns_where_a_row_has_any(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = {"device": "cuda", "device_p50_s": 0.00025, "gpu_memory_bytes": 70_000_000}
+    on_gpu = row("torch", 4.0, **figures)
+    assert report.main([str(results)]) == 0
+    assert "device" not in capsys.readouterr().out.replace(report.READING, "")
+    write_json(tmp_path / "gpu.json", {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": [*ROWS, on_gpu]})
+    assert report.main([str(tmp_path / "gpu.json")]) == 0
+    header, _, first, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    names, cpu, gpu = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, last))
+    told = [names.index(name) for name in ("device", "device ms", "GPU MB")]
+    assert [cpu[i] for i in told] == ["cpu", "-", "-"]
+    assert [gpu[i] for i in told] == ["cuda", "0.250", "70"]
+    assert report.main([str(tmp_path / "gpu.json"), "--html", str(tmp_path / "gpu.html")]) == 0
+    assert "<th>device ms</th>" in (tmp_path / "gpu.html").read_text()
+
+
+def test_an_empty_or_strange_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / "empty.json", {"schema": SCHEMA, "environment": {}, "rows": []})
+    assert report.main([str(tmp_path / "empty.json")]) == 2
+    assert "expected rows, found none" in capsys.readouterr().err
+
+
+# Advice --------------------------------------------------------------------------------------------------------------
+
+
+def advice(results: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    status = advise.main(["toy", "--results", str(results), "--json", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ([], "onnx int8"),
+        (["--agreement", "0.99"], "onnx"),
+        (["--agreement", "0.99", "--latency-ms", "0.8"], None),
+        (["--memory-mb", "30"], "onnx int8"),
+        (["--memory-mb", "10"], None),
+        (["--latency-ms", "0.1"], None),
+    ],
+)
+def test_the_fastest_that_keeps_all_limits_is_chosen(
+    results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], chosen: str | None
+) -> None:
+    status, found = advice(results, capsys, *arguments)
+    assert found["choose"] == chosen
+    assert status == (chosen is None)
+
+
+def test_every_branch_is_answered_from_the_rows(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = advice(results, capsys)
+    memory, slow, accuracy = ("\n".join(found["findings"][problem]) for problem in advise.PROBLEMS)
+    assert "the least is onnx int8 with 25 MB, 8.0 times less than torch eager" in memory
+    assert "onnx int8 takes 25 MB where onnx takes 50 MB, at an agreement of 0.970" in memory
+    assert "the fastest for one request is onnx int8: 0.5" in slow
+    assert "onnx at batch=4 tokens=16 does 1300 rows/s, 1.3 times what it does at batch=1" in slow
+    assert "triton onnx has its knee at 2 in flight" in slow
+    assert "not measured at all: openvino, tensorrt, vllm" in slow
+    assert "onnx int8 keeps 0.970 of the original's decisions" in accuracy
+    assert "onnx is the fastest that decides as the original" in accuracy
+
+
+def test_what_was_not_measured_is_named_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "single.json"
+    write_json(path, {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": ROWS[:1]})
+    _, found = advice(path, capsys)
+    commands = [
+        line for findings in found["findings"].values() for line in findings if "not measured; python -m" in line
+    ]
+    assert len(commands) == 3
+
+
+def test_what_was_not_stable_or_failed_is_said_first(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warnings = advice(results, capsys)[1]["warnings"]
+    assert not any("not on" in warning for warning in warnings)
+    assert any("not stable while measured: torch.compile" in warning for warning in warnings)
+    assert any("openvino cannot <open> it" in warning for warning in warnings)
+
+
+def test_of_another_machine_only_agreement_carries_over_and_nothing_is_chosen(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of a CPU once ended in a choice for a T4."""
+    status, found = advice(results, capsys, "--device", "colab-t4", "--agreement", "0.99")
+    assert (status, found["choose"]) == (1, None)
+    assert found["measure"].startswith("python -m runtimes.bench --model toy --device cuda --scenario all --out ")
+    (warning,) = found["warnings"]
+    assert warning == "measured on Toy CPU, not on Tesla T4: agreement carries over, times and memory do not"
+    memory, slow, accuracy = (found["findings"][problem] for problem in advise.PROBLEMS)
+    assert memory[0] == slow[0] == f"not measured on Tesla T4; {found['measure']}"
+    assert "--profile colab-t4: loading nf4" in memory[1]
+    assert "decide as the original does on all that they were proved on: torch, torch.compile, onnx" in accuracy
+    assert {option["name"]: option["misses"] for option in found["options"]}["onnx int8"] == ["agreement"]
+    assert {option["p50_s"] for option in found["options"]} == {None}
+    capsys.readouterr()
+    assert advise.main(["toy", "--results", str(results), "--device", "colab-t4"]) == 1
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == f"nothing to choose from yet; measure there: {found['measure']}"
+    assert not re.search("fastest|choose onnx", said)
+
+
+GPU_ROWS = [
+    row("torch", 2.0, device="cuda", gpu_memory_bytes=900_000_000),
+    row("torch", 1.0, device="cuda", precision="bf16", gpu_memory_bytes=450_000_000),
+    row("openvino", 0.5, device="cpu"),
+]
+
+
+def of_a_gpu(path: Path, rows: list[Row], gpu: str = "Tesla T4 sm_75") -> Path:
+    write_json(path, {"schema": SCHEMA, "environment": {**ENVIRONMENT, "gpu": gpu}, "rows": rows})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        (["--device", "colab-t4"], "torch bf16"),
+        (["--device", "cuda"], "torch bf16"),
+        (["--device", "cpu"], "openvino"),
+        (["--device", "cuda", "--memory-mb", "500"], "torch bf16"),
+        (["--device", "cuda", "--memory-mb", "400"], None),
+        (["--device", "colab-a100"], None),
+    ],
+)
+def test_advice_is_from_the_rows_of_the_device_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], chosen: str | None
+) -> None:
+    _, found = advice(of_a_gpu(tmp_path / "gpu.json", GPU_ROWS), capsys, *arguments)
+    assert found["choose"] == chosen
+    assert bool(found["measure"]) == ("colab-a100" in arguments)
+
+
+def test_memory_of_a_gpu_that_is_not_known_is_not_that_of_the_host(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = of_a_gpu(tmp_path / "gpu.json", [{**each, "gpu_memory_bytes": None} for each in GPU_ROWS])
+    status, found = advice(path, capsys, "--device", "cuda", "--memory-mb", "100000")
+    assert (status, found["choose"]) == (1, None)
+    assert {miss for option in found["options"] for miss in option["misses"]} == {"memory, which is not known"}
+    assert "not known: the driver told no memory of these processes" in found["findings"]["out-of-memory"][0]
+    assert advice(path, capsys, "--device", "colab-t4")[1]["choose"] == "torch bf16", "it ran there, so it fits"
+
+
+def test_what_failed_on_the_device_is_told_where_nothing_else_was_measured_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = {**GPU_ROWS[0], "failed": "CUDA out of memory"}
+    _, found = advice(of_a_gpu(tmp_path / "gpu.json", [failed, GPU_ROWS[2]]), capsys, "--device", "cuda")
+    assert found["choose"] is None
+    assert any("torch could not be measured" in each and "CUDA out of memory" in each for each in found["warnings"])
+
+
+def test_one_branch_can_be_asked_for_and_the_text_ends_with_the_choice(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert advise.main(["toy", "--results", str(results), "--problem", "too-slow"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "choose onnx int8"
+    assert "too slow" in lines
+    assert "low accuracy" not in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nobody"], "expected single-stream rows of nobody"),
+        (["toy", "--latency-ms", "nan"], "--latency-ms: expected a number of 0 or more, found nan"),
+        (["toy", "--agreement", "-1"], "--agreement: expected a number of 0 or more, found -1"),
+    ],
+)
+def test_a_question_that_cannot_be_answered_is_one_line(
+    results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert advise.main([*arguments, "--results", str(results)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# The matrix ----------------------------------------------------------------------------------------------------------
+
+
+def cell(target: str, precision: str = "fp32", status: str = "ok", reason: str = "", **changes: Any) -> Row:
+    facts = {"built": True, "deserialized": True, "ran": True, "compared": True}
+    parity = {"difference_y": 0.123, "same": 1.0}
+    outcome = {"model": "toy", "target": target, "precision": precision, "status": status, "reason": reason}
+    return {**outcome, "bytes": 1_300_000, "parity": parity, "facts": facts, **changes}
+
+
+CELLS = [
+    cell("torch"),
+    cell("onnx", status="reused"),
+    cell("onnx", "int8"),
+    cell(
+        "tensorrt", reason="no GPU here", facts={"built": True, "deserialized": False, "ran": False, "compared": False}
+    ),
+    cell("vllm", status="skipped", reason="not a decoder"),
+    cell("openvino", status="failed", reason="it broke"),
+    cell("vllm", status="skipped", reason="not a decoder", model="new"),
+    cell("onnx", status="skipped", reason="no checkpoint of new", model="new"),
+    cell("vllm", "awq", model="new"),
+    cell("vllm", "int8", status="skipped", reason="target vllm has no int8, only awq", model="new"),
+]
+
+
+def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
+    made = matrix.matrix(CELLS, ROWS, ENVIRONMENT).splitlines()
+    assert made[0] == "| model | torch | onnx | tensorrt | vllm | openvino |"
+    cells = [text.strip() for text in made[2].strip("|").split("|")]
+    assert re.fullmatch(r"fp32 0\.12 · 1\.3 MB · 4 ms", cells[1])
+    assert cells[2] == "fp32 0.12 · 1.3 MB · 4.0x<br>int8 0.12 (0.970) · 1.3 MB · 8.0x"
+    assert cells[3] == "fp32 built, not run<sup>1</sup> · 1.3 MB"
+    assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
+    unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
+    assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
+    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy ~2.0x", "a baseline that is no target"
+    assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
+
+
+def test_a_speed_that_was_not_steady_is_marked_and_so_is_a_multiple_of_one() -> None:
+    def speeds(*stable: bool) -> list[str]:
+        rows = [
+            row(engine, ms, stable=each) for engine, ms, each in zip(("torch", "onnx"), (4, 1), stable, strict=True)
+        ]
+        line = matrix.matrix([cell("torch"), cell("onnx")], rows, ENVIRONMENT).splitlines()[2]
+        return [text.rpartition(" · ")[2].strip() for text in line.strip("|").split("|")[1:]]
+
+    assert speeds(True, True) == ["4 ms", "4.0x"]
+    assert speeds(True, False) == ["4 ms", "~4.0x"]
+    assert speeds(False, True) == ["~4 ms", "~4.0x"]
+    assert "`~`: the engine, or torch eager beside it, was unstable" in matrix.legend(ENVIRONMENT)
+
+
+def test_the_matrix_is_put_between_its_marks_and_checked(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
+    arguments = [str(results.parent), "--readme", str(readme)]
+    assert matrix.main([*arguments, "--check"]) == 2
+    assert "found another" in capsys.readouterr().err
+    assert matrix.main(arguments) == 0
+    assert matrix.main([*arguments, "--check"]) == 0
+    assert readme.read_text().startswith("before\n")
+    assert readme.read_text().endswith("\nafter\n")
+    readme.write_text("no marks")
+    assert matrix.main(arguments) == 2
+
+
+def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "export.json", {"cells": CELLS})
+    write_json(tmp_path / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]})
+    faster = [row("onnx", 0.25)]
+    write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
+    made = matrix.matrix_of(tmp_path)
+    assert "fp32 0.12 · 9.0 MB · 16.0x<br>int8" in made
+    assert "| hnet |" in made
+
+
+def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert matrix.main([str(tmp_path)]) == 2
+    assert "expected export*.json and results*.json" in capsys.readouterr().err
+
+
+def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
+    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0

@@ -1,0 +1,1 @@
+"""Recurrent layers, each with one form per target."""
