@@ -22,10 +22,10 @@ from export.triton.config import UNLIMITED, Scheduling
 from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
-from runtimes.errors import FOREIGN, InputError, SlipwayError, one_line, said
+from runtimes.errors import FOREIGN, InputError, SlipwayError, error_text, one_line
 from runtimes.host.cli import command, parser, table
 from runtimes.host.output_capture import native_talk_on_stderr
-from runtimes.repository import home_of, newest, published
+from runtimes.repository import artifacts_root, newest, published
 from runtimes.runtime import open_runtime
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
@@ -142,7 +142,7 @@ def fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
         seconds = time.perf_counter() - started
         if not isinstance(error, SlipwayError | OSError):
             traceback.print_exception(error)  # nobody's mistake that is known: where it came from is part of the answer
-        return replace(outcome, status="failed", reason=said(error), seconds=seconds)
+        return replace(outcome, status="failed", reason=error_text(error), seconds=seconds)
 
 
 def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
@@ -199,7 +199,7 @@ def leads(artifact: Artifact, repository: Path) -> bool:
     """
     found = [artifact]
     for root in published(repository):
-        if root.is_relative_to(home_of(repository, True)):
+        if root.is_relative_to(artifacts_root(repository, True)):
             with suppress(SlipwayError):
                 found.append(Artifact.load(root))
     alike = [each for each in found if (each.model, each.checkpoint) == (artifact.model, artifact.checkpoint)]
@@ -230,7 +230,7 @@ def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact
         checkpoint=checkpoint.digest,
         key=key,
         facts=replace(UNTOUCHED, built=True),
-        note=built.idle or "",
+        note=built.not_run_reason or "",
     )
     artifact.save(draft)
     return artifact, built
@@ -243,13 +243,13 @@ def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Arti
     the artifact.
     """
     parity.require_proof(built.checks)
-    if built.idle is None:
+    if built.not_run_reason is None:
         candidate = open_runtime(draft, device=built.device)
         facts, prefix = Facts(built=True, deserialized=True, ran=True, compared=True), ""
-    elif built.stand_in:
-        candidate = open_runtime(draft, engine=built.stand_in)
-        facts, prefix = artifact.facts, f"{built.stand_in}_"
-        artifact = replace(artifact, note=f"{artifact.note}; what it was made of is proved in {built.stand_in}")
+    elif built.proxy_engine:
+        candidate = open_runtime(draft, engine=built.proxy_engine)
+        facts, prefix = artifact.facts, f"{built.proxy_engine}_"
+        artifact = replace(artifact, note=f"{artifact.note}; what it was made of is proved in {built.proxy_engine}")
     else:
         return artifact
     with candidate:

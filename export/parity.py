@@ -22,11 +22,11 @@ def prove(candidate: Runtime, source: Source, precision: str) -> Checks:
     rng = np.random.default_rng(0)
     checks: Checks = {}
     for sizes in sizes_to_prove(source.signature):
-        feeds = source.feeds(rng, sizes)
-        _keep_worst(checks, compare(source, candidate.fresh(feeds), source.answer(feeds), tolerance))
-    if real := list(source.spec.trial(source.config, source.probe)):
-        got = _joined([candidate.fresh(feeds) for feeds in real])
-        want = _joined([source.answer(feeds) for feeds in real])
+        inputs = source.draw_inputs(rng, sizes)
+        _keep_worst(checks, compare(source, candidate.fresh(inputs), source.answer(inputs), tolerance))
+    if real := list(source.spec.parity_inputs(source.config, source.sample_inputs)):
+        got = _joined([candidate.fresh(inputs) for inputs in real])
+        want = _joined([source.answer(inputs) for inputs in real])
         _keep_worst(checks, compare(source, got, want, tolerance))
     if source.signature.state:
         got, want = rollout(candidate, source, rng)
@@ -57,13 +57,13 @@ def sizes_to_prove(signature: Signature) -> Iterator[dict[str, int]]:
 
 def compare(source: Source, got: Tensors, want: Tensors, tolerance: Tolerance) -> Checks:
     """Difference by output, in units of the tolerance, and the model's own agreement of decisions."""
-    said, got = got, source.spec.settled(got, want, tolerance)
+    printed, got = got, source.spec.mask_near_ties(got, want, tolerance)
     checks = {
         f"difference_{name}": Check(value=_in_tolerances(got[name], want[name], tolerance), limit=1.0)
         for name in want
         if name in got  # a server keeps the state to itself
     }
-    return {**checks, **source.spec.agreement(said, want, tolerance)}
+    return {**checks, **source.spec.agreement(printed, want, tolerance)}
 
 
 def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
@@ -72,18 +72,18 @@ def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tup
     Visible outputs [batch, ROLLOUT_STEPS, ...]. The reset row must say from there on what a fresh one says.
     """
     half, row = ROLLOUT_STEPS // 2, 1
-    feeds = source.feeds(rng, {"batch": ROLLOUT_BATCH, "time": ROLLOUT_STEPS})
+    inputs = source.draw_inputs(rng, {"batch": ROLLOUT_BATCH, "time": ROLLOUT_STEPS})
     stream = candidate.stream(ROLLOUT_BATCH)
     steps = []
     for t in range(ROLLOUT_STEPS):
         if t == half:
             stream.reset([row])
-        steps.append(stream.step({name: array[:, t : t + 1] for name, array in feeds.items()}))
+        steps.append(stream.step({name: array[:, t : t + 1] for name, array in inputs.items()}))
     stream.close()
     visible = [tensor.name for tensor in source.signature.visible_outputs]
     got = {name: np.concatenate([step[name] for step in steps], 1) for name in visible}
-    want = source.sequence(feeds)
-    fresh = source.sequence({name: array[:, half:] for name, array in feeds.items()})
+    want = source.sequence(inputs)
+    fresh = source.sequence({name: array[:, half:] for name, array in inputs.items()})
     for name in visible:
         want[name][row, half:] = fresh[name][row]
     return got, want

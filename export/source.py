@@ -42,40 +42,40 @@ class Source:
         return self.spec.exported(restore(self.checkpoint, self.spec)).requires_grad_(False)
 
     @cached_property
-    def probe(self) -> Tensors:
-        return self.checkpoint.probe()
+    def sample_inputs(self) -> Tensors:
+        return self.checkpoint.sample_inputs()
 
     @cached_property
     def language_model(self) -> "LanguageModel":
         """The decoder inside the module; `NotADecoder` where this checkpoint has none."""
         if self.spec.language_model is None:
             raise NotADecoder(f"{self.spec.name}: not a decoder language model")
-        return self.spec.language_model(self.config, self.module, self.probe)
+        return self.spec.language_model(self.config, self.module, self.sample_inputs)
 
-    def feeds(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
+    def draw_inputs(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
         """Realistic inputs of these sizes, without state."""
-        return self.spec.feeds(self.config, rng, sizes, self.probe)
+        return self.spec.draw_inputs(self.config, rng, sizes, self.sample_inputs)
 
-    def answer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """What eager torch says to these feeds, state at zero; state outputs included."""
+    def answer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        """What eager torch says to these inputs, state at zero; state outputs included."""
         import torch
 
-        batch = len(feeds[self.signature.free_inputs[0].name])
-        complete = {**feeds, **self.signature.zero_state(batch)}
+        batch = len(inputs[self.signature.free_inputs[0].name])
+        complete = {**inputs, **self.signature.zero_state(batch)}
         with torch.no_grad():
             outputs = self.module(*self._arguments(complete))
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
-    def sequence(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def sequence(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         """What eager torch says to whole sequences, state at zero; visible outputs."""
         import torch
 
         if self.spec.sequence is None:
-            answer = self.answer(feeds)
+            answer = self.answer(inputs)
             return {tensor.name: answer[tensor.name] for tensor in self.signature.visible_outputs}
         with torch.no_grad():
-            return self.spec.sequence(self.module, dict(feeds))
+            return self.spec.sequence(self.module, dict(inputs))
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
         """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed.
@@ -90,9 +90,9 @@ class Source:
         return self._programs.setdefault((form if heeded else None, *rest), program)
 
     def example(self, fixed: Mapping[str, int]) -> Tensors:
-        """Complete feeds at the opt sizes, but for those `fixed`; drawn alike every time."""
+        """Complete inputs at the opt sizes, but for those `fixed`; drawn alike every time."""
         sizes = {**self.signature.sizes("opt"), **fixed}
-        return {**self.feeds(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
+        return {**self.draw_inputs(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
 
     def _trace(self, form: Form, precision: str, fixed: Mapping[str, int]) -> tuple["ExportedProgram", bool]:
         """The program, and whether the form made a difference to it."""
@@ -116,10 +116,10 @@ class Source:
             )
         return program, heed.paid
 
-    def _arguments(self, feeds: Mapping[str, np.ndarray]) -> tuple["torch.Tensor", ...]:
+    def _arguments(self, inputs: Mapping[str, np.ndarray]) -> tuple["torch.Tensor", ...]:
         import torch
 
-        return tuple(torch.from_numpy(feeds[tensor.name]) for tensor in self.signature.inputs)
+        return tuple(torch.from_numpy(inputs[tensor.name]) for tensor in self.signature.inputs)
 
 
 class LastSource:

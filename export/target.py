@@ -15,18 +15,18 @@ class Built:
 
     built_with  what the bytes depend on besides library versions, such as the opset or the builder
     device      where the artifact is to be run and proved
-    idle        the reason why this machine cannot run it, or None
+    not_run_reason  the reason why this machine cannot run it, or None
     served      whether Triton has a backend for these files
-    stand_in    the engine that runs what the artifact was built from, or holds; used where the artifact is idle
+    proxy_engine    the engine that runs what the artifact was built from, or holds; used where the artifact is idle
     checks      what was measured of the files themselves, such as their size; a failed one ends the cell
     speaks_tensors  whether its backend in Triton takes and gives the signature's tensors, as an ensemble needs
     """
 
     built_with: dict[str, str]
     device: str = "cpu"
-    idle: str | None = None
+    not_run_reason: str | None = None
     served: bool = True
-    stand_in: str | None = None
+    proxy_engine: str | None = None
     checks: Mapping[str, Check] = field(default_factory=dict)
     speaks_tensors: bool = True
 

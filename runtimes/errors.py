@@ -61,7 +61,7 @@ def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
         ) from error
 
 
-def said(error: BaseException, limit: int = 300) -> str:
+def error_text(error: BaseException, limit: int = 300) -> str:
     """The text of an error in one line; of one that is not ours, with its kind: a KeyError's text is a name only."""
     text = one_line(error, limit)
     return text if isinstance(error, SlipwayError | OSError) else f"{type(error).__name__}: {text}"

@@ -24,7 +24,7 @@ def newest(repository: Path, name: str) -> Path | None:
 
 def published(repository: Path) -> list[Path]:
     """The newest version folder of every published artifact, served or not, sorted by name."""
-    homes = [home for home in (home_of(repository, True), home_of(repository, False)) if home.is_dir()]
+    homes = [home for home in (artifacts_root(repository, True), artifacts_root(repository, False)) if home.is_dir()]
     names = sorted({model.name for home in homes for model in home.iterdir()})
     folders = (newest(repository, name) for name in names)
     return [folder for folder in folders if folder and holds_artifact(folder)]
@@ -53,7 +53,7 @@ def versions(model: Path) -> list[Path]:
 
 def all_versions(repository: Path, name: str) -> list[Path]:
     """The version folders of an artifact, served or not."""
-    return [*versions(home_of(repository, True) / name), *versions(home_of(repository, False) / name)]
+    return [*versions(artifacts_root(repository, True) / name), *versions(artifacts_root(repository, False) / name)]
 
 
 def number_of(version: Path) -> int:
@@ -66,12 +66,12 @@ def holds_artifact(version: Path) -> bool:
     return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
 
 
-def home_of(repository: Path, served: bool) -> Path:
+def artifacts_root(repository: Path, served: bool) -> Path:
     """The folder that holds what is served, or what is not."""
-    return repository if served else beside(repository) / "unserved"
+    return repository if served else workspace(repository) / "unserved"
 
 
-def beside(repository: Path) -> Path:
+def workspace(repository: Path) -> Path:
     """The folder next to the repository that Triton does not look into."""
     repository = repository.absolute()
     return repository.with_name(f".{repository.name}")

@@ -43,8 +43,8 @@ class Runtime(ABC):
         """Load the artifact; `EngineError` if this machine cannot run it on `device`."""
 
     @abstractmethod
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """Outputs by name for feeds that were checked already."""
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        """Outputs by name for inputs that were checked already."""
 
     def close(self) -> None:
         """Free what `open` took. Closing twice is allowed."""
@@ -67,10 +67,10 @@ class Runtime(ABC):
         """The CUDA stream that an open engine gives its work to, or None: there is none, or it does not show it."""
         return None
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         """Outputs by name; `InputError` if a feed is wrong, `ArtifactError` if the engine breaks the signature."""
-        sizes = self.signature.check_inputs(feeds)
-        outputs = self.infer(feeds)
+        sizes = self.signature.check_inputs(inputs)
+        outputs = self.infer(inputs)
         self.signature.check_outputs(outputs, sizes)
         return outputs
 
@@ -82,22 +82,22 @@ class Runtime(ABC):
         """A stream whose state lies in this process, so that its rows may come and go."""
         return CarriedStream(self, batch)
 
-    def fresh(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """Outputs for feeds without state, with the state at zero."""
+    def fresh(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        """Outputs for inputs without state, with the state at zero."""
         name = self.signature.free_inputs[0].name
-        if name not in feeds:
-            raise InputError(f"expected input '{name}', found {', '.join(sorted(feeds)) or 'none'}")
-        shape = getattr(feeds[name], "shape", ())
+        if name not in inputs:
+            raise InputError(f"expected input '{name}', found {', '.join(sorted(inputs)) or 'none'}")
+        shape = getattr(inputs[name], "shape", ())
         if not shape:
-            raise InputError(f"input '{name}': expected an array with rows, found {type(feeds[name]).__name__}")
-        return self.run({**feeds, **self.signature.zero_state(shape[0])})
+            raise InputError(f"input '{name}': expected an array with rows, found {type(inputs[name]).__name__}")
+        return self.run({**inputs, **self.signature.zero_state(shape[0])})
 
-    def repeated(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
-        """A call that answers as `fresh(feeds)` does, each time it is called; what stays may be done once.
+    def repeated(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
+        """A call that answers as `fresh(inputs)` does, each time it is called; what stays may be done once.
 
-        `feeds` stay as they are as long as it is in use.
+        `inputs` stay as they are as long as it is in use.
         """
-        return lambda: self.fresh(feeds)
+        return lambda: self.fresh(inputs)
 
     def __enter__(self: Opened) -> Opened:
         self.open()
@@ -111,8 +111,8 @@ class Stream(ABC):
     """Rows that go on where their last step ended."""
 
     @abstractmethod
-    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        """Visible outputs for the next piece of every row; `feeds` has no state."""
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        """Visible outputs for the next piece of every row; `inputs` has no state."""
 
     @abstractmethod
     def reset(self, rows: Iterable[int]) -> None:
@@ -132,9 +132,9 @@ class CarriedStream(Stream):
         whole = runtime.signature
         self.visible = Signature(inputs=whole.free_inputs, outputs=whole.visible_outputs, axes=whole.axes)
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        sizes = self.check(feeds)
-        outputs = self.runtime.infer({**feeds, **self.state})
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        sizes = self.check(inputs)
+        outputs = self.runtime.infer({**inputs, **self.state})
         self.state = {source: outputs.pop(result) for source, result in self.runtime.signature.state}
         self.visible.check_outputs(outputs, sizes)
         return outputs
@@ -156,9 +156,9 @@ class CarriedStream(Stream):
             for name, array in self.state.items():
                 array[places] = before[name][old]
 
-    def check(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """The size of every axis; `InputError` unless `feeds` is a right next piece of every row."""
-        sizes = self.visible.check_inputs(feeds)
+    def check(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The size of every axis; `InputError` unless `inputs` is a right next piece of every row."""
+        sizes = self.visible.check_inputs(inputs)
         if sizes[BATCH] != self.batch:
             raise InputError(f"expected {self.batch} rows as in every step, found {sizes[BATCH]}")
         return sizes

@@ -22,7 +22,7 @@ from runtimes.errors import EngineError, InputError, Overloaded
 from runtimes.host.cli import command, existing_folder, parser, table
 from runtimes.host.memory_sampler import tree
 from runtimes.pipeline import open_pipeline
-from runtimes.repository import home_of, published
+from runtimes.repository import artifacts_root, published
 from runtimes.triton.client import CLIENTS, Answer, TritonClient, new_sequence
 from runtimes.triton.server import TritonServer
 
@@ -200,7 +200,11 @@ def examples(repository: Path, models: Sequence[str]) -> dict[str, bytes]:
     for root in published(repository):
         artifact = Artifact.load(root)
         ensemble = (repository / artifact.model / "config.pbtxt").is_file()
-        if ensemble and root.is_relative_to(home_of(repository, True)) and (not models or artifact.model in models):
+        if (
+            ensemble
+            and root.is_relative_to(artifacts_root(repository, True))
+            and (not models or artifact.model in models)
+        ):
             found[artifact.model] = json.dumps(open_pipeline(artifact, root).example()).encode()
     return found
 
@@ -238,10 +242,10 @@ def overload(question: Question, factor: float, seconds: float) -> tuple[Tally, 
     arrivals = poisson_arrivals(factor * knee_per_s, seconds, [0])
     outcomes = [FAILED] * len(arrivals)
 
-    def post(i: int, settle: Callable[[], None]) -> None:
+    def post(i: int, resolve_config: Callable[[], None]) -> None:
         def then(what: str) -> None:
             outcomes[i] = what
-            settle()
+            resolve_config()
 
         question.post(then)
 

@@ -116,9 +116,9 @@ class Signature:
         carried = {source for source, _ in self.state}
         return {tensor.name: tensor.zeros({BATCH: batch}) for tensor in self.inputs if tensor.name in carried}
 
-    def check_inputs(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """The size of every axis in `feeds`; `InputError` unless names, dtypes, shapes and values are all right."""
-        return self._check("input", self.inputs, feeds, {})
+    def check_inputs(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The size of every axis in `inputs`; `InputError` unless names, dtypes, shapes and values are all right."""
+        return self._check("input", self.inputs, inputs, {})
 
     def check_outputs(self, outputs: Mapping[str, np.ndarray], sizes: dict[str, int]) -> None:
         """`ArtifactError` if an engine returned other tensors than the signature promises for these sizes."""

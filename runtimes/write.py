@@ -13,7 +13,14 @@ from runtimes.artifact import artifact_name, require_plain
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.host.cli import command, parser
 from runtimes.pipeline import parse_request
-from runtimes.pipelines.hnet.generation import DEFAULTS, EXAMPLE, Wish, can_write, read_wish, write
+from runtimes.pipelines.hnet.generation import (
+    DEFAULTS,
+    EXAMPLE,
+    GenerationRequest,
+    can_write,
+    read_generation_request,
+    write,
+)
 from runtimes.repository import STEP_SUFFIX, find, writer_name
 from runtimes.runtime import open_runtime
 from runtimes.triton.client import CLIENTS
@@ -34,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(EXAMPLE, ensure_ascii=False))
         return 0
     request = _request(arguments)
-    wish = read_wish(request, "request")
+    wish = read_generation_request(request, "request")
     pieces = _ask(arguments.url, arguments.model, request) if arguments.url else _write(arguments, wish)
     with closing(pieces):
         for each in pieces:
@@ -45,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _write(arguments: Any, wish: Wish) -> Generator[Mapping[str, str]]:
+def _write(arguments: Any, wish: GenerationRequest) -> Generator[Mapping[str, str]]:
     """The pieces that an artifact in this process writes."""
     target, precision = arguments.target, arguments.precision
     root = find(arguments.repository, artifact_name(f"{arguments.model}{STEP_SUFFIX}", target, precision))

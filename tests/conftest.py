@@ -57,7 +57,7 @@ def signature(config):
     )
 
 
-def feeds(config, rng, sizes, probe):
+def draw_inputs(config, rng, sizes, sample_inputs):
     return {"numbers": rng.normal(size=(sizes["batch"], 3)).astype("float32")}
 
 
@@ -73,7 +73,7 @@ SPECS = (
         presets={"tiny": Preset(config={"width": 4, "base": "base.safetensors"}, training={"seed": 0})},
         signature=signature,
         build=Toy,
-        feeds=feeds,
+        draw_inputs=draw_inputs,
         agreement=agreement,
         tolerance={"fp32": Tolerance(absolute=1e-6, relative=1e-6)},
         recipe=lambda: Recipe,
@@ -192,8 +192,16 @@ def write_untrained(spec: ModelSpec, folder: Path, changes: Mapping[str, object]
     config = {**spec.preset("tiny").config, **changes}
     module = spec.build(config).eval()
     sizes = spec.signature(config).sizes("opt")
-    probe = spec.feeds(config, np.random.default_rng(0), sizes, {})
+    sample_inputs = spec.draw_inputs(config, np.random.default_rng(0), sizes, {})
     save_checkpoint(
-        folder, spec, module, preset="tiny", config=config, training={}, step=7, metrics={"nats": 1.5}, probe=probe
+        folder,
+        spec,
+        module,
+        preset="tiny",
+        config=config,
+        training={},
+        step=7,
+        metrics={"nats": 1.5},
+        sample_inputs=sample_inputs,
     )
     return module

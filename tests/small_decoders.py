@@ -156,7 +156,7 @@ def finish(folder: Path, task: str, model: str, outputs: Sequence[TensorSpec], e
     ).save(folder)
 
 
-def row_feeds(lengths: Sequence[int], vocabulary: int = 300) -> dict[str, np.ndarray]:
+def row_inputs(lengths: Sequence[int], vocabulary: int = 300) -> dict[str, np.ndarray]:
     """Random rows of these lengths, padded on the right, but the last on the left."""
     longest = max(lengths)
     mask = np.arange(longest) < np.array(lengths)[:, None]

@@ -50,10 +50,10 @@ def test_a_compiled_step_on_cuda_says_what_the_original_says(
     model: str, precision: str, checkpoints: Path, tmp_path: Path
 ) -> None:
     _, source, _ = made(model, "torch", precision, checkpoints, tmp_path)
-    feeds = source.feeds(np.random.default_rng(0), {"batch": 4, "time": 1})
+    inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 4, "time": 1})
     with open_runtime(tmp_path, device="cuda", compiled=True) as runtime:
-        got = runtime.fresh(feeds)
-    parity.require_proof(parity.compare(source, got, source.answer(feeds), source.spec.tolerance[precision]))
+        got = runtime.fresh(inputs)
+    parity.require_proof(parity.compare(source, got, source.answer(inputs), source.spec.tolerance[precision]))
 
 
 @pytest.mark.parametrize("model", POLICIES)
@@ -69,8 +69,8 @@ def test_onnx_runtime_on_cuda_says_what_the_original_says(model: str, checkpoint
 @pytest.mark.parametrize("model", POLICIES)
 def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: Path, tmp_path: Path) -> None:
     artifact, source, built = made(model, "tensorrt", "fp32", checkpoints, tmp_path)
-    if built.idle:
-        pytest.skip(built.idle)
+    if built.not_run_reason:
+        pytest.skip(built.not_run_reason)
     assert prove(artifact, source, tmp_path, built).proved
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
-PROBE = "probe.safetensors"
+SAMPLE_INPUTS = "sample_inputs.safetensors"
+SAMPLE_INPUTS_BEFORE_0_2 = "probe.safetensors"
 FORMAT = "slipway.checkpoint/1"
 
 
@@ -70,9 +71,10 @@ class Checkpoint:
         verify_digests(folder, checkpoint.files)
         return checkpoint
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """Real inputs of the model, as the recipe chose them."""
-        return load_file(self.folder / PROBE)
+        path = self.folder / SAMPLE_INPUTS
+        return load_file(path if path.is_file() else self.folder / SAMPLE_INPUTS_BEFORE_0_2)
 
     @property
     def assets(self) -> Path:
@@ -95,9 +97,9 @@ def save_checkpoint(
     training: Config,
     step: int,
     metrics: Metrics,
-    probe: Tensors,
+    sample_inputs: Tensors,
 ) -> Checkpoint:
-    """Write the trained parameters, the probe, the assets and the manifest; the folder is complete or untouched."""
+    """Write trained parameters, sample inputs, assets and manifest; the folder is complete or untouched."""
     frozen = spec.frozen(config)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -107,7 +109,7 @@ def save_checkpoint(
         (draft / ASSETS / name).write_bytes(data)
     tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
     save_file({name: tensor for name, tensor in tensors.items() if not _under(name, frozen)}, draft / WEIGHTS)
-    save_file({name: np.ascontiguousarray(values) for name, values in probe.items()}, draft / PROBE)
+    save_file({name: np.ascontiguousarray(values) for name, values in sample_inputs.items()}, draft / SAMPLE_INPUTS)
     manifest = {
         "model": spec.name,
         "preset": preset,

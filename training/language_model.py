@@ -43,7 +43,7 @@ class LanguageModel:
     projection: "nn.Linear | None" = None
 
 
-def whole_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision: str) -> Any:
+def complete_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision: str) -> Any:
     """Hugging Face's tokenizer around the very tokenizer.json that our pipelines read.
 
     Special tokens and chat template are those of `source`; where it has none, the special tokens that the model's

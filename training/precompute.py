@@ -21,7 +21,7 @@ from runtimes.search.collection import DTYPES
 from training.embed_dataset import Job, Work, collect, collect_with_ray
 from training.loop import is_first_process
 from training.run import configure
-from training.spec import Reading, find_spec
+from training.spec import FrozenInference, find_spec
 
 PADDED_SIZE = 4096  # tokens of a batch, padding included
 EVERY_TEXT = slice(None)
@@ -49,18 +49,18 @@ def fill_store(arguments: Any, changes: dict[str, str]) -> None:
     recipe = spec.recipe()(config, training, arguments.data)
     for line in recipe.summary():
         print(f"{spec.name}: {line}", file=sys.stderr)
-    readings = recipe.readings()
-    if not readings:
+    frozen_inferences = recipe.frozen_inferences()
+    if not frozen_inferences:
         raise InputError(f"expected a model with frozen parts that read texts, found {spec.name}, which has none")
     padded_size = arguments.padded_size or recipe.training.get("padded_size", PADDED_SIZE)
     rows = []
     with Store(arguments.store) as store:
-        for reading in readings:
+        for reading in frozen_inferences:
             started = time.perf_counter()
             read = fill(store, reading, padded_size, _own_share())
             seconds = time.perf_counter() - started
             rate = f"{read / seconds:.1f}" if read else "-"
-            rows.append((reading.shelf, len(set(reading.texts)), read, f"{seconds:.1f}", rate))
+            rows.append((reading.namespace, len(set(reading.texts)), read, f"{seconds:.1f}", rate))
     print(table(["shelf", "texts", "read now", "seconds", "texts/s"], rows))
 
 
@@ -86,13 +86,13 @@ def make_collection(arguments: Any) -> None:
         print(table(["collection", "rows", "shards now", "seconds"], rows))
 
 
-def fill(store: Store, reading: Reading, padded_size: int = PADDED_SIZE, share: slice = EVERY_TEXT) -> int:
+def fill(store: Store, reading: FrozenInference, padded_size: int = PADDED_SIZE, share: slice = EVERY_TEXT) -> int:
     """How many texts were read: those of this share that had no entry. Every batch is kept as soon as it is read."""
-    shelf = store.shelf(reading.shelf, reading.identity)
-    missing = shelf.missing(list(dict.fromkeys(reading.texts))[share])
-    with tqdm(total=len(missing), desc=reading.shelf, disable=not sys.stderr.isatty(), leave=False) as bar:
+    namespace = store.namespace(reading.namespace, reading.identity)
+    missing = namespace.missing(list(dict.fromkeys(reading.texts))[share])
+    with tqdm(total=len(missing), desc=reading.namespace, disable=not sys.stderr.isatty(), leave=False) as bar:
         for batch in buckets(missing, reading.lengths(missing), padded_size):
-            shelf.put(batch, reading.ask(batch))
+            namespace.put(batch, reading.run(batch))
             bar.update(len(batch))
     return len(missing)
 

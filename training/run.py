@@ -60,7 +60,7 @@ def changed(spec: ModelSpec, config: Config, training: Config, changes: dict[str
         raise InputError(f"{spec.name} --set: expected a setting of {', '.join(sorted(known))}; found '{name}'")
     own = {name: text for name, text in changes.items() if name in config}
     by_hand = {name: text for name, text in changes.items() if name in training}
-    config = spec.settle(override(config, own))
+    config = spec.resolve_config(override(config, own))
     training = override(spec.implied(config, override(training, by_hand)), by_hand)
     check_training(training)
     return config, training
@@ -91,7 +91,7 @@ def train(
         training=recipe.training,
         step=step,
         metrics=evaluation.metrics,
-        probe=recipe.probe(),
+        sample_inputs=recipe.sample_inputs(),
     )
     return checkpoint, evaluation
 

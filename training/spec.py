@@ -48,13 +48,13 @@ class Tolerance:
     relative: float
 
 
-def whole(module: "nn.Module") -> "nn.Module":
-    """The module itself: nothing of it is left out."""
+def identity(module: "nn.Module") -> "nn.Module":
+    """The module itself."""
     return module
 
 
-def as_said(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
-    """The answer itself: nothing in it is a near-tie."""
+def unmasked(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+    """The candidate's outputs unchanged: no near-tie is masked."""
     return got
 
 
@@ -64,18 +64,18 @@ class ModelSpec:
 
     signature    the tensors of a model of this config
     build        the module of this config: its arguments and results are the signature's, in order
-    feeds        realistic inputs without state for these sizes, drawn from `probe` (real inputs) where given
+    draw_inputs  realistic inputs without state for these sizes, drawn from `sample_inputs` (real inputs) where given
     agreement    the comparison of decisions: (candidate, original, tolerance) -> checks by name
-    settled      the candidate's outputs with the original's where the original itself hung on a near-tie; `agreement`
-                 has to limit how much that is
+    mask_near_ties  the candidate's outputs, with the original's where the original itself hung on a near-tie;
+                 `agreement` has to limit how much that is
     sequence     (module, inputs) -> what the original says to whole sequences at once, from a state of zeros, without
                  state; for a model whose own time axis is a single step
-    trial        real inputs without state, from the probe, batch by batch; their outputs are compared as one batch
+    parity_inputs  real inputs without state, from the sample inputs, batch by batch; their outputs are compared as one
     tolerance    by precision; a precision without one cannot be proved and so is not exported
     skips        the reason why a target is not for this model, by target
     exact        parts of the module that stay in float32 when the rest becomes int8
     fixed        what of the config makes the model what its name says, and cannot be set
-    settle       completes a config with what follows from it, such as the width of the base it names
+    resolve_config       completes a config with what follows from it, such as the width of the base it names
     implied      the training settings that follow from others, such as those of a profile; what is set by hand wins
     assets       files that the pipeline reads, such as a tokenizer, by name
     checkpoint   the model whose checkpoint this one is cut from; its own name unless it is a part of another
@@ -83,10 +83,10 @@ class ModelSpec:
     exported     what is traced of it: its answers, and what a pipeline needs beside them
     absent       the reason why a checkpoint of this config has no such part, or None
     embedder     opens a checkpoint for embedding whole collections, if the model does that
-    calibration  real inputs of one row, drawn from `probe`, on which int8 is calibrated; else `feeds` of all sizes
+    calibration  real inputs of one row, drawn from `sample_inputs`, to calibrate int8 on; else draws of all sizes
     notes        what each setting means, for --help
     sweep        the experiments of training.sweep, if the model has any
-    language_model  the decoder inside (config, module, probe), for engines that run whole language models
+    language_model  the decoder inside (config, module, sample inputs), for engines that run whole language models
     """
 
     name: str
@@ -94,23 +94,23 @@ class ModelSpec:
     presets: Mapping[str, Preset]
     signature: Callable[[Config], Signature]
     build: Callable[[Config], "nn.Module"]
-    feeds: Callable[[Config, np.random.Generator, Mapping[str, int], Tensors], Tensors]
+    draw_inputs: Callable[[Config, np.random.Generator, Mapping[str, int], Tensors], Tensors]
     agreement: Callable[[Tensors, Tensors, Tolerance], dict[str, Check]]
     tolerance: Mapping[str, Tolerance]
     recipe: Callable[[], type["Recipe"]]
     frozen: Callable[[Config], tuple[Frozen, ...]] = lambda config: ()
     skips: Mapping[str, str] = field(default_factory=dict)
-    settled: Callable[[Tensors, Tensors, Tolerance], Tensors] = as_said
+    mask_near_ties: Callable[[Tensors, Tensors, Tolerance], Tensors] = unmasked
     exact: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
-    settle: Callable[[Config], Config] = dict
+    resolve_config: Callable[[Config], Config] = dict
     implied: Callable[[Config, Config], Config] = lambda config, training: training
     assets: Callable[[Config], Mapping[str, bytes]] = lambda config: {}
     sequence: Callable[["nn.Module", Tensors], Tensors] | None = None
-    trial: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, probe: ()
+    parity_inputs: Callable[[Config, Tensors], Iterable[Tensors]] = lambda config, sample_inputs: ()
     checkpoint: str = ""
-    part: Callable[["nn.Module"], "nn.Module"] = whole
-    exported: Callable[["nn.Module"], "nn.Module"] = whole
+    part: Callable[["nn.Module"], "nn.Module"] = identity
+    exported: Callable[["nn.Module"], "nn.Module"] = identity
     absent: Callable[[Config], str | None] = lambda config: None
     embedder: Callable[..., "TextEmbedder"] | None = None
     calibration: Callable[[Config, Tensors], Iterable[Tensors]] | None = None
@@ -148,19 +148,19 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class FrozenInference:
     """Texts that a frozen model has to read.
 
     identity  names the model, its tokenizer and its settings
     lengths   the length of each text in tokens
-    ask       what the model says to each text of a batch
+    run        the model's output for each text of a batch
     """
 
-    shelf: str
+    namespace: str
     identity: Mapping[str, Any]
     texts: Sequence[str]
     lengths: Callable[[Sequence[str]], Sequence[int]]
-    ask: Callable[[Sequence[str]], Sequence[np.ndarray]]
+    run: Callable[[Sequence[str]], Sequence[np.ndarray]]
 
 
 class TextEmbedder(Protocol):
@@ -209,7 +209,7 @@ class Recipe(ABC):
         """How good `module` is on the validation part."""
 
     @abstractmethod
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """A few real validation inputs, kept with the checkpoint to prove parity on; and those to calibrate int8 on."""
 
     def fit(self) -> "nn.Module | None":
@@ -227,7 +227,7 @@ class Recipe(ABC):
         """A batch from what the dataset gave; a dataset that gathers whole batches needs none."""
         return rows
 
-    def readings(self) -> Sequence[Reading]:
+    def frozen_inferences(self) -> Sequence[FrozenInference]:
         """What the frozen parts have to read once, before training; for `training.precompute`."""
         return ()
 

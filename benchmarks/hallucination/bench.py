@@ -32,7 +32,7 @@ from runtimes.pipeline import open_pipeline
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
 from training.models.hallucination import fitting
-from training.models.hallucination.config import TINY, TRAINING, settle
+from training.models.hallucination.config import TINY, TRAINING, resolve_config
 from training.models.hallucination.data import synthetic_examples
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence, pooled, resemblance, top_share, within
@@ -40,7 +40,7 @@ from training.models.hallucination.metrics import at_threshold, auc
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 from training.models.hallucination.reading import FeatureReader
 from training.models.hallucination.recipe import length_for_pks
-from training.models.hallucination.spec import feeds, signature
+from training.models.hallucination.spec import inputs, signature
 from training.models.hallucination.units import read_log
 from training.precompute import fill
 from training.spec import Config
@@ -92,8 +92,8 @@ class Everything(nn.Module):
         for layer in range(len(after)):
             chosen, _ = top_share(attention[layer, None, :, rows[0]], given["prompt_range"], PERCENT, LENGTHS[-1])
             ecs.append(resemblance(chosen, final, rows))
-            seen, said = (self.base.logits(states[layer, rows[0]]) for states in (middle, after))
-            pks.append(divergence(seen, said, "paper", False))
+            seen, printed = (self.base.logits(states[layer, rows[0]]) for states in (middle, after))
+            pks.append(divergence(seen, printed, "paper", False))
         ecs_BRH = torch.cat(ecs, 1).transpose(1, 2)
         return pooled(ecs_BRH, inside, True), pooled(torch.stack(pks, -1)[None], inside, True)
 
@@ -111,16 +111,16 @@ class Everything(nn.Module):
                 mean = final[weights.topk(count).indices + first].mean(0)
                 ecs[0, r, column] = torch.cosine_similarity(mean, final[n], 0)
             for layer in range(len(after)):
-                seen, said = (self.base.logits(states[layer, n]) for states in (middle, after))
-                pks[0, r, layer] = divergence(seen, said, "paper", False)
+                seen, printed = (self.base.logits(states[layer, n]) for states in (middle, after))
+                pks[0, r, layer] = divergence(seen, printed, "paper", False)
         return pooled(ecs, inside, True), pooled(pks, inside, True)
 
 
 def bench_fused(arguments: Any) -> str:
     """CPU milliseconds end to end, in turns, and the bytes that leave the graph."""
-    config = settle({**CONFIG, "level": "token"})
+    config = resolve_config({**CONFIG, "level": "token"})
     sizes = {**SIZES, "tokens": arguments.tokens, "rows": arguments.rows}
-    made = feeds(config, np.random.default_rng(0), sizes, {})
+    made = inputs(config, np.random.default_rng(0), sizes, {})
     given = {name: torch.from_numpy(values) for name, values in made.items()}
     detector = TokenDetector(config).eval()
     everything = Everything(detector.base).eval()
@@ -205,10 +205,10 @@ def bench_memory(arguments: Any) -> str:
 
 def measure_memory(way: str, tokens: int, answer: int) -> str:
     """MiB that one reading adds to the peak of this process."""
-    config = settle({**CONFIG, "level": "token" if way == "dense" else way})
+    config = resolve_config({**CONFIG, "level": "token" if way == "dense" else way})
     given = {
         name: torch.from_numpy(values)
-        for name, values in feeds(
+        for name, values in inputs(
             config, np.random.default_rng(0), {**SIZES, "tokens": tokens, "rows": answer}, {}
         ).items()
     }
@@ -233,7 +233,7 @@ def peak_mib() -> float:
 
 def bench_reading(arguments: Any) -> str:
     """Answers a CPU minute, the weights of the layers, and how far PKS moves."""
-    config = settle({**CONFIG, "max_tokens": 1024})
+    config = resolve_config({**CONFIG, "max_tokens": 1024})
     examples = synthetic_examples(0, arguments.answers)
     exact: Any = None
     rows = []
@@ -253,7 +253,9 @@ def bench_reading(arguments: Any) -> str:
             started = time.process_time()
             fill(store, reading, reader.training["padded_size"])
             minutes = (time.process_time() - started) / 60
-            pks = np.concatenate(store.shelf(reading.shelf, reading.identity).require(reading.texts, ""))[:, -8:]
+            pks = np.concatenate(store.namespace(reading.namespace, reading.identity).require(reading.texts, ""))[
+                :, -8:
+            ]
         exact = pks if exact is None else exact
         layers = reader.detector.base.model.model.layers
         size = sum(weight.numel() * weight.element_size() for weight in layers.parameters()) / 2**20
@@ -321,10 +323,10 @@ def bench_served(arguments: Any) -> str:
         root = find(arguments.repository, artifact_name("hallucination", "onnx", precision))
         with open_runtime(root) as runtime:
             pipeline = open_pipeline(runtime.artifact, root)
-            said = [pipeline.decode(runtime.fresh(pipeline.encode([example.request])))[0] for example in examples]
-        scores = np.array([answer["response_score"] for answer in said])
+            printed = [pipeline.decode(runtime.fresh(pipeline.encode([example.request])))[0] for example in examples]
+        scores = np.array([answer["response_score"] for answer in printed])
         exact = scores if not len(exact) else exact
-        threshold = said[0]["threshold"]
+        threshold = printed[0]["threshold"]
         same = np.mean((scores >= threshold) == (exact >= threshold))
         moved = np.abs(scores - exact)
         rows.append(

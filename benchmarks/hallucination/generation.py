@@ -15,7 +15,7 @@ from runtimes.errors import EngineError
 from runtimes.host.cli import command, parser, table
 from runtimes.pipelines.hallucination.decoding import Generated, Generator, Mitigation
 from training.models.hallucination import mitigated
-from training.models.hallucination.config import TINY, heads_of, layers_of, settle
+from training.models.hallucination.config import TINY, heads_of, layers_of, resolve_config
 from training.models.hallucination.mitigation import MitigatedDecoder
 from training.models.hallucination.module import ChunkDetector
 from training.spec import Config
@@ -31,10 +31,10 @@ class Forgetful(Generator):
     def generate(self, ids: Any, prompt: tuple[int, int], **options: Any) -> Generated:
         result = Generated()
         for _ in range(options["max_new_tokens"]):
-            said = super().generate([*ids, *result.ids], prompt, **{**options, "max_new_tokens": 1})
-            result.ids += said.ids
-            result.scores += said.scores
-            result.reweighted += said.reweighted
+            printed = super().generate([*ids, *result.ids], prompt, **{**options, "max_new_tokens": 1})
+            result.ids += printed.ids
+            result.scores += printed.scores
+            result.reweighted += printed.reweighted
         return result
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print CPU milliseconds a token by length of the prompt, both ways in turns, scored and always reweighted."""
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(1)
-    settings = generator_settings(settle(CONFIG))
+    settings = generator_settings(resolve_config(CONFIG))
     ways = {"kept": Generator(**settings), "read anew": Forgetful(**settings)}
     rows = []
     for length in LENGTHS:
@@ -66,10 +66,10 @@ def generator_settings(config: Config) -> dict[str, Any]:
     module = MitigatedDecoder(ChunkDetector(config).eval())
     signature = mitigated.signature(config)
 
-    def step(feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def step(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():
-            said = module(*(feeds[tensor.name] for tensor in signature.inputs))
-        return {tensor.name: value for tensor, value in zip(signature.outputs, said, strict=True)}
+            printed = module(*(inputs[tensor.name] for tensor in signature.inputs))
+        return {tensor.name: value for tensor, value in zip(signature.outputs, printed, strict=True)}
 
     return {"step": step, "signature": signature, "heads": heads_of(config), "layers": layers_of(config)}
 

@@ -63,8 +63,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def real_text(checkpoint: Checkpoint) -> np.ndarray:
-    """Held-out bytes of the checkpoint's probe, from the one that begins a text on. int64 [STREAMED]"""
-    ids = checkpoint.probe()["byte_ids"].reshape(-1)
+    """Held-out bytes of the checkpoint's sample inputs, from the one that begins a text on. int64 [STREAMED]"""
+    ids = checkpoint.sample_inputs()["byte_ids"].reshape(-1)
     start = int((ids == BOS).argmax())
     return np.resize(np.roll(ids, -start), STREAMED).astype(np.int64)
 
@@ -74,15 +74,15 @@ def texts(module: HNetForCausalLM, full: Runtime, text: np.ndarray) -> list[Row]
     rows = []
     for batch, length in ((1, 256), (1, 512), (8, 256)):
         ids = np.tile(text[:length], (batch, 1))
-        feeds = {"byte_ids": ids, "lengths": np.full(batch, length)}
-        arguments = [torch.from_numpy(array) for array in feeds.values()]
+        inputs = {"byte_ids": ids, "lengths": np.full(batch, length)}
+        arguments = [torch.from_numpy(array) for array in inputs.values()]
 
         def eager(arguments: list[torch.Tensor] = arguments) -> None:
             with torch.inference_mode():
                 module(*arguments)
 
-        def converted(feeds: Mapping[str, np.ndarray] = feeds) -> None:
-            full.infer(feeds)
+        def converted(inputs: Mapping[str, np.ndarray] = inputs) -> None:
+            full.infer(inputs)
 
         ours, theirs = in_turns(converted, eager)
         rows.append(compared(f"text of {batch} x {length}", ours, "torch eager", theirs))
@@ -99,8 +99,8 @@ def steps(module: HNetForCausalLM, one: Runtime, text: np.ndarray) -> list[Row]:
         stream, state = one.stream(1), module.zero_state(1)
         for byte in text:
             started = time.process_time()
-            said = stream.step({"byte_ids": np.array([[byte]])})
-            spent[bool(said["boundary"].any())][0].append(time.process_time() - started)
+            printed = stream.step({"byte_ids": np.array([[byte]])})
+            spent[bool(printed["boundary"].any())][0].append(time.process_time() - started)
         with torch.inference_mode():
             for byte in text:
                 started = time.process_time()
@@ -123,9 +123,9 @@ def streams(full: Runtime, one: Runtime, text: np.ndarray) -> list[Row]:
         spent.append(time.process_time() - started)
     again = []
     for length in range(EVERY, len(text) + 1, EVERY):
-        feeds = {"byte_ids": text[None, :length], "lengths": np.array([length])}
-        full.infer(feeds)  # its memory is laid out at the first call of a size
-        again.append(cpu_s(lambda feeds=feeds: full.infer(feeds)))  # type: ignore[misc]
+        inputs = {"byte_ids": text[None, :length], "lengths": np.array([length])}
+        full.infer(inputs)  # its memory is laid out at the first call of a size
+        again.append(cpu_s(lambda inputs=inputs: full.infer(inputs)))  # type: ignore[misc]
     half = len(text) // 2
     prefixes = f"every prefix read again (1 in {EVERY} measured)"
     return [
@@ -149,8 +149,8 @@ def cpu_s(act: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def compared(what: str, ours_s: float, beside: str, theirs_s: float) -> Row:
-    return what, f"{1e3 * ours_s:.2f} ms", beside, f"{1e3 * theirs_s:.2f} ms", f"{theirs_s / ours_s:.2f}"
+def compared(what: str, ours_s: float, workspace: str, theirs_s: float) -> Row:
+    return what, f"{1e3 * ours_s:.2f} ms", workspace, f"{1e3 * theirs_s:.2f} ms", f"{theirs_s / ours_s:.2f}"
 
 
 if __name__ == "__main__":

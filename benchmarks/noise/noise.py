@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-CALL = "        return dict(zip(names, self.guarded(lambda: self.session.run(names, dict(feeds))), strict=True))\n"
+CALL = "        return dict(zip(names, self.guarded(lambda: self.session.run(names, dict(inputs))), strict=True))\n"
 SLOWED = """        began = perf_counter()
-        said = dict(zip(names, self.guarded(lambda: self.session.run(names, dict(feeds))), strict=True))
+        printed = dict(zip(names, self.guarded(lambda: self.session.run(names, dict(inputs))), strict=True))
         until = perf_counter() + {share} * (perf_counter() - began)
         while perf_counter() < until:
             pass
-        return said
+        return printed
 """
 
 

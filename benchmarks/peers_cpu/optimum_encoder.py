@@ -56,8 +56,8 @@ class RightPadded(Source):
     Positions are counted otherwise by Hugging Face's own encoders where padding stands between tokens.
     """
 
-    def feeds(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
-        return {name: right_padded(ids, self.pad) for name, ids in super().feeds(rng, sizes).items()}
+    def draw_inputs(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
+        return {name: right_padded(ids, self.pad) for name, ids in super().draw_inputs(rng, sizes).items()}
 
     @property
     def pad(self) -> int:
@@ -82,8 +82,8 @@ class Elsewhere(Runtime):
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=CHECKOUT,
         )  # fmt: skip
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        np.savez(self.scratch, **feeds)  # type: ignore[arg-type]
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        np.savez(self.scratch, **inputs)  # type: ignore[arg-type]
         print(self.scratch, file=self.process.stdin, flush=True)
         if not self.process.stdout.readline():
             raise EngineError(f"expected an answer of {self.artifact.runtime}, found none; its words are above")

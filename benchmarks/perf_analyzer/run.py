@@ -24,7 +24,7 @@ import numpy as np
 from runtimes.artifact import Artifact
 from runtimes.bench.measure import Worker
 from runtimes.bench.suite import request_sizes
-from runtimes.bench.worker import example_feeds
+from runtimes.bench.worker import example_inputs
 from runtimes.errors import EngineError, SlipwayError
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
@@ -38,8 +38,8 @@ AGREE = 0.15
 def input_data(root: Path, path: Path) -> None:
     """The request of runtimes.bench in perf_analyzer's format is in `path`."""
     with open_runtime(root) as runtime:
-        feeds = example_feeds(runtime, request_sizes(runtime.artifact))
-    tensors = {name: {"content": a.ravel().tolist(), "shape": list(a.shape[1:])} for name, a in feeds.items()}
+        inputs = example_inputs(runtime, request_sizes(runtime.artifact))
+    tensors = {name: {"content": a.ravel().tolist(), "shape": list(a.shape[1:])} for name, a in inputs.items()}
     path.write_text(json.dumps({"data": [tensors]}))
 
 

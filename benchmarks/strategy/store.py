@@ -19,7 +19,7 @@ from runtimes.host.cli import command, flags, parser, settings, table
 from training.models.strategy.recipe import StrategyRecipe
 from training.precompute import fill
 from training.run import configure
-from training.spec import Reading, find_spec
+from training.spec import FrozenInference, find_spec
 
 
 @command
@@ -32,12 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     recipe = StrategyRecipe(config, training, arguments.data)
     count = arguments.batches * training["batch"]
     recipe.samples = (recipe.samples[0][:count], recipe.samples[1][:1])
-    readings = recipe.readings()
+    frozen_inferences = recipe.frozen_inferences()
     with tempfile.TemporaryDirectory(prefix="slipway-") as folder:
         with Store(Path(folder)) as store:
-            read_s = _seconds(lambda: [fill(store, each) for each in readings])
+            read_s = _seconds(lambda: [fill(store, each) for each in frozen_inferences])
         with Store(Path(folder)) as store:
-            fetched_s = _seconds(lambda: _fetch(store, readings))
+            fetched_s = _seconds(lambda: _fetch(store, frozen_inferences))
         recipe.training = {**training, "store": folder}
         step_s = _steps_s(recipe, arguments.batches)
     samples = len(recipe.samples[0])
@@ -50,10 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _fetch(store: Store, readings: Sequence[Reading]) -> None:
+def _fetch(store: Store, frozen_inferences: Sequence[FrozenInference]) -> None:
     """Take from the store what it holds, as training does once before its first epoch."""
-    for each in readings:
-        store.shelf(each.shelf, each.identity).require(each.texts, "read them first")
+    for each in frozen_inferences:
+        store.namespace(each.namespace, each.identity).require(each.texts, "read them first")
 
 
 def _steps_s(recipe: StrategyRecipe, batches: int) -> float:

@@ -86,15 +86,15 @@ def say(model: Any, texts: Sequence[np.ndarray]) -> Said:
     return np.concatenate(scores), np.concatenate(likeliest)
 
 
-def line(name: str, said: Said, own: Said, size: float | None = None, seconds: float = 0.0) -> list[str]:
-    perplexity, original = (float(np.exp(-scores.astype(float).mean())) for scores, _ in (said, own))
+def line(name: str, printed: Said, own: Said, size: float | None = None, seconds: float = 0.0) -> list[str]:
+    perplexity, original = (float(np.exp(-scores.astype(float).mean())) for scores, _ in (printed, own))
     return [
         name,
         "-" if size is None else f"{size:.3f}",
         f"{perplexity:.2f}",
         f"{perplexity / original:.4f}",
-        f"{(said[1] == own[1]).mean():.3f}",
-        f"{np.abs(said[0] - own[0]).mean():.3f}",
+        f"{(printed[1] == own[1]).mean():.3f}",
+        f"{np.abs(printed[0] - own[0]).mean():.3f}",
         f"{seconds:.0f}",
     ]
 

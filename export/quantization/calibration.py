@@ -18,7 +18,7 @@ from export.source import Source
 from runtimes.errors import ParityError, require
 from runtimes.tensors import BATCH, Tensors
 
-FEEDS = 512
+CALIBRATION_INPUTS = 512
 ROWS = 2048  # of an activation, on which the error of a product is measured
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a channel's range that the weights take over
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # of the largest value seen
@@ -60,19 +60,21 @@ class Scales:
     drift: np.ndarray
 
 
-def calibration_feeds(source: Source) -> Iterator[Tensors]:
-    """Complete feeds of one row each: what the model wants to be calibrated on, or else feeds of all sizes."""
+def calibration_inputs(source: Source) -> Iterator[Tensors]:
+    """Complete inputs of one row each: what the model wants to be calibrated on, or else inputs of all sizes."""
     rng, signature = np.random.default_rng(0), source.signature
     if source.spec.calibration:
-        chosen = source.spec.calibration(source.config, source.probe)
-        yield from ({**feeds, **signature.zero_state(1)} for feeds, _ in zip(chosen, range(FEEDS), strict=False))
+        chosen = source.spec.calibration(source.config, source.sample_inputs)
+        yield from (
+            {**inputs, **signature.zero_state(1)} for inputs, _ in zip(chosen, range(CALIBRATION_INPUTS), strict=False)
+        )
         return
-    for _ in range(FEEDS):
+    for _ in range(CALIBRATION_INPUTS):
         sizes = {axis.name: int(rng.integers(axis.min, axis.max, endpoint=True)) for axis in signature.axes}
-        yield {**source.feeds(rng, {**sizes, BATCH: 1}), **signature.zero_state(1)}
+        yield {**source.draw_inputs(rng, {**sizes, BATCH: 1}), **signature.zero_state(1)}
 
 
-def quantize_static(path: Path, feeds: Iterable[Tensors], exact: Sequence[str] = ()) -> None:
+def quantize_static(path: Path, inputs: Iterable[Tensors], exact: Sequence[str] = ()) -> None:
     """Make the constant matrix products int8 in place, checked; `ParityError` if there are none.
 
     Matrices that multiply one activation become one product: an engine then quantizes it once, and ONNX Runtime 1.31
@@ -83,7 +85,7 @@ def quantize_static(path: Path, feeds: Iterable[Tensors], exact: Sequence[str] =
     products = find_products(model, exact)
     if not products:
         raise ParityError(f"{path.name}: expected products with constant matrices to make int8, found none")
-    seen = observe(path, [product.activation for product in products], feeds)
+    seen = observe(path, [product.activation for product in products], inputs)
     for product in products:
         rewrite(model, product, choose_scales(seen[product.activation], product.weights))
     drop_unused(model)
@@ -128,8 +130,8 @@ def matrix(node: Any, tensor: Any) -> Matrix:
     return weights.T if settings.get("transB") else weights
 
 
-def observe(path: Path, activations: Sequence[str], feeds: Iterable[Tensors]) -> dict[str, Seen]:
-    """What the activations of the float model are on these feeds."""
+def observe(path: Path, activations: Sequence[str], inputs: Iterable[Tensors]) -> dict[str, Seen]:
+    """What the activations of the float model are on these inputs."""
     onnx, ort = require("onnx", extra="export"), require("onnxruntime", extra="onnx")
     model = onnx.load(path, load_external_data=False)
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in activations)
@@ -144,9 +146,9 @@ def observe(path: Path, activations: Sequence[str], feeds: Iterable[Tensors]) ->
     rng = np.random.default_rng(0)
     largest: dict[str, np.ndarray] = {}
     rows: dict[str, list[Matrix]] = {name: [] for name in activations}
-    feeds = list(feeds)
-    rows_per_feed = max(1, ROWS // max(1, len(feeds)))
-    for each in feeds:
+    inputs = list(inputs)
+    rows_per_feed = max(1, ROWS // max(1, len(inputs)))
+    for each in inputs:
         for name, value in zip(activations, session.run(list(activations), each), strict=True):
             flat = value.reshape(-1, value.shape[-1])
             largest[name] = np.maximum(largest.get(name, 0), np.abs(flat).max(0))

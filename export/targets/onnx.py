@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from export.lowering import OPSET, quantize_weights, write_onnx
-from export.quantization.calibration import calibration_feeds, quantize_static
+from export.quantization.calibration import calibration_inputs, quantize_static
 from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes.engines.onnxruntime import MODEL_FILE
@@ -17,7 +17,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     path = out / MODEL_FILE
     write_onnx(source, OPERATOR, "fp16" if precision == "fp16" else "fp32", path)
     if precision == "int8":
-        quantize_static(path, calibration_feeds(source), source.spec.exact)
+        quantize_static(path, calibration_inputs(source), source.spec.exact)
     elif precision == "int8_dynamic":
         quantize_weights(path, source.spec.exact)
     return Built(built_with={"opset": str(OPSET)})

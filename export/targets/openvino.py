@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from export.lowering import OPSET, write_onnx
-from export.quantization.calibration import calibration_feeds, quantize_static
+from export.quantization.calibration import calibration_inputs, quantize_static
 from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes.engines.openvino import MODEL_FILE, openvino_errors
@@ -16,7 +16,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     onnx_path = out / "model.onnx"
     write_onnx(source, OPERATOR, "fp32", onnx_path)
     if precision == "int8":
-        quantize_static(onnx_path, calibration_feeds(source), source.spec.exact)
+        quantize_static(onnx_path, calibration_inputs(source), source.spec.exact)
     try:
         model = openvino.convert_model(onnx_path)
     except openvino_errors() as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.lowering import OPSET, write_onnx
-from export.quantization.calibration import calibration_feeds, quantize_static
+from export.quantization.calibration import calibration_inputs, quantize_static
 from export.source import Source
 from export.target import Built, Target
 from runtimes.engines.onnxruntime import MODEL_FILE
@@ -33,14 +33,14 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     form = Form(kind="doubling", length=longest)
     write_onnx(source, form, "fp32" if precision == "int8" else precision, onnx_path)
     if precision == "int8":
-        quantize_static(onnx_path, calibration_feeds(source), source.spec.exact)
+        quantize_static(onnx_path, calibration_inputs(source), source.spec.exact)
     (out / PLAN_FILE).write_bytes(build(builder, onnx_path, source.signature))
     return Built(
         built_with={"opset": str(OPSET), "builder": builder, "gpu": _architectures(builder)},
         device="cuda",
-        idle=_why_idle(builder),
+        not_run_reason=_why_idle(builder),
         served=builder == FULL,
-        stand_in="onnxruntime",
+        proxy_engine="onnxruntime",
     )
 
 

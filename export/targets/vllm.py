@@ -62,8 +62,8 @@ def convert(source: Source, precision: str, out: Path) -> Built:
         built_with=built_with,
         checks=checks,
         device="cuda" if gpu() else "cpu",
-        idle=why_idle(language_model.model, precision),
-        stand_in="transformers",
+        not_run_reason=why_idle(language_model.model, precision),
+        proxy_engine="transformers",
         speaks_tensors=False,
     )
 

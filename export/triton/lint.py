@@ -12,7 +12,7 @@ from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
 from runtimes.json_schema import Schema
 from runtimes.pipeline import find_pipeline, open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as WISH_SCHEMA
+from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
 from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.tensors import BATCH, TensorSpec
@@ -160,7 +160,7 @@ def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[st
     """One request in, many answers out; the artifact is a step."""
     if not can_write(artifact.signature):
         yield f"expected a step of a byte language model to write with, found {artifact.name}"
-    yield from _check_schema(version, WISH_SCHEMA)
+    yield from _check_schema(version, GENERATION_SCHEMA)
     if not config.model_transaction_policy.decoupled:
         yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
     if config.max_batch_size:

@@ -28,17 +28,17 @@ from export.triton.config import (
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as WISH_SCHEMA
+from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
 from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import (
     REQUEST_SCHEMA,
     STEP_FILE,
     all_versions,
-    beside,
+    artifacts_root,
     holds_artifact,
-    home_of,
     number_of,
     versions,
+    workspace,
     writer_name,
 )
 from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
@@ -67,7 +67,7 @@ def publish(
     """
     artifact.verify_files(draft)
     with _publishing(artifact.name, repository) as staging:
-        model = home_of(repository, served) / artifact.name
+        model = artifacts_root(repository, served) / artifact.name
         loaded = how_many_load(artifact, versions(model))
         config = model_config(artifact, artifact.runtime, scheduling, loaded) if served else None
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
@@ -75,7 +75,7 @@ def publish(
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
-            _discard(versions(home_of(repository, False) / artifact.name), staging)
+            _discard(versions(artifacts_root(repository, False) / artifact.name), staging)
         return published
 
 
@@ -161,7 +161,7 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
         if can_write(artifact.signature):
             name = writer_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
-            write_json(draft / REQUEST_SCHEMA, WISH_SCHEMA)
+            write_json(draft / REQUEST_SCHEMA, GENERATION_SCHEMA)
             _install_changes(draft, repository / name, writer_config(artifact, name, scheduling), staging)
 
 
@@ -191,7 +191,7 @@ def earlier_than(draft: Path, model: Path) -> list[Path]:
 @contextmanager
 def drafting(repository: Path) -> Iterator[Path]:
     """A new folder to make an artifact in, fit for `publish`; whatever is left of it at the end is removed."""
-    drafts = beside(repository) / "drafts"
+    drafts = workspace(repository) / "drafts"
     drafts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         with _locked(drafts):  # nobody sweeps a draft between its making and its locking
@@ -207,7 +207,7 @@ def drafting(repository: Path) -> Iterator[Path]:
 @contextmanager
 def _publishing(name: str, repository: Path) -> Iterator[Path]:
     """An empty folder for staging, with no other publisher at work; a refusal of the disk is an `ArtifactError`."""
-    staging = beside(repository) / "staging"
+    staging = workspace(repository) / "staging"
     try:
         repository.mkdir(parents=True, exist_ok=True)
         staging.parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import FOREIGN, EngineError, Overloaded, SlipwayError, said
+from runtimes.errors import FOREIGN, EngineError, Overloaded, SlipwayError, error_text
 
 LATE_S = 1e-3  # a request sent this long after its intended time was late
 LEAD_S = 0.005  # between the start of the clock and the first arrival
@@ -137,18 +137,18 @@ def posting(post: Callable[[int, Callable[[], None]], None], intended_s: np.ndar
     `post` sends request `i` without waiting for its answer, and sees to it that what it was given is called then.
     """
     sent, done = (np.zeros(len(intended_s)) for _ in range(2))
-    settled = threading.Semaphore(0)
+    mask_near_ties = threading.Semaphore(0)
     cpu, origin = time.process_time_ns(), time.perf_counter() + LEAD_S
 
-    def settle(i: int) -> None:
+    def resolve_config(i: int) -> None:
         done[i] = time.perf_counter() - origin
-        settled.release()
+        mask_near_ties.release()
 
     for i, at in enumerate(intended_s):
         sent[i] = _wait_until(origin + at) - origin
-        post(i, partial(settle, i))
+        post(i, partial(resolve_config, i))
     for _ in intended_s:
-        settled.acquire()
+        mask_near_ties.acquire()
     return account(intended_s, sent, done, (time.process_time_ns() - cpu) * 1e-9)
 
 
@@ -234,7 +234,7 @@ def _run_lanes(lanes: Sequence[Callable[[], None]], let_go: Callable[[], None]) 
             failures.append(error)
             let_go()
         except FOREIGN as error:
-            failures.append(EngineError(said(error)))
+            failures.append(EngineError(error_text(error)))
             let_go()
 
     threads = [threading.Thread(target=guarded, args=(lane,), daemon=True) for lane in lanes]

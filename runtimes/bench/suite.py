@@ -18,7 +18,7 @@ from runtimes.bench.results import BASELINE, Row, counted_samples
 from runtimes.bench.statistics import knee
 from runtimes.host.memory_sampler import Sampler
 from runtimes.pipeline import all_pipelines
-from runtimes.repository import home_of, published
+from runtimes.repository import artifacts_root, published
 from runtimes.runtime import device_for
 from runtimes.tensors import BATCH
 
@@ -44,7 +44,7 @@ def choose(
         yield subject
         if artifact.target == BASELINE:
             yield replace(subject, label="torch.compile", options={**own, "compiled": True})
-        if served and root.is_relative_to(home_of(repository, True)):
+        if served and root.is_relative_to(artifacts_root(repository, True)):
             yield replace(subject, label="triton", served=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtimes.bench.cuda_timer import DeviceTimer
 from runtimes.bench.load import Call, Window, arriving, one_by_one, poisson_arrivals, side_by_side
-from runtimes.errors import FOREIGN, EngineError, SlipwayError, said
+from runtimes.errors import FOREIGN, EngineError, SlipwayError, error_text
 from runtimes.pipeline import open_pipeline
 from runtimes.runtime import Runtime, open_runtime
 from runtimes.tensors import BATCH, Tensors
@@ -82,26 +82,26 @@ class Bench:
         return self.calls[:count]
 
 
-def example_feeds(runtime: Runtime, sizes: Mapping[str, int]) -> Tensors:
+def example_inputs(runtime: Runtime, sizes: Mapping[str, int]) -> Tensors:
     """The pipeline's example request as tensors, repeated along every axis to these sizes."""
     pipeline = open_pipeline(runtime.artifact, runtime.root)
     arrays = pipeline.encode([pipeline.example()])
-    feeds = {}
+    inputs = {}
     for tensor in runtime.artifact.signature.free_inputs:
         array = arrays[tensor.name]
         for axis, size in enumerate(tensor.resolve(sizes)):
             array = np.take(array, np.arange(size) % array.shape[axis], axis)
-        feeds[tensor.name] = np.ascontiguousarray(array)
-    return feeds
+        inputs[tensor.name] = np.ascontiguousarray(array)
+    return inputs
 
 
 def prepare(runtime: Runtime, sizes: Mapping[str, int]) -> Call:
     """One call as a user makes it: the next step of a stream, or where time is not 1 a piece from a fresh state."""
-    feeds = example_feeds(runtime, sizes)
+    inputs = example_inputs(runtime, sizes)
     if runtime.artifact.signature.state and sizes.get("time", 1) == 1:
         stream = runtime.stream(sizes[BATCH])
-        return lambda: stream.step(feeds)
-    return runtime.repeated(feeds)
+        return lambda: stream.step(inputs)
+    return runtime.repeated(inputs)
 
 
 def check_device(runtime: Runtime) -> None:
@@ -126,7 +126,7 @@ def main() -> None:
         except BrokenPipeError:
             pass  # whoever asked is gone
         except (SlipwayError, *FOREIGN) as error:  # torch.compile raises what it likes: that engine's row says so
-            _say(pipe, said(error))
+            _say(pipe, error_text(error))
 
 
 def _say(pipe: socket.socket, error: str) -> None:

@@ -34,7 +34,7 @@ class AnswerCache:
         self._stack = ExitStack()
         self._open: Callable[[], Runtime] = lambda: self._stack.enter_context(open_runtime(root, device=device))
         self._pipeline = open_pipeline(artifact, root)
-        self._shelf = store.shelf(f"{artifact.name}_answers", {"artifact": artifact.key})
+        self._shelf = store.namespace(f"{artifact.name}_answers", {"artifact": artifact.key})
 
     def __enter__(self) -> "AnswerCache":
         return self
@@ -54,7 +54,7 @@ class AnswerCache:
     def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
         result = []
         for text in texts:  # one by one: what a request is answered must not depend on its neighbours
-            feeds = self._pipeline.encode([json.loads(text)])
-            (answer,) = self._pipeline.decode(self._runtime.fresh(feeds))
+            inputs = self._pipeline.encode([json.loads(text)])
+            (answer,) = self._pipeline.decode(self._runtime.fresh(inputs))
             result.append(np.frombuffer(json.dumps(answer).encode(), np.uint8))
         return result

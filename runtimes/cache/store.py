@@ -57,22 +57,22 @@ class Store:
             self._environment.close()
         self._environment = None
 
-    def shelf(self, name: str, identity: Identity) -> "Shelf":
-        """The entries of one frozen model; `ArtifactError` if the shelf of this name is another model's."""
+    def namespace(self, name: str, identity: Identity) -> "Namespace":
+        """The entries of one frozen model; `ArtifactError` if the namespace of this name is another model's."""
         if self.folder and not self._has_shelf(self.folder / MANIFEST, name, identity):
             with self._one_writer():
                 self._add_shelf(self.folder / MANIFEST, name, identity)
-        return Shelf(self, name, identity)
+        return Namespace(self, name, identity)
 
     def _one_writer(self) -> AbstractContextManager[Any]:
         """Inside, no other process or thread that has the folder open adds a shelf or an entry."""
         return nullcontext() if self._environment is None else self._environment.begin(write=True)
 
     def _has_shelf(self, path: Path, name: str, identity: Identity) -> bool:
-        shelves = _shelves(path)
-        if name in shelves:
-            _refuse_another(path, name, shelves[name], identity)
-        return name in shelves
+        namespaces = _shelves(path)
+        if name in namespaces:
+            _refuse_another(path, name, namespaces[name], identity)
+        return name in namespaces
 
     def _add_shelf(self, path: Path, name: str, identity: Identity) -> None:
         if not self._has_shelf(path, name, identity):  # another may have been quicker
@@ -117,7 +117,7 @@ class Store:
                 self._memory.popitem(last=False)
 
 
-class Shelf:
+class Namespace:
     """The entries of one frozen model in a store."""
 
     def __init__(self, store: Store, name: str, identity: Identity) -> None:
@@ -179,8 +179,8 @@ def _shelves(path: Path) -> dict[str, Any]:
     known: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "shelves": {}}
     if known.get("format") != FORMAT:
         raise ArtifactError(f"{path}: expected format {FORMAT}; precompute into another folder")
-    shelves: dict[str, Any] = known["shelves"]
-    return shelves
+    namespaces: dict[str, Any] = known["shelves"]
+    return namespaces
 
 
 def _refuse_another(path: Path, name: str, found: Identity, identity: Identity) -> None:

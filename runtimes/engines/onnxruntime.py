@@ -42,9 +42,9 @@ class OnnxRuntime(Runtime):
         if self.provider != wanted:
             raise EngineError(f"onnxruntime: expected {wanted}, it fell back to {self.provider}; use device cpu")
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         names = [tensor.name for tensor in self.signature.outputs]
-        return dict(zip(names, self.guarded(lambda: self.session.run(names, dict(feeds))), strict=True))
+        return dict(zip(names, self.guarded(lambda: self.session.run(names, dict(inputs))), strict=True))
 
     def carried(self, batch: int) -> CarriedStream:
         bound = self.device == "cpu" and self.signature.state
@@ -76,17 +76,17 @@ class BoundStream(CarriedStream):
     def __init__(self, runtime: OnnxRuntime, batch: int) -> None:
         super().__init__(runtime, batch)
         self._sizes: dict[str, int] = {}  # what is bound; nothing yet
-        self._feeds: Tensors = {}
+        self._inputs: Tensors = {}
         self._said: Tensors = {}
         self._next: Tensors = {}
         self._bindings: list[Any] = []  # of this step and of the one after it
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        sizes = self.check(feeds)
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        sizes = self.check(inputs)
         if sizes != self._sizes:
             self._bind(sizes)
-        for name, array in self._feeds.items():
-            np.copyto(array, feeds[name])
+        for name, array in self._inputs.items():
+            np.copyto(array, inputs[name])
         session, binding = self.runtime.session, self._bindings[0]
         self.runtime.guarded(lambda: session.run_with_iobinding(binding))
         self._bindings.reverse()
@@ -104,7 +104,7 @@ class BoundStream(CarriedStream):
 
     def _bind(self, sizes: dict[str, int]) -> None:
         signature = self.runtime.signature
-        self._feeds = {spec.name: spec.zeros(sizes) for spec in signature.free_inputs}
+        self._inputs = {spec.name: spec.zeros(sizes) for spec in signature.free_inputs}
         self._said = {spec.name: spec.zeros(sizes) for spec in signature.visible_outputs}
         self._next = signature.zero_state(self.batch) | {name: self.state[name] for name in signature.in_place}
         self._bindings = [self._binding(self.state, self._next), self._binding(self._next, self.state)]
@@ -114,7 +114,7 @@ class BoundStream(CarriedStream):
         binding = self.runtime.session.io_binding()
         results = {result: after[source] for source, result in self.runtime.signature.state}
         for arrays, bind in (
-            (self._feeds | before, binding.bind_input),
+            (self._inputs | before, binding.bind_input),
             (self._said | results, binding.bind_output),
         ):
             for name, array in arrays.items():

@@ -39,10 +39,10 @@ class OpenVinoRuntime(Runtime):
         except openvino_errors() as error:
             raise EngineError(f"openvino cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         with self.turn:  # the answer lies in the request's own memory: the next call, of any thread, overwrites it
             try:
-                answered = self.request.infer(dict(feeds), share_inputs=True)
+                answered = self.request.infer(dict(inputs), share_inputs=True)
             except RuntimeError as error:
                 raise EngineError(f"openvino failed on {self.artifact.name}: {one_line(error)}") from error
             return {tensor.name: answered[tensor.name].copy() for tensor in self.signature.outputs}

@@ -40,9 +40,9 @@ class OptimumRuntime(Runtime):
         if self.provider != PROVIDER:
             raise EngineError(f"optimum: expected {PROVIDER}, it runs on {self.provider}")
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")
-        (ids,) = (torch.from_numpy(feeds[tensor.name]) for tensor in self.signature.inputs)
+        (ids,) = (torch.from_numpy(inputs[tensor.name]) for tensor in self.signature.inputs)
         real = (ids != self.model.config.pad_token_id) | (torch.arange(ids.shape[1]) == 0)
         with torch.inference_mode():
             states = self.model(input_ids=ids, attention_mask=real.long()).last_hidden_state

@@ -46,15 +46,15 @@ class TensorRT(Runtime):
         self.buffers: dict[str, tuple[int, int]] = {}
         self.turn = Lock()
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         with self.turn:  # the context, its stream and its buffers are one set, whichever thread calls
-            return self._infer(feeds)
+            return self._infer(inputs)
 
-    def _infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def _infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         to_device = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         to_host = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for tensor in self.signature.inputs:
-            array = np.ascontiguousarray(feeds[tensor.name])
+            array = np.ascontiguousarray(inputs[tensor.name])
             address = self._buffer(tensor.name, array.nbytes)
             self._copy(address, array.ctypes.data, array.nbytes, to_device)
             self.context.set_input_shape(tensor.name, array.shape)

@@ -54,9 +54,9 @@ class Torch(Runtime):
         self._run = self._load(PROGRAM_FILE)
         self._step = self._load(STEP_FILE) if (self.root / STEP_FILE).is_file() else None
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")
-        outputs = self._call({name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()})
+        outputs = self._call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
         return {name: value.cpu().numpy() for name, value in outputs.items()}
 
     def generate(self, ids: Sequence[int], prompt: tuple[int, int], **options: Any) -> Generated:
@@ -71,13 +71,13 @@ class Torch(Runtime):
         generator = Generator(step=self._call, signature=self.signature, heads=heads, layers=layers, device=self.device)
         return generator.generate(ids, prompt, **options)
 
-    def _call(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    def _call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Outputs for tensors that lie on the device."""
         import torch
 
         assert self._run is not None, "run() outside of the with block"
-        step = self._step is not None and feeds[self._recurrent].shape[1] == 1
-        arguments = [feeds[tensor.name] for tensor in self.signature.inputs]
+        step = self._step is not None and inputs[self._recurrent].shape[1] == 1
+        arguments = [inputs[tensor.name] for tensor in self.signature.inputs]
         with torch.inference_mode():
             outputs = self._step(*arguments) if step and self._step else self._run(*arguments)
         if self.compiled and not self._checked:

@@ -49,11 +49,11 @@ class TransformersRuntime(Runtime):
             self._model = kind.from_pretrained(folder, **options).float().to(self.device).eval()
         self._head = EmbeddingHead(folder) if embeds else None
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         """Row by row, without padding: what a row says does not depend on the others."""
         import torch
 
-        ids, mask = (torch.from_numpy(feeds[name]).to(self.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (torch.from_numpy(inputs[name]).to(self.device) for name in ("input_ids", "attention_mask"))
         with torch.no_grad():
             if self._head is not None:
                 rows = [self._head(self._model(row[None, real > 0])[0][0]) for row, real in zip(ids, mask, strict=True)]

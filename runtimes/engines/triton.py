@@ -67,41 +67,41 @@ class TritonRuntime(Runtime):
                 )
         self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        given = {source for source, _ in self.artifact.signature.state} & feeds.keys()
-        if any(feeds[name].any() for name in given):
+    def run(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        given = {source for source, _ in self.artifact.signature.state} & inputs.keys()
+        if any(inputs[name].any() for name in given):
             raise InputError(
                 f"expected {', '.join(sorted(given))} to be zero or left out: the server keeps the state; use stream"
             )
-        return super().run({name: array for name, array in feeds.items() if name not in given})
+        return super().run({name: array for name, array in inputs.items() if name not in given})
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         if not self.recurrent:
-            return self.send(feeds, alone=True)()
+            return self.send(inputs, alone=True)()
         whole = {"sequence_start": True, "sequence_end": True}
-        separate = list(rows(feeds))
+        separate = list(rows(inputs))
         alone = len(separate) == 1
         return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
 
-    def repeated(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
+    def repeated(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
         """As the base class says; a request that starts no sequence is checked and built once.
 
         What comes back is not held against the signature again: `open` has compared that with the server's.
         """
         if self.recurrent:
-            return super().repeated(feeds)
-        self.signature.check_inputs(feeds)
-        return self.send(feeds, alone=True)
+            return super().repeated(inputs)
+        self.signature.check_inputs(inputs)
+        return self.send(inputs, alone=True)
 
     def stream(self, batch: int = 1) -> Stream:
         return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
 
-    def send(self, feeds: Mapping[str, np.ndarray], *, alone: bool = False, **sequence: Any) -> Answer:
+    def send(self, inputs: Mapping[str, np.ndarray], *, alone: bool = False, **sequence: Any) -> Answer:
         """A call that waits for the visible outputs of a request that is on its way, or sends it if it is `alone`."""
         if self._client is None:
             raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
         # One number per row travels as [batch, 1]: Triton has no tensor without dims.
-        wide = {name: array[:, None] if array.ndim == 1 else array for name, array in feeds.items()}
+        wide = {name: array[:, None] if array.ndim == 1 else array for name, array in inputs.items()}
         specs = self.signature.outputs
         wait = self._client.send(self.model, wide, [spec.name for spec in specs], alone=alone, **sequence)
 
@@ -130,15 +130,15 @@ class SequenceStream(Stream):
         self.starting = set(self.sequences)
         self.last: Mapping[str, np.ndarray] = {}
 
-    def step(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def step(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         signature = self.runtime.signature
-        sizes = signature.check_inputs(feeds)
+        sizes = signature.check_inputs(inputs)
         if sizes["batch"] != len(self.sequences):
             raise InputError(f"expected {len(self.sequences)} rows as in every step, found {sizes['batch']}")
-        outputs = self._send(feeds)
+        outputs = self._send(inputs)
         signature.check_outputs(outputs, sizes)
         self.starting.clear()
-        self.last = feeds
+        self.last = inputs
         return outputs
 
     def reset(self, rows: Iterable[int]) -> None:
@@ -151,20 +151,20 @@ class SequenceStream(Stream):
                 self._send(self.last, sequence_end=True)
         self.last = {}
 
-    def _send(self, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Tensors:
+    def _send(self, inputs: Mapping[str, np.ndarray], **sequence: Any) -> Tensors:
         alone = len(self.sequences) == 1
         return joined(
             [
                 self.runtime.send(row, alone=alone, sequence_id=own, sequence_start=own in self.starting, **sequence)
-                for own, row in zip(self.sequences, rows(feeds), strict=True)
+                for own, row in zip(self.sequences, rows(inputs), strict=True)
             ]
         )
 
 
-def rows(feeds: Mapping[str, np.ndarray]) -> Iterator[Tensors]:
+def rows(inputs: Mapping[str, np.ndarray]) -> Iterator[Tensors]:
     """The rows of a batch, each a batch of one."""
-    for row in range(len(next(iter(feeds.values())))):
-        yield {name: array[row : row + 1] for name, array in feeds.items()}
+    for row in range(len(next(iter(inputs.values())))):
+        yield {name: array[row : row + 1] for name, array in inputs.items()}
 
 
 def joined(answers: Sequence[Answer]) -> Tensors:

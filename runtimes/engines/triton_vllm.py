@@ -55,13 +55,13 @@ class TritonVllmRuntime(Runtime):
                 )
         self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         if self.task != "embed":
             raise InputError(
                 f"{self.model} at {self.url}: expected a request to generate, found one for scores, which Triton's "
                 "vllm backend does not tell; give max_tokens, or open the artifact itself"
             )
-        return {self.signature.outputs[0].name: self.embed(real_rows(feeds))}
+        return {self.signature.outputs[0].name: self.embed(real_rows(inputs))}
 
     def complete(self, prompts: Sequence[str], **sampling: Any) -> list[Completion]:
         """What the model writes after each text; the ids of its tokens are not told."""
@@ -86,14 +86,14 @@ class TritonVllmRuntime(Runtime):
         return self._provider
 
     def _generate(self, prompt: str, sampling: Mapping[str, Any], *, stream: bool) -> Iterator[Completion]:
-        feeds = {
+        inputs = {
             "text_input": text(prompt),
             "stream": np.array([stream]),
             "exclude_input_in_output": np.array([True]),
             "sampling_parameters": text(json.dumps(sampling)),
             "return_finish_reason": np.array([True]),
         }
-        for response in self._responses(feeds):
+        for response in self._responses(inputs):
             for written, reason in zip(response["text_output"], response["finish_reason"], strict=True):
                 finished = None if reason == b"None" else reason.decode()
                 yield Completion(text=written.decode(), token_ids=(), finish_reason=finished)
@@ -104,10 +104,10 @@ class TritonVllmRuntime(Runtime):
         vector: list[float] = json.loads(response["text_output"].item())
         return vector
 
-    def _responses(self, feeds: Tensors) -> Iterator[Tensors]:
+    def _responses(self, inputs: Tensors) -> Iterator[Tensors]:
         if self._client is None:
             raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
-        return self._client.stream(self.model, feeds)
+        return self._client.stream(self.model, inputs)
 
 
 def text(value: str) -> np.ndarray:

@@ -56,8 +56,8 @@ class VllmRuntime(Runtime):
             raise
         self._model = model
 
-    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:
-        rows, mask = real_rows(feeds), feeds["attention_mask"].astype(bool)
+    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
+        rows, mask = real_rows(inputs), inputs["attention_mask"].astype(bool)
         if self.task == "embed":
             return {self.signature.outputs[0].name: self.model.embed(rows)}
         outputs: Tensors = {TOKEN_LOGPROBS: np.zeros(mask.shape, np.float32), NEXT_IDS: np.zeros(mask.shape, np.int64)}

@@ -1,5 +1,7 @@
 """`runtimes.pipelines.hnet.generation` under its name before 0.2: published steps that write texts import it."""
 
-from runtimes.pipelines.hnet.generation import Desk, Writing, piece, read_wish
+from runtimes.pipelines.hnet.generation import ContinuousBatcher as Desk
+from runtimes.pipelines.hnet.generation import Writing, piece
+from runtimes.pipelines.hnet.generation import read_generation_request as read_wish
 
 __all__ = ["Desk", "Writing", "piece", "read_wish"]

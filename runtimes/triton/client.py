@@ -52,7 +52,7 @@ class TritonClient(ABC):
         """What `metadata` returns."""
 
     @abstractmethod
-    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+    def _request(self, model: str, inputs: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
         """What is sent, which may be more than once."""
 
     @abstractmethod
@@ -79,7 +79,7 @@ class TritonClient(ABC):
     def send(
         self,
         model: str,
-        feeds: Mapping[str, np.ndarray],
+        inputs: Mapping[str, np.ndarray],
         outputs: Iterable[str],
         *,
         alone: bool = False,
@@ -91,7 +91,7 @@ class TritonClient(ABC):
         less. Called again, it sends the same request again. `sequence` are its sequence_id, sequence_start and
         sequence_end.
         """
-        request = self._request(model, feeds, sequence)
+        request = self._request(model, inputs, sequence)
         if alone:
             return self._answer(partial(self._infer, request), outputs)
         with self._translated():
@@ -100,14 +100,14 @@ class TritonClient(ABC):
     def post(
         self,
         model: str,
-        feeds: Mapping[str, np.ndarray],
+        inputs: Mapping[str, np.ndarray],
         outputs: Iterable[str],
         then: Callable[[Answer], object],
         **sequence: Any,
     ) -> None:
         """A request is on its way; once answered, `then` gets the call for its outputs, in a thread of the library."""
         with self._translated():
-            future = self._submit(self._request(model, feeds, sequence))
+            future = self._submit(self._request(model, inputs, sequence))
         future.add_done_callback(lambda done: then(self._answer(done.result, outputs)))
 
     def _answer(self, wait: Callable[[], Any], outputs: Iterable[str]) -> Answer:
@@ -118,7 +118,7 @@ class TritonClient(ABC):
 
         return answer
 
-    def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
+    def stream(self, model: str, inputs: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
 
         An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, and
@@ -130,13 +130,13 @@ class TritonClient(ABC):
     def close(self) -> None:
         self.client.close()
 
-    def _inputs(self, feeds: Mapping[str, np.ndarray]) -> list[Any]:
+    def _inputs(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """The tensors of a request in the library's own kind."""
-        inputs = []
-        for name, array in feeds.items():
+        converted = []
+        for name, array in inputs.items():
             described = self.library.InferInput(name, array.shape, self.utils.np_to_triton_dtype(array.dtype))
-            inputs.append(described.set_data_from_numpy(array))
-        return inputs
+            converted.append(described.set_data_from_numpy(array))
+        return converted
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -182,9 +182,9 @@ class GrpcClient(TritonClient):
         found: dict[str, Any] = to_dict(message, preserving_proto_field_name=True)
         return found
 
-    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+    def _request(self, model: str, inputs: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
         request = self.library.service_pb2.ModelInferRequest(model_name=model)
-        for name, array in feeds.items():
+        for name, array in inputs.items():
             datatype = self.utils.np_to_triton_dtype(array.dtype)
             request.inputs.add(name=name, datatype=datatype, shape=array.shape)
             content = self.utils.serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
@@ -204,14 +204,14 @@ class GrpcClient(TritonClient):
     def _result(self, answered: Any) -> Any:
         return self.library.InferResult(answered)
 
-    def stream(self, model: str, feeds: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
+    def stream(self, model: str, inputs: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         arrived: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
         connection = self.library.InferenceServerClient(self.url)  # of its own: it has one stream at a time
         try:
             with self._translated():
                 connection.start_stream(lambda result, error: arrived.put((result, error)))
-                inputs = self._inputs(feeds)
-                connection.async_stream_infer(model, inputs, enable_empty_final_response=True, **sequence)
+                converted = self._inputs(inputs)
+                connection.async_stream_infer(model, converted, enable_empty_final_response=True, **sequence)
             final = False
             while not final:
                 response, final = self._arrived(arrived)
@@ -269,8 +269,8 @@ class HttpClient(TritonClient):
         found: dict[str, Any] = self.client.get_model_metadata(model)
         return found
 
-    def _request(self, model: str, feeds: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
-        return partial(self._send, model, self._inputs(feeds), sequence)
+    def _request(self, model: str, inputs: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
+        return partial(self._send, model, self._inputs(inputs), sequence)
 
     def _send(self, model: str, inputs: list[Any], sequence: Mapping[str, Any]) -> Any:
         if not hasattr(self.own, "client"):

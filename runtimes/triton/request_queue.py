@@ -42,7 +42,7 @@ class Limits:
         return Overloaded(f"expected to begin within {self.timeout_s:g} s, found no room: timeout expired")
 
 
-class WaitingLine(Generic[T]):
+class RequestQueue(Generic[T]):
     """First come, first served, within these limits; filled by some threads and emptied by others."""
 
     def __init__(self, limits: Limits) -> None:

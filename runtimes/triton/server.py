@@ -31,7 +31,7 @@ from runtimes.host.background_server import (
 )
 
 # A backend's name, and the folder that stands in for it.
-STAND_INS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
+PROXY_BACKENDS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
 VLLM_ENTRY = re.compile(r'^\s*backend\s*:\s*"vllm"', re.MULTILINE)
 START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
 # What would let a client change the server, write to its disk or map memory of other processes.
@@ -74,8 +74,8 @@ class Bundle:
         for source in (*(self.core / "backends" / "python").glob("*.*"), stub):
             if source.is_file():
                 shutil.copy(source, python)
-        for backend, stand_in in STAND_INS.items():
-            source = PACKAGE / "triton" / "backends" / stand_in
+        for backend, proxy_engine in PROXY_BACKENDS.items():
+            source = PACKAGE / "triton" / "backends" / proxy_engine
             shutil.copytree(source, folder / backend, ignore=shutil.ignore_patterns("__pycache__"))
 
     def environment(self) -> dict[str, str]:
@@ -104,10 +104,10 @@ def find_bundle() -> Bundle:
             f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
             "run: make triton"
         )
-    return probe(venv)
+    return sample_inputs(venv)
 
 
-def probe(venv: Path) -> Bundle:
+def sample_inputs(venv: Path) -> Bundle:
     """The bundle in `venv`, asked from its interpreter."""
     asked = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
     if asked.returncode:

@@ -46,14 +46,14 @@ def engine_arguments(version: Path) -> dict[str, Any]:
     arguments = read_json(version / ENGINE_FILE)
     if not isinstance(arguments, dict) or "model" not in arguments:
         raise ArtifactError(f"{version / ENGINE_FILE}: expected an object with a 'model', found none; export it again")
-    beside = {name: version.absolute() / folder for name, folder in (("model", CHECKPOINT), ("tokenizer", TOKENIZER))}
-    return {**arguments, **{name: str(folder) for name, folder in beside.items() if folder.is_dir()}}
+    places = {name: version.absolute() / folder for name, folder in (("model", CHECKPOINT), ("tokenizer", TOKENIZER))}
+    return {**arguments, **{name: str(folder) for name, folder in places.items() if folder.is_dir()}}
 
 
-def real_rows(feeds: Mapping[str, np.ndarray]) -> list[list[int]]:
+def real_rows(inputs: Mapping[str, np.ndarray]) -> list[list[int]]:
     """The token ids of every row without its padding; `InputError` for a row of nothing else."""
-    mask = feeds["attention_mask"].astype(bool)
-    rows: list[list[int]] = [ids[real].tolist() for ids, real in zip(feeds["input_ids"], mask, strict=True)]
+    mask = inputs["attention_mask"].astype(bool)
+    rows: list[list[int]] = [ids[real].tolist() for ids, real in zip(inputs["input_ids"], mask, strict=True)]
     if not all(rows):
         raise InputError("expected at least one real token in every row, found a row of padding")
     return rows

@@ -54,11 +54,11 @@ class VllmClient:
         asked = _asked(_together([prompt]), {**sampling, "stream": True})
         with self._sent("POST", "/v1/completions", asked) as response:
             for line in response:
-                said = line.decode().removeprefix("data: ").strip()
-                if said == LAST_LINE:
+                printed = line.decode().removeprefix("data: ").strip()
+                if printed == LAST_LINE:
                     return
-                if said:
-                    yield _completion(_unless_error(json.loads(said))["choices"][0])
+                if printed:
+                    yield _completion(_unless_error(json.loads(printed))["choices"][0])
         raise EngineError(f"vLLM at {self.url}: expected a stream that ends with {LAST_LINE}, it broke off")
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -154,12 +154,12 @@ def _refusal(path: str, status: int, body: bytes) -> InputError | EngineError:
     if status == 404:  # it serves what its model can do
         return InputError(f"vLLM refuses the request: its model does not do what {path} asks for")
     try:
-        said = _message(json.loads(body))
+        printed = _message(json.loads(body))
     except (ValueError, KeyError, TypeError):
-        said = one_line(body.decode(errors="replace"))
+        printed = one_line(body.decode(errors="replace"))
     if 400 <= status < 500:
-        return InputError(f"vLLM refuses the request: {said}")
-    return EngineError(f"vLLM failed with status {status}: {said}")
+        return InputError(f"vLLM refuses the request: {printed}")
+    return EngineError(f"vLLM failed with status {status}: {printed}")
 
 
 def _message(answer: Any) -> str:

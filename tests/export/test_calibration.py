@@ -12,7 +12,7 @@ from torch import nn
 
 from export.lowering import quantize_weights, write_onnx
 from export.quantization import calibration
-from export.quantization.calibration import calibration_feeds, choose_scales, quantize_static, smoothing
+from export.quantization.calibration import calibration_inputs, choose_scales, quantize_static, smoothing
 from export.source import OPERATOR
 from runtimes.errors import ParityError
 from tests.export.test_lowering import SIGNATURE, OfModule, run_onnx
@@ -45,7 +45,7 @@ class Rows(nn.Module):
         return self.linear(x.reshape(-1, 4)).reshape(x.shape)
 
 
-def feeds(count: int = 64) -> list[dict[str, np.ndarray]]:
+def inputs(count: int = 64) -> list[dict[str, np.ndarray]]:
     return [{"x": RNG.normal(size=(1, 6, 4)).astype(np.float32)} for _ in range(count)]
 
 
@@ -59,7 +59,7 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_int8_is_close_to_the_float_model_and_smaller(model: Path) -> None:
     x = RNG.normal(size=(8, 16, 4)).astype(np.float32)
     want = run_onnx(model, x=x)
-    quantize_static(model, feeds())
+    quantize_static(model, inputs())
     error = np.abs(run_onnx(model, x=x) - want)
     assert 0 < error.mean() < 0.02, "two rounded factors of eight bits"
 
@@ -74,13 +74,13 @@ def test_an_answer_does_not_depend_on_its_batch_as_it_does_with_dynamic_scales(m
     dynamic = model.with_name("dynamic.onnx")
     dynamic.write_bytes(model.read_bytes())
     quantize_weights(dynamic)
-    quantize_static(model, feeds())
+    quantize_static(model, inputs())
     assert alone_and_in_company(model)
     assert not alone_and_in_company(dynamic)
 
 
 def test_every_scale_is_a_constant_without_zero_point_and_every_quantized_value_has_one_reader(model: Path) -> None:
-    quantize_static(model, feeds())
+    quantize_static(model, inputs())
     graph = onnx.load(model).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     coders = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -99,7 +99,7 @@ def test_onnx_runtime_computes_in_int8_and_once_for_products_of_one_activation(
 ) -> None:
     path, optimized = tmp_path / "model.onnx", tmp_path / "optimized.onnx"
     write_onnx(OfModule(module()), OPERATOR, "fp32", path)
-    quantize_static(path, feeds())
+    quantize_static(path, inputs())
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(optimized)
     options.log_severity_level = 3
@@ -150,7 +150,7 @@ def test_weights_beyond_the_limit_of_protobuf_stay_in_a_file_of_their_own(
     write_onnx(OfModule(nn.Sequential(nn.Linear(4, 500), nn.Tanh(), nn.Linear(500, 4))), OPERATOR, "fp32", path)
     x = RNG.normal(size=(2, 6, 4)).astype(np.float32)
     want = run_onnx(path, x=x)
-    quantize_static(path, feeds())
+    quantize_static(path, inputs())
     assert {each.name for each in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
     np.testing.assert_allclose(run_onnx(path, x=x), want, atol=0.1)
 
@@ -164,7 +164,7 @@ def test_a_model_without_constant_products_has_nothing_to_make_int8(tmp_path: Pa
     path = tmp_path / "model.onnx"
     write_onnx(OfModule(Nothing()), OPERATOR, "fp32", path)
     with pytest.raises(ParityError, match="expected products with constant matrices to make int8, found none"):
-        quantize_static(path, feeds(2))
+        quantize_static(path, inputs(2))
 
 
 def test_nan_in_the_calibration_is_refused(model: Path) -> None:
@@ -179,12 +179,12 @@ def test_a_gemm_that_is_no_linear_is_refused(model: Path, tmp_path: Path) -> Non
             node.attribute.append(onnx.helper.make_attribute("alpha", 2.0))
             onnx.save(loaded, model)
             with pytest.raises(ParityError, match="expected a Gemm as of a Linear"):
-                quantize_static(model, feeds(2))
+                quantize_static(model, inputs(2))
 
 
 def test_calibration_takes_one_row_at_a_time_of_every_length() -> None:
-    drawn = list(calibration_feeds(OfModule(Layers())))
+    drawn = list(calibration_inputs(OfModule(Layers())))
     time = SIGNATURE.axis("time")
-    assert len(drawn) == calibration.FEEDS
+    assert len(drawn) == calibration.CALIBRATION_INPUTS
     assert {each["x"].shape[0] for each in drawn} == {1}
     assert {time.min, time.max} <= {each["x"].shape[1] for each in drawn}

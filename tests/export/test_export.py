@@ -64,9 +64,9 @@ def test_what_is_published_answers_as_torch_does(gru_repository: Path, checkpoin
     root = newest(gru_repository, f"{MODEL}_onnx")
     assert root
     source = Source(find_spec(MODEL), Checkpoint.load(checkpoints / MODEL))
-    feeds = source.feeds(np.random.default_rng(7), {"batch": 5, "time": 41})
+    inputs = source.draw_inputs(np.random.default_rng(7), {"batch": 5, "time": 41})
     with open_runtime(root) as runtime:
-        got, want = runtime.fresh(feeds), source.answer(feeds)
+        got, want = runtime.fresh(inputs), source.answer(inputs)
     for name in want:
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
 
@@ -92,11 +92,19 @@ def test_another_checkpoint_gives_another_key(
     spec = find_spec(MODEL)
     config = spec.preset("tiny").config
     torch.manual_seed(1)
-    probe = Checkpoint.load(checkpoints / MODEL).probe()
+    sample_inputs = Checkpoint.load(checkpoints / MODEL).sample_inputs()
     other = tmp_path / "other"
     module = spec.build(config)
     save_checkpoint(
-        other / MODEL, spec, module, preset="tiny", config=config, training={}, step=1, metrics={}, probe=probe
+        other / MODEL,
+        spec,
+        module,
+        preset="tiny",
+        config=config,
+        training={},
+        step=1,
+        metrics={},
+        sample_inputs=sample_inputs,
     )
     assert run("--target", "onnx", "--model", MODEL, source=other)[1][0]["status"] == "ok"
 
@@ -231,7 +239,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_manifest_of_a_checkpoint_says_what_it_was_made_of(checkpoints: Path) -> None:
     data = json.loads((checkpoints / MODEL / MANIFEST).read_text())
     assert data["model"] == MODEL
-    assert set(data["files"]) == {"weights.safetensors", "probe.safetensors"}
+    assert set(data["files"]) == {"weights.safetensors", "sample_inputs.safetensors"}
 
 
 @pytest.fixture(scope="session")
@@ -245,8 +253,8 @@ class Echo:
     def __init__(self, source: Source, change: Callable[[dict[str, np.ndarray]], None]) -> None:
         self.source, self.change, self.signature = source, change, source.signature
 
-    def fresh(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        answer = {name: array.copy() for name, array in self.source.answer(feeds).items()}
+    def fresh(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answer = {name: array.copy() for name, array in self.source.answer(inputs).items()}
         self.change(answer)
         return answer
 
@@ -265,9 +273,9 @@ def halves(answer: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     ],
 )
 def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing: str) -> None:
-    feeds = source.feeds(np.random.default_rng(0), {"batch": 2, "time": 5})
-    got = Echo(source, change).fresh(feeds)
-    checks = parity.compare(source, got, source.answer(feeds), source.spec.tolerance["fp32"])
+    inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 2, "time": 5})
+    got = Echo(source, change).fresh(inputs)
+    checks = parity.compare(source, got, source.answer(inputs), source.spec.tolerance["fp32"])
     assert not checks[failing].passed
     with pytest.raises(ParityError, match=failing):
         parity.require_proof(checks)
@@ -276,8 +284,8 @@ def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing
 
 
 def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(source: Source) -> None:
-    feeds = source.feeds(np.random.default_rng(0), {"batch": 8, "time": 30})
-    want = source.answer(feeds)
+    inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 8, "time": 30})
+    want = source.answer(inputs)
     got = {**want, "main_x": want["main_x"][..., ::-1]}
     checks = source.spec.agreement(got, want, source.spec.tolerance["fp32"])
     assert not checks["same_main_x"].passed

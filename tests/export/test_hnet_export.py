@@ -18,7 +18,7 @@ from tests.conftest import write_untrained
 from tests.training.models.hnet.test_hnet_model import ARCHS, model, texts
 from training.checkpoint import Checkpoint
 from training.layers.scan import Form, decayed_sums, scan_form
-from training.models.hnet.agreement import agreement, settled
+from training.models.hnet.agreement import agreement, mask_near_ties
 from training.models.hnet.arch import state_shapes
 from training.models.hnet.serving import HNetScorer, HNetStep
 from training.spec import Tolerance, find_spec
@@ -35,8 +35,8 @@ def test_a_text_is_the_same_in_every_form(name: str, form: Form) -> None:
     want = module(ids, lengths)
     with scan_form(form):
         got = module(ids, lengths)
-    for said, meant in zip(got, want, strict=True):
-        torch.testing.assert_close(said, meant, rtol=2e-5, atol=2e-5)
+    for printed, meant in zip(got, want, strict=True):
+        torch.testing.assert_close(printed, meant, rtol=2e-5, atol=2e-5)
 
 
 @every_form
@@ -47,13 +47,13 @@ def test_a_step_is_the_same_in_every_form(name: str, form: Form) -> None:
     state = again = tuple(module.hnet.zero_state(3).values())
     boundaries = []
     for byte_ids in texts(3, 12).split(1, 1):
-        *want, _ = said = module(byte_ids, *state)
+        *want, _ = printed = module(byte_ids, *state)
         with scan_form(form):
             *got, _ = repeated = module(byte_ids, *again)
         for one, other in zip(got, want, strict=True):
             torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
-        state, again = said[3:], repeated[3:]
-        boundaries.append(said[2][:, 0, 0])
+        state, again = printed[3:], repeated[3:]
+        boundaries.append(printed[2][:, 0, 0])
     counts = torch.stack(boundaries).sum(1)
     assert 0 < counts[1:].min() < 3 or 0 in counts
 
@@ -63,12 +63,12 @@ def test_pieces_at_once_are_the_loop(time: int) -> None:
     rng = torch.Generator().manual_seed(time)
     shapes = [(2, time, 3, 8), (2, time, 3), (2, time, 4), (2, time, 4), (2, 3, 8, 4)]
     x, decay, into, out, state = (torch.randn(shape, generator=rng) for shape in shapes)
-    said = {}
+    printed = {}
     for kind in ("loop", "operator", "doubling"):
         with scan_form(Form(kind=kind)):  # type: ignore[arg-type]
-            said[kind] = decayed_sums(x, -decay.abs(), into, out, state)
+            printed[kind] = decayed_sums(x, -decay.abs(), into, out, state)
     for kind in ("operator", "doubling"):
-        for one, other in zip(said[kind], said["loop"], strict=True):
+        for one, other in zip(printed[kind], printed["loop"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
@@ -117,15 +117,15 @@ def test_a_near_tie_may_fall_either_way_and_its_row_is_compared_up_to_there() ->
     got, want = outputs(0.49999), outputs(0.50001)
     got["logits"][0, 200], got["logits"][0, 20] = 7, 5
     assert not failed(got, want)
-    said = settled(got, want, TOLERANCE)
-    assert not said["logits"][0, 150:].any()
-    assert (said["logits"][0, 20] == 5).all()
+    printed = mask_near_ties(got, want, TOLERANCE)
+    assert not printed["logits"][0, 150:].any()
+    assert (printed["logits"][0, 20] == 5).all()
 
 
 def test_a_boundary_that_is_no_near_tie_may_not_differ() -> None:
     got, want = outputs(0.45), outputs(0.55)
     assert failed(got, want) == {"clear"}
-    assert (settled(got, want, TOLERANCE)["boundary"] == got["boundary"]).all()
+    assert (mask_near_ties(got, want, TOLERANCE)["boundary"] == got["boundary"]).all()
 
 
 def test_too_many_near_ties_other_bits_and_no_numbers_are_noticed() -> None:
@@ -189,8 +189,8 @@ def test_rings_that_are_written_where_they_lie_say_what_copied_ones_say(two_stag
             if t == 50:
                 bound.choose([2, 0, None, None])
                 copied.choose([2, 0, None, None])
-            feeds = {"byte_ids": ids[: 3 if t < 50 else 4, t : t + 1]}
-            got, want = bound.step(feeds), copied.step(feeds)
+            inputs = {"byte_ids": ids[: 3 if t < 50 else 4, t : t + 1]}
+            got, want = bound.step(inputs), copied.step(inputs)
             for name in want:
                 np.testing.assert_array_equal(got[name], want[name])
         assert runtime.signature.in_place
@@ -207,24 +207,24 @@ def test_a_step_that_forgets_a_state_is_not_published(two_stages: Path) -> None:
 
         signature = source.signature
 
-        def fresh(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            return {**source.answer(feeds)}
+        def fresh(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {**source.answer(inputs)}
 
         def stream(self, batch: int) -> Any:
             state = source.signature.zero_state(batch)
 
             class Stream:
-                def step(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+                def step(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                     arguments = [
-                        torch.from_numpy({**feeds, **state}[tensor.name]) for tensor in source.signature.inputs
+                        torch.from_numpy({**inputs, **state}[tensor.name]) for tensor in source.signature.inputs
                     ]
                     with torch.no_grad():
-                        said = dict(
+                        printed = dict(
                             zip([t.name for t in source.signature.outputs], source.module(*arguments), strict=True)
                         )
-                    state.update({one: said.pop(other).numpy() for one, other in source.signature.state})
+                    state.update({one: printed.pop(other).numpy() for one, other in source.signature.state})
                     state["average_in"][:] = 0
-                    return {name: tensor.numpy() for name, tensor in said.items()}
+                    return {name: tensor.numpy() for name, tensor in printed.items()}
 
                 def reset(self, rows: list[int]) -> None:
                     for array in state.values():

@@ -37,7 +37,7 @@ class OfModule(Source):
             presets={"tiny": Preset(config={}, training={})},
             signature=lambda config: signature,
             build=lambda config: module,
-            feeds=lambda config, rng, sizes, probe: {
+            inputs=lambda config, rng, sizes, sample_inputs: {
                 tensor.name: rng.normal(size=tensor.resolve(sizes)).astype(tensor.dtype)
                 for tensor in signature.free_inputs
             },
@@ -48,11 +48,11 @@ class OfModule(Source):
         self.spec, self.signature, self.config = spec, signature, {}
         self._programs, self.onnx_programs = {}, {}
         self.module = module.eval().requires_grad_(False)
-        self.probe = {}
+        self.sample_inputs = {}
 
 
-def run_onnx(path: Path, **feeds: np.ndarray) -> np.ndarray:
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+def run_onnx(path: Path, **inputs: np.ndarray) -> np.ndarray:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
 class Folded(nn.Module):
@@ -73,9 +73,9 @@ def test_what_parameters_alone_decide_is_computed_ahead_and_nothing_is_stored_tw
     write_onnx(source, Form(kind="loop"), "fp32", path)
     stored = [list(tensor.dims) for tensor in onnx.load(path).graph.initializer if np.prod(tensor.dims) > 100]
     assert sorted(stored) == [[4, 3000], [3000, 4]]
-    feeds = source.feeds(np.random.default_rng(0), {"batch": 2, "time": 3})
-    want = source.answer(feeds)["embedding_out"]
-    np.testing.assert_allclose(run_onnx(path, **feeds), want, atol=1e-5)
+    inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 2, "time": 3})
+    want = source.answer(inputs)["embedding_out"]
+    np.testing.assert_allclose(run_onnx(path, **inputs), want, atol=1e-5)
 
 
 class Softmax(nn.Module):

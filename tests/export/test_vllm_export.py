@@ -60,9 +60,9 @@ def save_adapted(untrained: Checkpoint, folder: Path) -> None:
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    probe = spec.recipe()(untrained.config, {**COMMON, **preset.training, "papers": 40}, None).probe()
+    sample_inputs = spec.recipe()(untrained.config, {**COMMON, **preset.training, "papers": 40}, None).sample_inputs()
     settings = {"preset": "tiny", "config": untrained.config, "training": {}, "step": 1, "metrics": {}}
-    save_checkpoint(folder, spec, module, probe=probe, **settings)
+    save_checkpoint(folder, spec, module, sample_inputs=sample_inputs, **settings)
 
 
 @pytest.fixture
@@ -287,8 +287,8 @@ def based_on(model: Any, tmp_path: Path, checkpoints: Path, targets: str) -> Pat
     spec = find_spec("statements")
     config = {**untrained.config, "base": str(tmp_path / "base"), "lora_targets": targets, "max_tokens": 64}
     settings = {"preset": "tiny", "config": config, "training": {}, "step": 1, "metrics": {}}
-    probe = {name: values[:, :64] for name, values in untrained.probe().items()}
-    save_checkpoint(tmp_path / "own" / "statements", spec, spec.build(config), probe=probe, **settings)
+    sample_inputs = {name: values[:, :64] for name, values in untrained.sample_inputs().items()}
+    save_checkpoint(tmp_path / "own" / "statements", spec, spec.build(config), sample_inputs=sample_inputs, **settings)
     return tmp_path / "own"
 
 

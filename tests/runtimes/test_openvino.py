@@ -50,7 +50,7 @@ def test_only_openvinos_own_format_is_published(root: Path) -> None:
 
 def test_a_later_call_leaves_an_earlier_answer_alone(root: Path, source: Source) -> None:
     rng = np.random.default_rng(0)
-    one, other = (source.feeds(rng, source.signature.sizes("opt")) for _ in range(2))
+    one, other = (source.draw_inputs(rng, source.signature.sizes("opt")) for _ in range(2))
     with open_runtime(root) as runtime:
         first = runtime.fresh(one)
         kept = {name: array.copy() for name, array in first.items()}
@@ -62,12 +62,12 @@ def test_a_later_call_leaves_an_earlier_answer_alone(root: Path, source: Source)
 
 def test_calls_of_several_threads_get_their_own_answers(root: Path, source: Source) -> None:
     rng = np.random.default_rng(0)
-    feeds = [source.feeds(rng, source.signature.sizes("opt")) for _ in range(4)]
+    inputs = [source.draw_inputs(rng, source.signature.sizes("opt")) for _ in range(4)]
     name = source.signature.visible_outputs[0].name
     with open_runtime(root) as runtime, ThreadPoolExecutor(4) as pool:
-        want = [runtime.fresh(each)[name] for each in feeds]
+        want = [runtime.fresh(each)[name] for each in inputs]
         for _ in range(50):
-            for got, alone in zip(pool.map(runtime.fresh, feeds), want, strict=True):
+            for got, alone in zip(pool.map(runtime.fresh, inputs), want, strict=True):
                 np.testing.assert_array_equal(got[name], alone)
 
 

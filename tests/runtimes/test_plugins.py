@@ -195,7 +195,7 @@ def test_wrong_feeds_do_not_reach_the_engine(root: Path) -> None:
 
 def test_an_engine_that_breaks_the_signature_is_not_believed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_runtime(root) as runtime:
-        monkeypatch.setattr(runtime, "infer", lambda feeds: {"y": feeds["x"]})
+        monkeypatch.setattr(runtime, "infer", lambda inputs: {"y": inputs["x"]})
         with pytest.raises(ArtifactError, match="the engine broke the signature: expected outputs y, carry_out"):
             runtime.fresh({"x": np.ones((1, 1), np.float32)})
 
@@ -222,9 +222,9 @@ def test_a_new_model_is_found_and_keeps_to_its_signature(toy_model: ModelSpec, t
     config = {**toy_model.preset("tiny").config, "base": str(base)}
     own, built = toy_model.signature(config), toy_model.build(config)
     assert [part.prefix for part in toy_model.frozen(config)] == ["base"]
-    feeds = toy_model.feeds(config, np.random.default_rng(0), own.sizes("opt"), {})
-    (scores,) = built(*(torch.from_numpy(feeds[tensor.name]) for tensor in own.inputs))
-    own.check_outputs({"scores": scores.detach().numpy()}, own.check_inputs(feeds))
+    inputs = toy_model.draw_inputs(config, np.random.default_rng(0), own.sizes("opt"), {})
+    (scores,) = built(*(torch.from_numpy(inputs[tensor.name]) for tensor in own.inputs))
+    own.check_outputs({"scores": scores.detach().numpy()}, own.check_inputs(inputs))
 
 
 def test_a_new_model_is_gone_when_its_folder_is() -> None:

@@ -209,9 +209,9 @@ def test_of_another_machine_only_agreement_carries_over_and_nothing_is_chosen(
     assert {option["p50_s"] for option in found["options"]} == {None}
     capsys.readouterr()
     assert advise.main(["toy", "--results", str(results), "--device", "colab-t4"]) == 1
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == f"nothing to choose from yet; measure there: {found['measure']}"
-    assert not re.search("fastest|choose onnx", said)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"nothing to choose from yet; measure there: {found['measure']}"
+    assert not re.search("fastest|choose onnx", printed)
 
 
 GPU_ROWS = [

@@ -57,9 +57,9 @@ def test_more_than_the_knee_is_sent_whether_answers_come_or_not(
     monkeypatch.setattr(soak, "KNEE_S", 0.1)
     arguments = ["--repository", str(repository), "--model", "doubling", "--overload", "8", "--seconds", "1", "--json"]
     assert soak.main(arguments) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["counts"].keys() == {soak.RIGHT, soak.BUSY}
-    assert sum(said["counts"].values()) == pytest.approx(float(said["sent a second"]), abs=1)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["counts"].keys() == {soak.RIGHT, soak.BUSY}
+    assert sum(printed["counts"].values()) == pytest.approx(float(printed["sent a second"]), abs=1)
 
 
 def numbers(client: TritonClient, value: float) -> Answer:
@@ -180,9 +180,9 @@ def test_memory_that_grows_past_the_limit_is_in_the_status(
 ) -> None:
     monkeypatch.setattr(soak.Memory, "growth", lambda self: (300.0, 100.5))
     assert soak.main(["--repository", str(repository), "--model", "doubling", "--seconds", "0.2", "--json"]) == 1
-    said = json.loads(capsys.readouterr().out)
-    assert said["counts"].keys() <= {soak.RIGHT, soak.DECLINED, soak.BUSY}
-    assert said["memory more at the end, MB"] == "+100.5 of 100 allowed"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["counts"].keys() <= {soak.RIGHT, soak.DECLINED, soak.BUSY}
+    assert printed["memory more at the end, MB"] == "+100.5 of 100 allowed"
 
 
 def test_a_limit_that_is_none_is_refused(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:

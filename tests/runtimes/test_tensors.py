@@ -39,7 +39,7 @@ def signature(**changes: Any) -> Signature:
     return Signature(**{**parts, **changes})
 
 
-def feeds(batch: int = 2, time: int = 3, **changes: Any) -> dict[str, Any]:
+def inputs(batch: int = 2, time: int = 3, **changes: Any) -> dict[str, Any]:
     arrays = {
         "frames": np.zeros((batch, time, 5), np.float32),
         "ids": np.zeros((batch, time), np.int64),
@@ -124,8 +124,8 @@ def test_only_a_state_can_lie_where_its_next_lies() -> None:
 
 
 def test_right_feeds_give_the_size_of_every_axis() -> None:
-    assert signature().check_inputs(feeds(batch=4, time=9)) == {"batch": 4, "time": 9}
-    assert signature().check_inputs(feeds(batch=1, time=2)) == {"batch": 1, "time": 2}
+    assert signature().check_inputs(inputs(batch=4, time=9)) == {"batch": 4, "time": 9}
+    assert signature().check_inputs(inputs(batch=1, time=2)) == {"batch": 1, "time": 2}
 
 
 @pytest.mark.parametrize(
@@ -145,18 +145,18 @@ def test_right_feeds_give_the_size_of_every_axis() -> None:
 )
 def test_a_wrong_feed_is_refused_by_name(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        signature().check_inputs(feeds(**wrong))
+        signature().check_inputs(inputs(**wrong))
 
 
 def test_one_nan_among_many_numbers_is_refused() -> None:
     frames = np.zeros((2, 3, 5), np.float32)
     frames[1, 2, 4] = np.nan
     with pytest.raises(InputError, match="input 'frames': expected finite numbers, found NaN or infinity"):
-        signature().check_inputs(feeds(frames=frames))
+        signature().check_inputs(inputs(frames=frames))
 
 
 def test_a_missing_feed_is_refused_and_so_are_none() -> None:
-    arrays = feeds()
+    arrays = inputs()
     del arrays["ids"]
     with pytest.raises(InputError, match="expected inputs frames, ids, carry_in, seen_in; found carry_in, frames"):
         signature().check_inputs(arrays)
@@ -167,7 +167,7 @@ def test_a_missing_feed_is_refused_and_so_are_none() -> None:
 @pytest.mark.parametrize(("batch", "time"), [(0, 3), (5, 3), (2, 1), (2, 10), (2, 0)])
 def test_a_size_outside_of_its_axis_is_refused(batch: int, time: int) -> None:
     with pytest.raises(InputError, match=r"batch 1\.\.4, time 2\.\.9|batch = 2, time 2\.\.9"):
-        signature().check_inputs(feeds(batch=batch, time=time))
+        signature().check_inputs(inputs(batch=batch, time=time))
 
 
 def test_an_engine_that_answers_for_other_sizes_breaks_the_signature() -> None:
@@ -233,7 +233,7 @@ def test_the_feeds_of_every_model_fit_its_signature(spec: ModelSpec, bound: Any)
     config = spec.preset("tiny").config
     own = spec.signature(config)
     sizes = own.sizes(bound)
-    arrays = spec.feeds(config, np.random.default_rng(0), sizes, {})
+    arrays = spec.draw_inputs(config, np.random.default_rng(0), sizes, {})
     assert own.check_inputs({**arrays, **own.zero_state(sizes["batch"])}) == sizes
 
 

@@ -16,7 +16,7 @@ from runtimes.artifact import digests, sha256_json
 from runtimes.errors import ArtifactError, InputError
 from tests.conftest import write_untrained
 from training import checkpoint as module
-from training.checkpoint import MANIFEST, PROBE, WEIGHTS, Checkpoint, restore, save_checkpoint
+from training.checkpoint import MANIFEST, SAMPLE_INPUTS, WEIGHTS, Checkpoint, restore, save_checkpoint
 from training.evaluate import main as evaluate
 from training.spec import ModelSpec, all_specs, find_spec
 
@@ -77,9 +77,9 @@ def test_the_manifest_and_the_probe_of_every_model_come_back(spec: ModelSpec, ch
     config = spec.preset("tiny").config
     assert (checkpoint.model, checkpoint.preset, checkpoint.step) == (spec.name, "tiny", 7)
     assert (checkpoint.config, checkpoint.metrics) == (config, {"nats": 1.5})
-    want = spec.feeds(config, np.random.default_rng(0), spec.signature(config).sizes("opt"), {})
-    assert checkpoint.probe().keys() == want.keys()
-    for name, array in checkpoint.probe().items():
+    want = spec.draw_inputs(config, np.random.default_rng(0), spec.signature(config).sizes("opt"), {})
+    assert checkpoint.sample_inputs().keys() == want.keys()
+    for name, array in checkpoint.sample_inputs().items():
         np.testing.assert_array_equal(array, want[name])
 
 
@@ -87,7 +87,7 @@ def test_nothing_frozen_is_stored_and_nothing_trained_is_left_out(saved: tuple[C
     checkpoint, _ = saved
     assert set(load_file(checkpoint.folder / WEIGHTS)) == {"base_scale", "gain", "head.weight", "head.bias"}
     assert set(checkpoint.frozen["base"]["tensors"]) == {"base.weight", "base.bias"}
-    assert sorted(path.name for path in checkpoint.folder.iterdir()) == [MANIFEST, PROBE, WEIGHTS]
+    assert sorted(path.name for path in checkpoint.folder.iterdir()) == [MANIFEST, SAMPLE_INPUTS, WEIGHTS]
 
 
 def test_a_trained_part_comes_back_over_its_base(saved: tuple[Checkpoint, nn.Module], toy_model: ModelSpec) -> None:
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_does_not_name_its_base_is_refused(
         restore(Checkpoint.load(saved[0].folder), toy_model)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, PROBE])
+@pytest.mark.parametrize("name", [WEIGHTS, SAMPLE_INPUTS])
 @pytest.mark.parametrize("place", [0, 20, -1])
 def test_a_changed_byte_is_noticed(checkpoints: Path, tmp_path: Path, name: str, place: int) -> None:
     write_untrained(find_spec("policy_gru"), tmp_path / "model", {})
@@ -151,7 +151,7 @@ def test_a_changed_word_of_the_manifest_is_noticed(tmp_path: Path, old: str, new
         Checkpoint.load(tmp_path)
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, PROBE, MANIFEST])
+@pytest.mark.parametrize("name", [WEIGHTS, SAMPLE_INPUTS, MANIFEST])
 def test_a_missing_file_is_noticed(tmp_path: Path, name: str) -> None:
     write_untrained(find_spec("policy_gru"), tmp_path, {})
     (tmp_path / name).unlink()
@@ -267,8 +267,18 @@ def save(spec: ModelSpec, folder: Path, factor: float) -> None:
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(factor)
-    probe = {"frames": np.zeros((1, 2, 287), np.float32)}
-    save_checkpoint(folder, spec, trained, preset="tiny", config=config, training={}, step=1, metrics={}, probe=probe)
+    sample_inputs = {"frames": np.zeros((1, 2, 287), np.float32)}
+    save_checkpoint(
+        folder,
+        spec,
+        trained,
+        preset="tiny",
+        config=config,
+        training={},
+        step=1,
+        metrics={},
+        sample_inputs=sample_inputs,
+    )
 
 
 def test_the_first_checkpoint_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,7 +309,15 @@ def test_a_transposed_parameter_is_stored_as_it_reads(
     assert not trained.head.weight.is_contiguous()
     folder = tmp_path / "transposed"
     again = save_checkpoint(
-        folder, toy_model, trained, preset="tiny", config=checkpoint.config, training={}, step=0, metrics={}, probe={}
+        folder,
+        toy_model,
+        trained,
+        preset="tiny",
+        config=checkpoint.config,
+        training={},
+        step=0,
+        metrics={},
+        sample_inputs={},
     )
     assert torch.equal(restore(again, toy_model).head.weight, trained.head.weight)
 
@@ -311,7 +329,15 @@ def test_a_bfloat16_parameter_comes_back_with_its_value(
     trained.head.to(torch.bfloat16)
     folder = tmp_path / "bfloat16"
     again = save_checkpoint(
-        folder, toy_model, trained, preset="tiny", config=checkpoint.config, training={}, step=0, metrics={}, probe={}
+        folder,
+        toy_model,
+        trained,
+        preset="tiny",
+        config=checkpoint.config,
+        training={},
+        step=0,
+        metrics={},
+        sample_inputs={},
     )
     assert torch.equal(restore(again, toy_model).head.weight, trained.head.weight.float())
 

@@ -51,8 +51,8 @@ def test_a_short_training_ends_in_a_checkpoint_that_loads(trained: Path) -> None
     module = restore(checkpoint, find_spec(MODEL))
     assert all(parameter.isfinite().all() for parameter in module.parameters())
     signature = find_spec(MODEL).signature(checkpoint.config)
-    probe = checkpoint.probe()
-    signature.check_inputs({**probe, **signature.zero_state(len(probe["frames"]))})
+    sample_inputs = checkpoint.sample_inputs()
+    signature.check_inputs({**sample_inputs, **signature.zero_state(len(sample_inputs["frames"]))})
 
 
 def test_training_moves_every_parameter_but_those_without_a_gradient(trained: Path) -> None:
@@ -266,4 +266,4 @@ def test_real_replays_train_a_policy(data: Path, tmp_path: Path, capsys: pytest.
     assert "games to train on" in capsys.readouterr().err
     checkpoint = Checkpoint.load(tmp_path / MODEL)
     assert all(math.isfinite(value) for value in checkpoint.metrics.values())
-    assert checkpoint.probe()["frames"].shape[0] >= 1
+    assert checkpoint.sample_inputs()["frames"].shape[0] >= 1

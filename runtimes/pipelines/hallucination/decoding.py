@@ -91,17 +91,17 @@ class Generator:
         watched = mitigation or Mitigation(tau=float("inf"))
         plain, again, weights = self._factors(watched, weighted=False), self._factors(watched), self._weights(watched)
         given = {"prompt_range": torch.tensor([prompt], device=self.device)}
-        kept = Kept(self.signature, len(ids) + max_new_tokens, self.device)
+        kept = KVCache(self.signature, len(ids) + max_new_tokens, self.device)
         result, new = Generated(), list(ids)
         for _ in range(max_new_tokens):
             tokens = torch.tensor([new], device=self.device)
-            said = self.step({"token_ids": tokens, **kept.rows(), **given, **plain})
-            score = float(said["pks"][0] @ weights["pks"] - said["ecs"][0] @ weights["ecs"])
-            kept.add(said)
+            printed = self.step({"token_ids": tokens, **kept.rows(), **given, **plain})
+            score = float(printed["pks"][0] @ weights["pks"] - printed["ecs"][0] @ weights["ecs"])
+            kept.add(printed)
             taken_again = score > watched.tau
             if taken_again:
-                said = self.step({"token_ids": tokens[:, -1:], **kept.rows(but=1), **given, **again})
-            new = [choose(said["logits"][0].float().cpu().numpy())]
+                printed = self.step({"token_ids": tokens[:, -1:], **kept.rows(but=1), **given, **again})
+            new = [choose(printed["logits"][0].float().cpu().numpy())]
             result.ids += new
             result.scores.append(score)
             result.reweighted.append(taken_again)
@@ -154,7 +154,7 @@ class Generator:
             raise InputError(f"expected a context inside the {length} tokens, found places {prompt[0]} to {prompt[1]}")
 
 
-class Kept:
+class KVCache:
     """Keys, values and final states of the tokens so far, behind a row that nobody looks at."""
 
     def __init__(self, signature: Signature, tokens: int, device: str) -> None:
@@ -171,11 +171,11 @@ class Kept:
         """What is kept, without its last `but` tokens."""
         return {name: held.narrow(KEPT[name], 0, self.length - but) for name, held in self.held.items()}
 
-    def add(self, said: Mapping[str, "Tensor"]) -> None:
+    def add(self, printed: Mapping[str, "Tensor"]) -> None:
         """Keep what a step said of its new tokens."""
-        new = said["new_finals"].shape[1]
+        new = printed["new_finals"].shape[1]
         for name, held in self.held.items():
-            held.narrow(KEPT[name], self.length, new).copy_(said[f"new_{name}"])
+            held.narrow(KEPT[name], self.length, new).copy_(printed[f"new_{name}"])
         self.length += new
 
 

@@ -31,7 +31,7 @@ EXAMPLE = {"text": "తెలుగు", "max_bytes": 120, "temperature": 0.8, "
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wish:
+class GenerationRequest:
     """What is to be written: after `prompt`, at most `max_bytes`; 0 is the temperature of the likeliest byte."""
 
     prompt: bytes
@@ -49,7 +49,7 @@ def can_write(signature: Signature) -> bool:
     return step and bool(signature.state)
 
 
-def read_wish(request: Any, where: str) -> Wish:
+def read_generation_request(request: Any, where: str) -> GenerationRequest:
     """What a request asks for; `InputError` for anything that is not a right one."""
     if not isinstance(request, dict) or not isinstance(request.get("text"), str):
         raise InputError(f'{where}: expected {{"text": "..."}}, found {ascii(request)[:60]}')
@@ -66,7 +66,7 @@ def read_wish(request: Any, where: str) -> Wish:
                 f"{where}, {name}: expected a {'' if float in kinds else 'whole '}number from {bounds['minimum']} to "
                 f"{bounds['maximum']}, found {ascii(value)[:60]}"
             )
-    return Wish(prompt=prompt, **given)
+    return GenerationRequest(prompt=prompt, **given)
 
 
 class Writing:
@@ -76,7 +76,7 @@ class Writing:
     batch has random numbers of its own.
     """
 
-    def __init__(self, wish: Wish, row: int = 0) -> None:
+    def __init__(self, wish: GenerationRequest, row: int = 0) -> None:
         self.wish = wish
         self.row = row
         self.next = BOS
@@ -104,7 +104,7 @@ class Writing:
         return text
 
 
-class Desk:
+class ContinuousBatcher:
     """Texts that are written together: one step of the model reads a byte of each, wherever each of them stands.
 
     `runtime` is open and holds a step. No more than `places` texts fit, for which the artifact was proved.
@@ -133,16 +133,16 @@ class Desk:
         """Every text with the character that this step completed in it; finished ones are removed."""
         ids = np.array([[writing.next] for writing in self.writings], np.int64)
         logits = self._stream.step({"byte_ids": ids})["logits"]
-        said = [(writing, writing.take(row[0])) for writing, row in zip(self.writings, logits, strict=True)]
-        for writing, _ in said:
+        printed = [(writing, writing.take(row[0])) for writing, row in zip(self.writings, logits, strict=True)]
+        for writing, _ in printed:
             if writing.finish_reason:
                 self.remove(writing)
-        return said
+        return printed
 
 
-def write(runtime: Runtime, wish: Wish) -> Iterator[dict[str, str]]:
+def write(runtime: Runtime, wish: GenerationRequest) -> Iterator[dict[str, str]]:
     """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same wherever it stands."""
-    desk, writing = Desk(runtime), Writing(wish)
+    desk, writing = ContinuousBatcher(runtime), Writing(wish)
     desk.add(writing)
     while writing.finish_reason is None:
         for _, text in desk.step():

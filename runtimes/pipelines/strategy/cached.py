@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import ASSETS, artifact_name, read_json
-from runtimes.cache.store import Shelf, Store
+from runtimes.cache.store import Namespace, Store
 from runtimes.pipeline import refuse_no_requests
 from runtimes.pipelines.strategy.dialogue import (
     STRATEGIES,
@@ -39,15 +39,15 @@ class Reader:
     def __init__(
         self,
         runtime: Runtime,
-        shelf: Shelf,
+        namespace: Namespace,
         encode: Callable[[Sequence[str]], Tensors],
         decode: Callable[[np.ndarray], Sequence[np.ndarray]] = list,
     ) -> None:
-        self.runtime, self.shelf, self.encode, self.decode = runtime, shelf, encode, decode
+        self.runtime, self.namespace, self.encode, self.decode = runtime, namespace, encode, decode
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray]:
         """From the shelf where it is there, else from the model, and then kept."""
-        return self.shelf.complete(texts, self._ask)
+        return self.namespace.complete(texts, self._ask)
 
     def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
         most = self.runtime.signature.axis(BATCH).max
@@ -90,9 +90,9 @@ class StrategyCascade:
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One answer per request, as the pipeline of `strategy` gives it."""
-        return read_answers(self.graph.run(self.feeds(requests)), self.strategies)
+        return read_answers(self.graph.run(self.inputs(requests)), self.strategies)
 
-    def feeds(self, requests: Sequence[Any]) -> Tensors:
+    def inputs(self, requests: Sequence[Any]) -> Tensors:
         """The tensors of strategy_graph; what is not in the store yet is read by the frozen parts."""
         refuse_no_requests(requests)
         dialogues = [
@@ -114,10 +114,10 @@ class StrategyCascade:
             dialogue = dialogue.with_edges(self.discourse.read([parser_text(dialogue)])[0])
         return dialogue
 
-    def _text_reader(self, part: str, shelf: str, max_tokens: str) -> Reader:
+    def _text_reader(self, part: str, namespace: str, max_tokens: str) -> Reader:
         runtime = self._open(part)
-        tokens = Tokens.load(runtime.root / ASSETS / f"{shelf}_tokenizer.json", self.config[max_tokens])
-        return Reader(runtime, self._shelf(runtime, shelf), lambda texts: {"token_ids": tokens.ids(texts)})
+        tokens = Tokens.load(runtime.root / ASSETS / f"{namespace}_tokenizer.json", self.config[max_tokens])
+        return Reader(runtime, self._shelf(runtime, namespace), lambda texts: {"token_ids": tokens.ids(texts)})
 
     def _parser(self) -> Reader:
         runtime = self._open("parser")
@@ -128,6 +128,6 @@ class StrategyCascade:
 
         return Reader(runtime, self._shelf(runtime, "discourse"), encode, best_trees)
 
-    def _shelf(self, runtime: Runtime, name: str) -> Shelf:
+    def _shelf(self, runtime: Runtime, name: str) -> Namespace:
         identity = read_json(runtime.root / ASSETS / SHELVES)[name]
-        return self.store.shelf(name, {**identity, "precision": runtime.artifact.precision})
+        return self.store.namespace(name, {**identity, "precision": runtime.artifact.precision})

@@ -35,7 +35,7 @@ def parser_text(dialogue: Dialogue) -> str:
 
 def parser_dialogue(text: str) -> Dialogue:
     """The dialogue of which `text` is the `parser_text`."""
-    return Dialogue(turns=tuple(Turn(speaker=speaker, text=said) for speaker, said in json.loads(text)))
+    return Dialogue(turns=tuple(Turn(speaker=speaker, text=printed) for speaker, printed in json.loads(text)))
 
 
 def pair_tensors(dialogues: Sequence[Dialogue], tokens: Tokens) -> Tensors:

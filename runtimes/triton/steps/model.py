@@ -58,9 +58,9 @@ class TritonPythonModel:
     def encode(self, given: Mapping[str, np.ndarray]) -> Tensors:
         """Checked tensors for `request`, bytes [batch, 1]; `InputError` for what is not a right request."""
         requests = [parse_request(text, f"request {row}") for row, text in enumerate(given["request"].ravel())]
-        feeds = self.pipeline.encode(requests)
-        self.signature.check_inputs({**feeds, **self.signature.zero_state(len(requests))})
-        return feeds
+        inputs = self.pipeline.encode(requests)
+        self.signature.check_inputs({**inputs, **self.signature.zero_state(len(requests))})
+        return inputs
 
     def decode(self, given: Mapping[str, np.ndarray]) -> Tensors:
         """`answer`, bytes [batch, 1], for the visible outputs; `EngineError` for an answer with NaN in it."""

@@ -25,9 +25,9 @@ if source := os.environ.get("SLIPWAY_PATH"):
 
 from runtimes.errors import SlipwayError
 from runtimes.pipeline import parse_request, write_answer
-from runtimes.pipelines.hnet.generation import Desk, Writing, piece, read_wish
+from runtimes.pipelines.hnet.generation import ContinuousBatcher, Writing, piece, read_generation_request
 from runtimes.runtime import open_runtime
-from runtimes.triton.request_queue import Limits, WaitingLine
+from runtimes.triton.request_queue import Limits, RequestQueue
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -52,9 +52,9 @@ class TritonPythonModel:
             self.runtime.open()
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self.desk = Desk(self.runtime)
+        self.desk = ContinuousBatcher(self.runtime)
         self.senders: dict[Writing, Any] = {}
-        self.line: WaitingLine[tuple[Writing, Any]] = WaitingLine(Limits.of(json.loads(args["model_config"])))
+        self.line: RequestQueue[tuple[Writing, Any]] = RequestQueue(Limits.of(json.loads(args["model_config"])))
         self.thread = threading.Thread(target=self._write, daemon=True)
         self.thread.start()
 
@@ -64,7 +64,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 text = pb_utils.get_input_tensor_by_name(request, "request").as_numpy().ravel()[0]
-                wish = read_wish(parse_request(text, "request"), "request")
+                wish = read_generation_request(parse_request(text, "request"), "request")
                 self.line.put((Writing(wish), sender), free=self.desk.places - len(self.desk.writings))
             except SlipwayError as error:
                 refuse(sender, error)
@@ -78,12 +78,12 @@ class TritonPythonModel:
     def _write(self) -> None:
         while self._seat():
             try:
-                said = self.desk.step()
+                printed = self.desk.step()
             except SlipwayError as error:
                 for writing in list(self.senders):
                     self._leave(writing, error)
                 continue
-            for writing, text in said:
+            for writing, text in printed:
                 if text or writing.finish_reason:
                     send(self.senders[writing], write_answer(piece(text, writing)))
                 if writing.finish_reason:

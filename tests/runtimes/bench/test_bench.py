@@ -297,8 +297,8 @@ def test_only_eager_of_the_same_checkpoint_is_a_baseline(
     torch = replace(onnx, label="torch")
     retrained = replace(torch, artifact=replace(torch.artifact, checkpoint="another"))
     monkeypatch.setattr(bench, "measure", lambda *_: iter([]))
-    for beside, found in ((torch, False), (retrained, True)):
-        monkeypatch.setattr(bench, "choose", lambda *_, beside=beside: iter([onnx, beside]))
+    for workspace, found in ((torch, False), (retrained, True)):
+        monkeypatch.setattr(bench, "choose", lambda *_, workspace=workspace: iter([onnx, workspace]))
         capsys.readouterr()
         assert bench.main(["--repository", str(gru_repository)]) == 0
         assert ("no torch eager of the same checkpoint" in capsys.readouterr().err) == found

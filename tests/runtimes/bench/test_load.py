@@ -173,9 +173,9 @@ def test_what_is_posted_waits_for_nobody_and_each_is_timed_by_itself() -> None:
     """None of a thousand is answered before the last is posted, and then in the opposite order."""
     waiting: list[Callable[[], None]] = []
 
-    def post(i: int, settle: Callable[[], None]) -> None:
+    def post(i: int, resolve_config: Callable[[], None]) -> None:
         assert i == len(waiting)
-        waiting.append(settle)
+        waiting.append(resolve_config)
         if len(waiting) == 1000:
             for each in reversed(waiting):
                 each()

@@ -13,7 +13,7 @@ import pytest
 
 from runtimes.bench import measure
 from runtimes.bench.measure import Worker, interpreter
-from runtimes.bench.worker import WARMUP_CALLS, WARMUP_S, check_device, example_feeds, prepare
+from runtimes.bench.worker import WARMUP_CALLS, WARMUP_S, check_device, example_inputs, prepare
 from runtimes.errors import EngineError
 from runtimes.host.gpu import gpu
 from runtimes.repository import find
@@ -41,12 +41,12 @@ def worker(root: Path) -> Iterator[Worker]:
 def test_the_example_is_repeated_to_the_sizes(root: Path) -> None:
     with open_runtime(root) as runtime:
         for sizes in (STEP, WINDOW, {"batch": 3, "time": 31}):
-            frames = example_feeds(runtime, sizes)["frames"]
+            frames = example_inputs(runtime, sizes)["frames"]
             assert frames.shape[:2] == (sizes["batch"], sizes["time"])
             runtime.fresh({"frames": frames})
-        one = example_feeds(runtime, {"batch": 1, "time": 2})["frames"]
+        one = example_inputs(runtime, {"batch": 1, "time": 2})["frames"]
         np.testing.assert_array_equal(
-            example_feeds(runtime, {"batch": 3, "time": 4})["frames"], np.tile(one, (3, 2, 1))
+            example_inputs(runtime, {"batch": 3, "time": 4})["frames"], np.tile(one, (3, 2, 1))
         )
 
 

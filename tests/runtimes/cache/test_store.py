@@ -37,9 +37,9 @@ class Model:
 ])  # fmt: skip
 def test_an_entry_survives_the_process(entry: np.ndarray, tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        store.shelf("context", IDENTITY).put(["నమస్కారం"], [entry])
+        store.namespace("context", IDENTITY).put(["నమస్కారం"], [entry])
     with Store(tmp_path) as store:
-        (found,) = store.shelf("context", IDENTITY).get(["నమస్కారం"])
+        (found,) = store.namespace("context", IDENTITY).get(["నమస్కారం"])
     assert found is not None
     assert (found.dtype, found.shape) == (entry.dtype, entry.shape)
     np.testing.assert_array_equal(found, entry)
@@ -49,9 +49,9 @@ def test_an_entry_survives_the_process(entry: np.ndarray, tmp_path: Path) -> Non
 def test_a_model_is_asked_once_for_each_distinct_text(folder: bool, tmp_path: Path) -> None:
     model = Model()
     with Store(tmp_path if folder else None) as store:
-        shelf = store.shelf("context", IDENTITY)
-        first = shelf.complete(["one", "three", "one"], model)
-        again = shelf.complete(["three", "seven!!"], model)
+        namespace = store.namespace("context", IDENTITY)
+        first = namespace.complete(["one", "three", "one"], model)
+        again = namespace.complete(["three", "seven!!"], model)
     assert model.asked == ["one", "three", "seven!!"]
     assert [entry[0] for entry in (*first, *again)] == [3, 5, 3, 5, 7]
 
@@ -59,64 +59,64 @@ def test_a_model_is_asked_once_for_each_distinct_text(folder: bool, tmp_path: Pa
 @pytest.mark.parametrize("key", sorted(IDENTITY))
 def test_another_models_store_is_refused_in_one_line(key: str, tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        store.shelf("context", IDENTITY)
-        store.shelf("emotion", {**IDENTITY, key: "other"})  # another shelf is another model's business
+        store.namespace("context", IDENTITY)
+        store.namespace("emotion", {**IDENTITY, key: "other"})  # another shelf is another model's business
     other = {**IDENTITY, key: 64 if key == "max_tokens" else "c" * 64}
     with Store(tmp_path) as store, pytest.raises(ArtifactError, match=key) as caught:
-        store.shelf("context", other)
+        store.namespace("context", other)
     assert "\n" not in str(caught.value)
 
 
 def test_the_key_is_the_model_and_the_exact_text() -> None:
     store = Store()
-    shelf = store.shelf("context", IDENTITY)
+    namespace = store.namespace("context", IDENTITY)
     texts = ["a", "a ", "A", "\u00e1", "a\u0301", ""]  # the same letter in two spellings is two texts
-    assert len({shelf.key(text) for text in texts}) == len(texts)
-    assert shelf.key("a") != store.shelf("context", {**IDENTITY, "max_tokens": 64}).key("a")
-    assert shelf.key("a") != store.shelf("emotion", IDENTITY).key("a")
+    assert len({namespace.key(text) for text in texts}) == len(texts)
+    assert namespace.key("a") != store.namespace("context", {**IDENTITY, "max_tokens": 64}).key("a")
+    assert namespace.key("a") != store.namespace("emotion", IDENTITY).key("a")
 
 
 def test_memory_forgets_what_was_not_used_for_longest() -> None:
     store = Store(memory_entries=2)
-    shelf = store.shelf("context", IDENTITY)
-    shelf.put(["a", "b"], lengths_of(["a", "b"]))
-    shelf.get(["a"])
-    shelf.put(["c"], lengths_of(["c"]))
-    assert [entry is None for entry in shelf.get(["a", "b", "c"])] == [False, True, False]
+    namespace = store.namespace("context", IDENTITY)
+    namespace.put(["a", "b"], lengths_of(["a", "b"]))
+    namespace.get(["a"])
+    namespace.put(["c"], lengths_of(["c"]))
+    assert [entry is None for entry in namespace.get(["a", "b", "c"])] == [False, True, False]
 
 
 def test_what_memory_forgot_is_still_in_the_folder(tmp_path: Path) -> None:
     with Store(tmp_path, memory_entries=1) as store:
-        shelf = store.shelf("context", IDENTITY)
-        shelf.put(["a", "bb"], lengths_of(["a", "bb"]))
-        assert [entry is not None and entry[0] for entry in shelf.get(["a", "bb"])] == [1, 2]
+        namespace = store.namespace("context", IDENTITY)
+        namespace.put(["a", "bb"], lengths_of(["a", "bb"]))
+        assert [entry is not None and entry[0] for entry in namespace.get(["a", "bb"])] == [1, 2]
 
 
 def test_a_folder_with_another_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "store.json").write_text('{"format": "other"}')
     with Store(tmp_path) as store, pytest.raises(ArtifactError, match="expected format"):
-        store.shelf("context", IDENTITY)
+        store.namespace("context", IDENTITY)
 
 
 def test_missing_texts_are_counted_with_the_remedy(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        shelf = store.shelf("context", IDENTITY)
-        shelf.put(["a"], lengths_of(["a"]))
-        assert shelf.missing(["b", "a", "b"]) == ["b"]
+        namespace = store.namespace("context", IDENTITY)
+        namespace.put(["a"], lengths_of(["a"]))
+        assert namespace.missing(["b", "a", "b"]) == ["b"]
         with pytest.raises(ArtifactError, match="expected 2 texts, found 1 of them; run precompute"):
-            shelf.require(["a", "b"], "run precompute")
+            namespace.require(["a", "b"], "run precompute")
 
 
 def test_a_reader_sees_what_another_process_wrote(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
-        shelf = store.shelf("context", IDENTITY)
-        assert shelf.get(["x"]) == [None]
+        namespace = store.namespace("context", IDENTITY)
+        assert namespace.get(["x"]) == [None]
         code = (
             "import numpy as np; from pathlib import Path; from runtimes.cache.store import Store\n"
             f"with Store(Path({str(tmp_path)!r})) as s: s.shelf('context', {IDENTITY!r}).put(['x'], [np.ones(2)])"
         )
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
-        (found,) = shelf.get(["x"])
+        (found,) = namespace.get(["x"])
     assert found is not None
 
 

@@ -50,9 +50,9 @@ def test_a_wrong_request_is_refused_in_one_line(
 ) -> None:  # fmt: skip
     flags = {"--text": "a ring", "--repository": str(statements_repository), **changes}
     assert main([str(collection), *(part for pair in flags.items() for part in pair)]) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert says in printed
+    assert printed.count("\n") == 1
 
 
 def test_a_collection_of_another_model_is_refused(

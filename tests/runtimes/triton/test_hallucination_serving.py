@@ -101,7 +101,7 @@ def test_requests_of_a_batch_do_not_influence_each_other(opened: tuple[Runtime, 
 def test_the_served_model_says_what_training_read(opened: tuple[Runtime, Pipeline], trained: Path) -> None:
     checkpoint = Checkpoint.load(trained / "hallucination")
     reader = FeatureReader(checkpoint.config, dict(checkpoint.training))
-    (entry,) = reader.ask([json.dumps(EXAMPLE)])
+    (entry,) = reader.run([json.dumps(EXAMPLE)])
     (answer,) = answers(opened, [EXAMPLE])
     heads = len(checkpoint.config["heads"].split())
     np.testing.assert_allclose([span["ecs"] for span in answer["spans"]], entry[:, 3 : 3 + heads], atol=1e-5)
@@ -142,9 +142,9 @@ def test_what_was_precomputed_in_shares_is_not_read_again(
 
     monkeypatch.setattr(FeatureReader, "ask", forbidden)
     assert run(["hallucination", "--data", data, "--store", store, "--out", str(tmp_path), "--folds", "2"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert evaluate(["hallucination", "--data", data, "--checkpoint", str(tmp_path / "hallucination")]) == 0
-    assert capsys.readouterr().out in said, "the same table: the baselines, too, are fitted to all heads again"
+    assert capsys.readouterr().out in printed, "the same table: the baselines, too, are fitted to all heads again"
 
 
 def test_precomputing_reads_every_answer_once_in_batches_of_the_size_that_is_set(
@@ -195,7 +195,7 @@ def test_labels_of_one_class_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     source = Source(find_spec("hallucination"), Checkpoint.load(trained / "hallucination"))
     spec, tolerance = source.spec, source.spec.tolerance["fp32"]
-    want = source.answer(source.feeds(np.random.default_rng(0), source.signature.sizes("opt")))
+    want = source.answer(source.draw_inputs(np.random.default_rng(0), source.signature.sizes("opt")))
     want["gaps"] = np.ones_like(want["gaps"])
     want["gaps"][0, 0, 0] = 1e-7
     tied = {**want, "ecs": want["ecs"].copy(), "scores": want["scores"].copy()}
@@ -273,7 +273,7 @@ def test_predict_uses_the_cache(
 
 def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Path) -> None:
     with Store(tmp_path / "store") as store:
-        store.shelf("hallucination_onnx_answers", {"artifact": "another"})
+        store.namespace("hallucination_onnx_answers", {"artifact": "another"})
         with pytest.raises(ArtifactError, match="holds another model's entries"):
             AnswerCache(repository, store)
 

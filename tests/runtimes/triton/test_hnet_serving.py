@@ -19,7 +19,7 @@ from export.triton.repository import reschedule
 from runtimes.artifact import Artifact
 from runtimes.errors import InputError, Overloaded, SlipwayError
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hnet.generation import EXAMPLE, Desk, Writing, read_wish, write
+from runtimes.pipelines.hnet.generation import EXAMPLE, ContinuousBatcher, Writing, read_generation_request, write
 from runtimes.predict import main as predict
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
@@ -45,7 +45,7 @@ def runtime(repository: Path) -> Iterator[Any]:
 
 
 def wish(**changes: Any) -> Any:
-    return read_wish({**EXAMPLE, **changes}, "request")
+    return read_generation_request({**EXAMPLE, **changes}, "request")
 
 
 def written(pieces: Any) -> str:
@@ -59,8 +59,8 @@ def test_an_answer_scores_every_byte_and_its_segments_are_the_text(repository: P
     root = find(repository, "hnet_onnx")
     with open_runtime(root) as runtime:
         pipeline = open_pipeline(runtime.artifact, root)
-        feeds = pipeline.encode([{"text": TEXT}, {"bytes": list(b"ab")}, {"text": "x"}])
-        outputs = runtime.fresh(feeds)
+        inputs = pipeline.encode([{"text": TEXT}, {"bytes": list(b"ab")}, {"text": "x"}])
+        outputs = runtime.fresh(inputs)
     answers = pipeline.decode(outputs)
     for row, text in enumerate([TEXT.encode(), b"ab", b"x"]):
         answer, logits = answers[row], outputs["logits"][row].astype(np.float64)
@@ -151,22 +151,22 @@ def test_a_seed_writes_one_text_and_another_seed_another(runtime: Any) -> None:
 def test_texts_that_begin_at_different_times_do_not_meet(runtime: Any) -> None:
     """Three texts, each begun some steps after the one before, are what each is alone."""
     wishes = [wish(seed=seed, text=text, max_bytes=40) for seed, text in enumerate(["ab", "తెలుగు భాష", "x"])]
-    desk, said = Desk(runtime), {}
+    desk, printed = ContinuousBatcher(runtime), {}
     waiting = [Writing(each) for each in wishes]
     for writing in waiting:
-        said[writing] = ""
+        printed[writing] = ""
         desk.add(writing)
         for _ in range(7):
             for each, text in desk.step():
-                said[each] += text
+                printed[each] += text
     while desk.writings:
         for each, text in desk.step():
-            said[each] += text
-    assert list(said.values()) == [written(write(runtime, each)) for each in wishes]
+            printed[each] += text
+    assert list(printed.values()) == [written(write(runtime, each)) for each in wishes]
 
 
 def test_no_more_texts_are_written_at_once_than_the_model_is_proved_for(runtime: Any) -> None:
-    desk = Desk(runtime)
+    desk = ContinuousBatcher(runtime)
     for _ in range(16):
         desk.add(Writing(wish()))
     with pytest.raises(InputError, match="at most 16 texts"):

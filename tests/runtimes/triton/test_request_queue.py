@@ -17,7 +17,7 @@ import pytest
 import runtimes
 from runtimes.errors import Overloaded
 from runtimes.triton.client import BUSY
-from runtimes.triton.request_queue import Limits, WaitingLine
+from runtimes.triton.request_queue import Limits, RequestQueue
 from tests import toys
 
 
@@ -31,7 +31,7 @@ def test_the_limits_are_those_of_the_config_or_the_stated_default() -> None:
 
 
 def test_first_come_first_served_and_no_more_than_fit() -> None:
-    line: WaitingLine[int] = WaitingLine(Limits(size=2))
+    line: RequestQueue[int] = RequestQueue(Limits(size=2))
     for one in (1, 2):
         line.put(one)
     with pytest.raises(Overloaded, match=BUSY[0]):
@@ -42,7 +42,7 @@ def test_first_come_first_served_and_no_more_than_fit() -> None:
 
 
 def test_who_has_waited_too_long_waits_no_more() -> None:
-    line: WaitingLine[int] = WaitingLine(Limits(timeout_s=0.05))
+    line: RequestQueue[int] = RequestQueue(Limits(timeout_s=0.05))
     line.put(1)
     assert line.overdue() == []
     time.sleep(0.06)
@@ -53,7 +53,7 @@ def test_who_has_waited_too_long_waits_no_more() -> None:
 
 
 def test_who_waits_for_the_next_is_woken_by_it_and_by_the_end() -> None:
-    line: WaitingLine[int] = WaitingLine(Limits())
+    line: RequestQueue[int] = RequestQueue(Limits())
     with ThreadPoolExecutor(1) as pool:
         taken = pool.submit(lambda: [line.get(block=True), line.get(block=True)])
         time.sleep(0.05)

@@ -80,9 +80,9 @@ def test_texts_of_a_batch_do_not_influence_each_other(repository: Path) -> None:
 
 
 def test_a_long_text_is_read_from_its_start(pipeline: Pipeline) -> None:
-    feeds = pipeline.encode([{"text": LONG}, {"text": LONG[:5000]}])
-    assert feeds["input_ids"].shape == (2, 256)
-    np.testing.assert_array_equal(feeds["input_ids"][0], feeds["input_ids"][1])
+    inputs = pipeline.encode([{"text": LONG}, {"text": LONG[:5000]}])
+    assert inputs["input_ids"].shape == (2, 256)
+    np.testing.assert_array_equal(inputs["input_ids"][0], inputs["input_ids"][1])
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_parity_looks_at_real_statements_and_their_neighbours(repository: Path, 
     proof = Artifact.load(find(repository, "statements_onnx")).parity
     assert {"difference_statement_vector", "cosine", "top10", "order"} <= set(proof)
     source = Source(SPEC, Checkpoint.load(trained / "statements"))
-    rows = sum(len(feeds["input_ids"]) for feeds in SPEC.trial(source.config, source.probe))
+    rows = sum(len(inputs["input_ids"]) for inputs in SPEC.parity_inputs(source.config, source.sample_inputs))
     assert rows == 35, "all held-out statements, for there are fewer than 64"
 
 
@@ -135,14 +135,14 @@ def test_int8_is_calibrated_on_training_papers_and_judged_on_others() -> None:
     preset = SPEC.preset("tiny")
     recipe: Any = SPEC.recipe()(preset.config, {**preset.training, "papers": 60}, None)
     train, valid = ({tuple(row) for row in recipe.tokens.rows(flatten(papers)[0])} for papers in recipe.papers)
-    probe = recipe.probe()
-    calibrated = {tuple(feeds["input_ids"][0]) for feeds in SPEC.calibration(preset.config, probe)}
+    sample_inputs = recipe.sample_inputs()
+    calibrated = {tuple(inputs["input_ids"][0]) for inputs in SPEC.calibration(preset.config, sample_inputs)}
     assert train <= calibrated
     assert all(any(ids[: len(short)] == short for ids in train) for short in calibrated - train)
     assert min(map(len, calibrated)) == 2
     assert not train & valid
-    for feeds in SPEC.trial(preset.config, probe):
-        rows = zip(feeds["input_ids"], feeds["attention_mask"] > 0, strict=True)
+    for inputs in SPEC.parity_inputs(preset.config, sample_inputs):
+        rows = zip(inputs["input_ids"], inputs["attention_mask"] > 0, strict=True)
         assert {tuple(ids[real]) for ids, real in rows} <= valid
 
 

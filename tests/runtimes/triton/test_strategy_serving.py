@@ -133,12 +133,12 @@ def test_serving_finds_what_precomputing_kept(trained: Path, repository: Path, t
     assert precompute(["strategy", "--data", str(data), "--store", str(store)]) == 0
     with Store(store) as opened, StrategyCascade(repository, opened) as cascade:
         dialogue_text = "[seeker] I feel fear today. [supporter] మీకు ఏమైంది?"
-        assert cascade.contexts.shelf.missing([dialogue_text]) == []
-        assert cascade.emotions.shelf.missing(["I feel fear today."]) == []
-        feeds = cascade.feeds([PLAIN])
-        (kept,) = cascade.contexts.shelf.get([dialogue_text])
+        assert cascade.contexts.namespace.missing([dialogue_text]) == []
+        assert cascade.emotions.namespace.missing(["I feel fear today."]) == []
+        inputs = cascade.inputs([PLAIN])
+        (kept,) = cascade.contexts.namespace.get([dialogue_text])
         assert kept is not None
-        np.testing.assert_array_equal(feeds["context"][0], kept)
+        np.testing.assert_array_equal(inputs["context"][0], kept)
 
 
 def test_a_store_of_another_encoder_is_refused_by_serving_and_by_training(
@@ -347,8 +347,8 @@ def test_the_repository_passes_verification(repository: Path) -> None:
 def test_two_frozen_parts_may_have_two_tokenizers(tmp_path: Path) -> None:
     data = tmp_path / "data.json"
     turns = [{"speaker": "seeker", "content": f"I feel {word} today."} for word in ("sad", "glad", "afraid", "angry")]
-    said = [{"speaker": "supporter", "content": "Why?", "annotation": {"strategy": "Question"}}]
-    data.write_text(json.dumps([{"dialog": [turn, *said, turn, *said]} for turn in turns]))
+    printed = [{"speaker": "supporter", "content": "Why?", "annotation": {"strategy": "Question"}}]
+    data.write_text(json.dumps([{"dialog": [turn, *printed, turn, *printed]} for turn in turns]))
     encoder = tmp_path / "encoder"
     assert make_encoder(["--data", str(data), "--out", str(encoder), "--width", "32", "--vocabulary", "400"]) == 0
     arguments = ["strategy", "--data", str(data), "--encoder", str(encoder), "--history", "5", "--epochs", "1"]

@@ -95,9 +95,9 @@ def random_x(rng: np.random.Generator, batch: int = 1, time: int = 4) -> np.ndar
 def test_windows_are_answered_as_in_process(
     repository: Path, served: Callable[[str], Runtime], name: str, batch: int, length: int
 ) -> None:
-    feeds = {"x": random_x(np.random.default_rng(batch), batch, length)}
+    arrays = {"x": random_x(np.random.default_rng(batch), batch, length)}
     with served(name) as remote, open_runtime(repository / name / "1") as local:
-        found, expected = remote.fresh(feeds), local.fresh(feeds)
+        found, expected = remote.fresh(arrays), local.fresh(arrays)
         assert remote.provider.startswith("triton 2.")
     for spec in remote.signature.outputs:
         np.testing.assert_array_equal(found[spec.name], expected[spec.name])
@@ -105,9 +105,9 @@ def test_windows_are_answered_as_in_process(
 
 @pytest.mark.parametrize("name", ["running_onnx", "doubling_onnx"])
 def test_a_repeated_request_is_answered_each_time_as_a_fresh_one(served: Callable[[str], Runtime], name: str) -> None:
-    feeds, other = ({"x": random_x(np.random.default_rng(seed), 2)} for seed in (0, 1))
+    arrays, other = ({"x": random_x(np.random.default_rng(seed), 2)} for seed in (0, 1))
     with served(name) as runtime:
-        call, expected = runtime.repeated(feeds), runtime.fresh(feeds)
+        call, expected = runtime.repeated(arrays), runtime.fresh(arrays)
         for _ in range(3):
             found = call()
             assert found.keys() == expected.keys()
@@ -115,7 +115,7 @@ def test_a_repeated_request_is_answered_each_time_as_a_fresh_one(served: Callabl
                 np.testing.assert_array_equal(array, expected[output])
             runtime.fresh(other)  # what happens between makes no difference
         with pytest.raises(InputError, match="expected finite numbers"):
-            runtime.repeated({"x": feeds["x"] * np.nan})()
+            runtime.repeated({"x": arrays["x"] * np.nan})()
 
 
 def test_a_stream_of_300_steps_says_what_the_model_in_process_says(
@@ -128,8 +128,8 @@ def test_a_stream_of_300_steps_says_what_the_model_in_process_says(
             if step == 150:
                 far.reset([1])
                 near.reset([1])
-            feeds = {"x": random_x(rng, 2, int(rng.integers(1, 5)))}
-            np.testing.assert_array_equal(far.step(feeds)["y"], near.step(feeds)["y"])
+            arrays = {"x": random_x(rng, 2, int(rng.integers(1, 5)))}
+            np.testing.assert_array_equal(far.step(arrays)["y"], near.step(arrays)["y"])
         far.close()
         far.close()
 

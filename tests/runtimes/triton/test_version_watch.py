@@ -99,8 +99,8 @@ def test_serve_refuses_it_before_anything_starts(
     damaged = repository / "doubling_onnx" / "2" / "model.onnx"
     flip_a_byte(damaged)
     assert serve.main(["--repository", str(repository)]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {damaged}: expected sha256 ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {damaged}: expected sha256 ")
+    assert printed.count("\n") == 1
     assert serve.main(["--repository", str(repository), "--unverified"]) == 2
     assert "expected a Triton server" in capsys.readouterr().err

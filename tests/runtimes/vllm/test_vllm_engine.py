@@ -47,19 +47,19 @@ class TestGenerator:
     @pytest.mark.parametrize("lengths", [[1], [5, 9], [32, 5, 1, 7, 2, 32, 3, 4]])
     def test_scores_are_those_of_transformers_row_by_row(self, vllm_generator: Generator, lengths: list[int]) -> None:
         runtime, module = vllm_generator
-        feeds = small_decoders.row_feeds(lengths)
-        outputs = runtime.run(feeds)
-        for row, mask in enumerate(feeds["attention_mask"].astype(bool)):
-            logprobs, next_ids = expected_scores(module, feeds["input_ids"][row, mask])
+        inputs = small_decoders.row_inputs(lengths)
+        outputs = runtime.run(inputs)
+        for row, mask in enumerate(inputs["attention_mask"].astype(bool)):
+            logprobs, next_ids = expected_scores(module, inputs["input_ids"][row, mask])
             np.testing.assert_allclose(outputs[TOKEN_LOGPROBS][row, mask], logprobs, atol=1e-4)
             np.testing.assert_array_equal(outputs[NEXT_IDS][row, mask], next_ids)
             assert not outputs[TOKEN_LOGPROBS][row, ~mask].any()
 
     def test_a_row_of_padding_is_refused(self, vllm_generator: Generator) -> None:
-        feeds = small_decoders.row_feeds([3, 4])
-        feeds["attention_mask"][0] = 0
+        inputs = small_decoders.row_inputs([3, 4])
+        inputs["attention_mask"][0] = 0
         with pytest.raises(InputError, match="found a row of padding"):
-            vllm_generator[0].run(feeds)
+            vllm_generator[0].run(inputs)
 
     def test_it_says_what_runs(self, vllm_generator: Generator) -> None:
         version, *rest = vllm_generator[0].provider.removeprefix("vllm ").split()
@@ -112,7 +112,7 @@ class TestGenerator:
         self, vllm_generator: Generator
     ) -> None:
         runtime, _ = vllm_generator
-        before = runtime.run(small_decoders.row_feeds([5, 9]))
+        before = runtime.run(small_decoders.row_inputs([5, 9]))
         (engine,) = (pid for pid, title in descendants(runtime.model.pid) if "EngineCore" in title)
         os.kill(engine, signal.SIGSTOP)  # so that the request is under way when it dies
         with ThreadPoolExecutor(1) as pool:
@@ -121,7 +121,7 @@ class TestGenerator:
             with pytest.raises(EngineError, match=r"vLLM died under the request .*; its log ends: \S+") as failed:
                 request.result(60)
         assert "\n" not in str(failed.value)
-        after = runtime.run(small_decoders.row_feeds([5, 9]))
+        after = runtime.run(small_decoders.row_inputs([5, 9]))
         assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
@@ -131,9 +131,9 @@ class TestEmbedder:
     @pytest.mark.parametrize("lengths", [[1], [32, 5, 1, 7, 2, 32, 3, 4]])
     def test_vectors_are_those_of_torch(self, vllm_embedder: Embedder, lengths: list[int]) -> None:
         runtime, module = vllm_embedder
-        feeds = small_decoders.row_feeds(lengths)
-        vectors = runtime.run(feeds)["vector"]
-        pairs = zip(feeds["input_ids"], feeds["attention_mask"].astype(bool), strict=True)
+        inputs = small_decoders.row_inputs(lengths)
+        vectors = runtime.run(inputs)["vector"]
+        pairs = zip(inputs["input_ids"], inputs["attention_mask"].astype(bool), strict=True)
         np.testing.assert_allclose(vectors, [module.vector(ids[mask]) for ids, mask in pairs], atol=1e-5)
 
     def test_a_text_is_embedded_as_its_tokens_are(self, vllm_embedder: Embedder) -> None:

@@ -106,9 +106,9 @@ def test_several_completions_of_one_request(client: TritonClient) -> None:
 def test_vectors_are_those_of_torch(
     client: TritonClient, repository: Path, server: TritonServer, vllm_embedder: tuple[VllmRuntime, Any]
 ) -> None:
-    feeds = small_decoders.row_feeds([5, 9, 1])
+    inputs = small_decoders.row_inputs([5, 9, 1])
     with served_at(repository, EMBEDDER, server) as runtime:
-        np.testing.assert_allclose(runtime.run(feeds)["vector"], vllm_embedder[0].run(feeds)["vector"], atol=1e-5)
+        np.testing.assert_allclose(runtime.run(inputs)["vector"], vllm_embedder[0].run(inputs)["vector"], atol=1e-5)
         np.testing.assert_allclose(runtime.embed([PROMPT]), vllm_embedder[0].embed([PROMPT]), atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_request_fails_alone(client: TritonClient, name: str, inputs: di
 
 def test_scores_are_not_to_be_had(served: TritonVllmRuntime) -> None:
     with pytest.raises(InputError, match="found one for scores, which Triton's vllm backend does not tell"):
-        served.run(small_decoders.row_feeds([5, 9]))
+        served.run(small_decoders.row_inputs([5, 9]))
 
 
 @pytest.mark.parametrize("name", ["generator", "embedder"])

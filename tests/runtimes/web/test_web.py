@@ -251,14 +251,14 @@ def test_the_pages_have_no_inline_script_and_name_no_other_host() -> None:
 def test_a_client_that_goes_away_or_says_nothing_harms_nobody(
     server: Server, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for said in (
+    for printed in (
         b"",
         b"POST /api/collections HTTP/1.1\r\n",
         b"\xff\xfe\x00",
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
     ):
         with socket.create_connection(server.server_address[:2]) as connection:  # type: ignore[arg-type]
-            connection.sendall(said)
+            connection.sendall(printed)
     assert ask(server, "/api/collections")[0] == 200
     assert "Traceback" not in capfd.readouterr().err
 

@@ -80,7 +80,7 @@ def check(config: Config) -> None:
     heads_of(config), layers_of(config)
 
 
-def settle(config: Config) -> Config:
+def resolve_config(config: Config) -> Config:
     """The config with `all` heads and layers named; `InputError` for what base and encoder do not have."""
     from training.frozen import longest_input
     from training.models.hallucination.frozen import decoder_config, encoder_config, window

@@ -152,9 +152,9 @@ def _synthetic(rng: np.random.Generator, number: int) -> Example:
     known, made_up = order[:3], order[3:]
     name = f"bridge number {rng.integers(10, 99)}"
     prompt = f"Report on {name}. " + " ".join(facts[fact] for fact in known) + " Summarise the report."
-    said = [known[0], known[1], made_up[0] if rng.random() < 0.5 else known[2]]
+    printed = [known[0], known[1], made_up[0] if rng.random() < 0.5 else known[2]]
     answer, hallucinated, spans = "", [], []
-    for fact in said:
+    for fact in printed:
         span = (len(answer), len(answer) + len(facts[fact]))
         spans.append(list(span))
         hallucinated += [span] if fact in made_up else []

@@ -91,9 +91,9 @@ def layer_outputs(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) ->
     queries, keys, values = projected(layer, states, cosines, sines)
     mixed = attend(queries, keys, values, float(layer.self_attn.scaling))
     added = layer.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
-    middle = beside(states, added) + added
+    middle = on_device_of(states, added) + added
     added = layer.mlp(layer.post_attention_layernorm(middle))
-    return queries, keys, middle, beside(middle, added) + added
+    return queries, keys, middle, on_device_of(middle, added) + added
 
 
 def projected(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,7 +104,7 @@ def projected(layer: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> tup
         project(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    cosines, sines = beside(cosines, queries), beside(sines, queries)
+    cosines, sines = on_device_of(cosines, queries), on_device_of(sines, queries)
     return rotated(queries, cosines, sines), rotated(keys, cosines, sines), values
 
 
@@ -136,6 +136,6 @@ def take(values: Tensor, rows: Tensor) -> Tensor:
     return torch.gather(values, -2, index)
 
 
-def beside(value: Tensor, other: Tensor) -> Tensor:
+def on_device_of(value: Tensor, other: Tensor) -> Tensor:
     """`value` on the device of `other`: layers may lie on several."""
     return value if value.device == other.device else value.to(other.device)

@@ -52,12 +52,12 @@ def part(module: "nn.Module") -> "nn.Module":
     return TokenScores(module.base)  # type: ignore[arg-type]
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Pieces of the probe's texts or made-up ones; the first row is full, the others may be padded."""
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Pieces of the sample inputs's texts or made-up ones; the first row is full, the others may be padded."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     ids = rng.integers(*SMALLEST_VOCABULARY, (batch, tokens))
-    if "token_ids" in probe:
-        texts = real_texts(probe)
+    if "token_ids" in sample_inputs:
+        texts = real_texts(sample_inputs)
         ids = np.stack([np.resize(texts[int(rng.integers(len(texts)))], tokens) for _ in range(batch)])
     lengths = rng.integers(2, tokens + 1, batch)
     lengths[0] = tokens
@@ -65,21 +65,21 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {"input_ids": np.where(mask, ids, 0).astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
-def real_texts(probe: Tensors) -> list[np.ndarray]:
-    """The probe's prompts and answers without padding: the last of `rows` predicts the last token."""
-    ends = probe["rows"].max(-1) + 2
-    return [ids[:end] for ids, end in zip(probe["token_ids"], ends, strict=True)]
+def real_texts(sample_inputs: Tensors) -> list[np.ndarray]:
+    """The sample inputs's prompts and answers without padding: the last of `rows` predicts the last token."""
+    ends = sample_inputs["rows"].max(-1) + 2
+    return [ids[:end] for ids, end in zip(sample_inputs["token_ids"], ends, strict=True)]
 
 
-def calibration_texts(probe: Tensors) -> list[np.ndarray]:
-    """The first half of the probe's texts: `trial` judges by the others."""
-    texts = real_texts(probe)
+def calibration_texts(sample_inputs: Tensors) -> list[np.ndarray]:
+    """The first half of the sample inputs's texts: `parity_inputs` judges by the others."""
+    texts = real_texts(sample_inputs)
     return texts[: max(1, len(texts) // 2)]
 
 
-def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The second half of the probe's texts, cut to the window."""
-    texts = real_texts(probe)
+def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
+    """The second half of the sample inputs's texts, cut to the window."""
+    texts = real_texts(sample_inputs)
     held_out = texts[len(texts) // 2 :]
     longest = config["max_tokens"] - 1
     ids = np.zeros((len(held_out), min(longest, max(map(len, held_out)))), np.int64)
@@ -92,7 +92,7 @@ def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
         yield {"input_ids": ids[rows], "attention_mask": mask[rows]}
 
 
-def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
     """The log-probabilities alone: how far apart two token ids are says nothing."""
     return {TOKEN_LOGPROBS: got[TOKEN_LOGPROBS]}
 
@@ -117,20 +117,20 @@ def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Ch
     }
 
 
-def language_model(config: Config, module: "nn.Module", probe: Tensors) -> "LanguageModel":
+def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) -> "LanguageModel":
     """The frozen decoder with its tokenizer; `InputError` if the two do not fit."""
-    from training.language_model import LanguageModel, check_vocabulary, whole_tokenizer
+    from training.language_model import LanguageModel, check_vocabulary, complete_tokenizer
     from training.models.hallucination.frozen import template_json, tokenizer_json
     from training.random_init import is_seeded
 
     model: Any = module.decoder.model  # type: ignore[union-attr]
     source, revision = config["base"], config["base_revision"]
-    tokenizer = whole_tokenizer(tokenizer_json(source, revision), model.config, source, revision)
+    tokenizer = complete_tokenizer(tokenizer_json(source, revision), model.config, source, revision)
     if is_seeded(source):
         around = json.loads(template_json(source, revision))
         tokenizer.chat_template = f"{around['before']}{{{{ messages[-1]['content'] }}}}{around['after']}"
     check_vocabulary(source, tokenizer, model.config)
-    texts = calibration_texts(probe)
+    texts = calibration_texts(sample_inputs)
     if not texts:
         raise InputError("expected texts to quantize the generator on, found none in its checkpoint; train it again")
     return LanguageModel(model=model, tokenizer=tokenizer, task="generate", window=config["max_tokens"], texts=texts)

@@ -61,12 +61,12 @@ def part(module: "nn.Module") -> "nn.Module":
     return MitigatedDecoder(module)  # type: ignore[arg-type]
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Tokens of the probe or made-up ones behind a made-up past; half of the rows are reweighted."""
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Tokens of the sample inputs or made-up ones behind a made-up past; half of the rows are reweighted."""
     shapes = {tensor.name: tensor.resolve(sizes) for tensor in signature(config).inputs}
     ids = rng.integers(*BYTE_IDS, shapes["token_ids"])
-    if "token_ids" in probe:
-        ids = np.stack([np.resize(rng.permutation(probe["token_ids"])[0], ids.shape[1]) for _ in ids])
+    if "token_ids" in sample_inputs:
+        ids = np.stack([np.resize(rng.permutation(sample_inputs["token_ids"])[0], ids.shape[1]) for _ in ids])
     known = sizes["past"] - 1 + sizes["tokens"]
     start = int(rng.integers(0, max(1, known // 4)))
     again = rng.random(shapes["attend"]) < 0.3
@@ -81,7 +81,7 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     }
 
 
-def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
     """`got` with the original's ECS where a head's choice hung on less than the precision; `agreement` limits that."""
     near = want["gaps"] <= tolerance.relative
     ecs = np.where(near & np.isfinite(got["ecs"]), want["ecs"], got["ecs"])

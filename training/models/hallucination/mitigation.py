@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from training.frozen import FrozenModule
-from training.models.hallucination.decoder import NOWHERE, beside, projected
+from training.models.hallucination.decoder import NOWHERE, on_device_of, projected
 from training.models.hallucination.features import divergence, resemblance, top_share
 from training.models.hallucination.module import Detector
 
@@ -51,7 +51,7 @@ class MitigatedDecoder(FrozenModule):
         for number, layer in enumerate(model.layers):
             queries_BATC, own_keys, own_values = projected(layer, states_BTD, cosines, sines)
             keys_BKXC, values_BKXC = (
-                torch.cat([beside(kept[:, number].to(dtype), own), own], 2)
+                torch.cat([on_device_of(kept[:, number].to(dtype), own), own], 2)
                 for kept, own in ((keys, own_keys), (values, own_values))
             )
             if heads := self.chosen.get(number):
@@ -62,9 +62,9 @@ class MitigatedDecoder(FrozenModule):
             mixed_BATC = look_back(queries_BATC, keys_BKXC, values_BKXC, float(layer.self_attn.scaling))
             mixed_BATC = at_last(mixed_BATC, attend[:, number, :, None, None])
             added = layer.self_attn.o_proj(mixed_BATC.transpose(1, 2).flatten(2))
-            middle_BTD = beside(states_BTD, added) + added
+            middle_BTD = on_device_of(states_BTD, added) + added
             added = at_last(layer.mlp(layer.post_attention_layernorm(middle_BTD)), know[:, number, None, None])
-            states_BTD = beside(middle_BTD, added) + added
+            states_BTD = on_device_of(middle_BTD, added) + added
             if number in self.lens_layers:
                 pks.append(self._changed(middle_BTD[:, -1], states_BTD[:, -1]))
             new_keys.append(own_keys)
@@ -117,5 +117,5 @@ def look_back(queries_BATC: Tensor, keys_BKXC: Tensor, values_BKXC: Tensor, scal
 def at_last(values: Tensor, factor: Tensor) -> Tensor:
     """[..., T, C] with the last of T times `factor` [..., 1, 1]."""
     places_T1 = torch.arange(values.shape[-2], device=values.device).unsqueeze(-1)
-    factor = beside(factor.to(values.dtype), values)
+    factor = on_device_of(factor.to(values.dtype), values)
     return torch.where(places_T1 == values.shape[-2] - 1, values * factor, values)

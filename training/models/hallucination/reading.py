@@ -24,7 +24,7 @@ from training.models.hallucination.loading import open_decoder
 from training.models.hallucination.module import ChunkDetector, Detector, TokenDetector
 from training.models.hallucination.spec import assets
 from training.models.hallucination.units import Units
-from training.spec import Config, Reading
+from training.spec import Config, FrozenInference
 
 SHELF = "hallucination_features"
 META = 3
@@ -86,12 +86,12 @@ class FeatureReader:
         return [len(self.read(text).ids) for text in texts]
 
     @torch.inference_mode()
-    def ask(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def run(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The entry of each text."""
         read = [self.read(text) for text in texts]
         detector: Any = self.detector
-        feeds = self.pipeline.tensors(read)
-        given = {name: torch.from_numpy(values).to(self.device) for name, values in feeds.items()}
+        inputs = self.pipeline.tensors(read)
+        given = {name: torch.from_numpy(values).to(self.device) for name, values in inputs.items()}
         given.pop("characters")
         ecs, pks, _ = detector.features(**given)
         features = torch.cat([ecs.float(), pks.float()], -1).cpu().numpy()
@@ -102,9 +102,9 @@ class FeatureReader:
         where = np.array(text.text.spans)
         return np.concatenate([where, lengths, features[: len(where)]], 1).astype(np.float32)
 
-    def reading(self, examples: Sequence[Example]) -> Reading:
+    def reading(self, examples: Sequence[Example]) -> FrozenInference:
         texts = [example.text for example in examples]
-        return Reading(shelf=SHELF, identity=self.identity, texts=texts, lengths=self.lengths, ask=self.ask)
+        return FrozenInference(namespace=SHELF, identity=self.identity, texts=texts, lengths=self.lengths, run=self.run)
 
     def units(self, examples: Sequence[Example], entries: Sequence[np.ndarray]) -> Units:
         """The units of these examples with their labels."""

@@ -28,9 +28,9 @@ from training.models.hallucination.reading import FeatureReader
 from training.models.hallucination.spec import build, build_scorer
 from training.models.hallucination.units import Units, read_log, require_both_labels
 from training.precompute import fill
-from training.spec import Config, Evaluation, Metrics, Reading, Recipe
+from training.spec import Config, Evaluation, FrozenInference, Metrics, Recipe
 
-PROBE_ROWS = 16
+SAMPLE_ROWS = 16
 MOST_MAGNIFIED = 100.0  # a rounding of 1e-7 that a score makes larger than this is no longer small beside its tolerance
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
 
@@ -107,7 +107,7 @@ class ScorerRecipe(Recipe):
     def every_unit(self) -> Units:
         raise InputError("expected --scores FILE or --checkpoint DIR, found neither")
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         valid = self.units[1].columns(heads_of(self.config), layers_of(self.config))
         return {"ecs": valid.ecs.astype(np.float32), "pks": valid.pks.astype(np.float32), "lengths": valid.lengths}
 
@@ -169,7 +169,7 @@ class HallucinationRecipe(ScorerRecipe):
         ]
         return [*told, self._why()] if self.left_out else told
 
-    def readings(self) -> Sequence[Reading]:
+    def frozen_inferences(self) -> Sequence[FrozenInference]:
         train, valid = self.examples
         return [self.reader.reading([*train, *valid])]
 
@@ -182,9 +182,9 @@ class HallucinationRecipe(ScorerRecipe):
         train, valid = self.examples
         folder = Path(self.training["store"]) if self.training["store"] else None
         with Store(folder, memory_entries=EVERYTHING) as store:
-            (reading,) = self.readings()
+            (reading,) = self.frozen_inferences()
             fill(store, reading, self.training["padded_size"])
-            entries = store.shelf(reading.shelf, reading.identity).require(reading.texts, "read them again")
+            entries = store.namespace(reading.namespace, reading.identity).require(reading.texts, "read them again")
         cut = len(train)
         return self.reader.units(train, entries[:cut]), self.reader.units(valid, entries[cut:])
 
@@ -195,9 +195,9 @@ class HallucinationRecipe(ScorerRecipe):
     def build(self, config: Config) -> Any:
         return build(config)
 
-    def probe(self) -> Tensors:
-        examples = self.examples[1] if not self.training["scores"] else synthetic_examples(0, PROBE_ROWS)
-        texts = [self.reader.read(example.text) for example in examples[:PROBE_ROWS]]
+    def sample_inputs(self) -> Tensors:
+        examples = self.examples[1] if not self.training["scores"] else synthetic_examples(0, SAMPLE_ROWS)
+        texts = [self.reader.read(example.text) for example in examples[:SAMPLE_ROWS]]
         return self.reader.pipeline.tensors(texts)
 
 

@@ -16,7 +16,16 @@ from runtimes.pipelines.hallucination.detector import ENCODER_TOKENIZER
 from runtimes.pipelines.hallucination.grounding import TEMPLATE, TOKENIZER
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.models.hallucination import generator, mitigated
-from training.models.hallucination.config import CONFIG, SCORER, TINY, TRAINING, check, heads_of, layers_of, settle
+from training.models.hallucination.config import (
+    CONFIG,
+    SCORER,
+    TINY,
+    TRAINING,
+    check,
+    heads_of,
+    layers_of,
+    resolve_config,
+)
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:
@@ -117,8 +126,8 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
     return (base, encoder) if config["level"] == "chunk" else (base,)
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Token ids of the probe, or made-up ones, cut anew: a prompt, an answer in chunks, the last of them padding."""
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Sample token ids, or made-up ones, cut anew: a prompt, an answer in chunks, the last of them padding."""
     batch, tokens, rows, count = (sizes[name] for name in ("batch", "tokens", "rows", "chunks"))
     answer = min(rows, tokens // 2)
     middle = tokens - answer
@@ -128,7 +137,7 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     if count > 2:
         spans[-1] = 0
     result = {
-        "token_ids": _ids(rng, (batch, tokens), probe.get("token_ids")),
+        "token_ids": _ids(rng, (batch, tokens), sample_inputs.get("token_ids")),
         "rows": np.tile(places, (batch, 1)),
         "prompt_range": np.tile([first, middle], (batch, 1)),
         "row_spans": np.tile(spans, (batch, 1, 1)),
@@ -141,14 +150,14 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
             ("chunk_ids", count, sizes["chunk_tokens"]),
             ("prompt_chunk_ids", context, sizes["prompt_chunk_tokens"]),
         ):
-            result[name] = _ids(rng, (batch, chunks, length), probe.get(name))
+            result[name] = _ids(rng, (batch, chunks, length), sample_inputs.get(name))
     return {name: values.astype(np.int64) for name, values in result.items()}
 
 
-def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The answers of the probe, one by one."""
-    for i in range(len(probe["token_ids"])):
-        yield {name: values[i : i + 1] for name, values in probe.items()}
+def calibration(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
+    """The answers of the sample inputs, one by one."""
+    for i in range(len(sample_inputs["token_ids"])):
+        yield {name: values[i : i + 1] for name, values in sample_inputs.items()}
 
 
 def _spans(start: int, end: int, count: int) -> np.ndarray:
@@ -174,14 +183,16 @@ def _ids(rng: np.random.Generator, shape: tuple[int, ...], real: np.ndarray | No
     return np.take_along_axis(rows[chosen], places, -1)
 
 
-def scorer_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Features of the probe, or made-up ones; the last chunk of the last row is padding."""
+def scorer_inputs(
+    config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
+) -> Tensors:
+    """Features of the sample inputs, or made-up ones; the last chunk of the last row is padding."""
     shape = sizes["batch"], sizes["chunks"]
     result = {}
     for name, width in (("ecs", len(heads_of(config))), ("pks", len(layers_of(config)))):
         made = rng.random((*shape, width))
-        if name in probe:
-            rows = probe[name].reshape(-1, width)
+        if name in sample_inputs:
+            rows = sample_inputs[name].reshape(-1, width)
             made = rows[rng.integers(0, len(rows), shape)]
         result[name] = made.astype(np.float32)
     lengths = rng.integers(1, 200, shape)
@@ -190,7 +201,7 @@ def scorer_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, i
     return {**result, "lengths": lengths.astype(np.int64)}
 
 
-def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
     """`got` with the original's numbers where a head's choice hung on less than the precision: parity is blind there.
 
     How much that is, `agreement` limits. Scores are then the scorer's over those features and stay as they were said:
@@ -277,15 +288,15 @@ SPECS = (
         },
         signature=signature,
         build=build,
-        feeds=feeds,
+        draw_inputs=draw_inputs,
         agreement=agreement,
-        settled=settled,
+        mask_near_ties=mask_near_ties,
         exact=("encoder", "scorer"),
         calibration=calibration,
         tolerance=TOLERANCE,
         recipe=recipe,
         frozen=frozen,
-        settle=settle,
+        resolve_config=resolve_config,
         implied=implied,
         assets=assets,
         skips={"vllm": "serves a generator, not what reads its attention: --model hallucination_generator"},
@@ -296,7 +307,7 @@ SPECS = (
         presets={"tiny": Preset(config={**SCORER, "max_batch": 512, "max_chunks": 32}, training=TRAINING)},
         signature=scorer_signature,
         build=build_scorer,
-        feeds=scorer_feeds,
+        draw_inputs=scorer_inputs,
         agreement=scorer_agreement,
         tolerance={"fp32": Tolerance(absolute=2e-5, relative=1e-5)},
         recipe=scorer_recipe,
@@ -309,14 +320,14 @@ SPECS = (
         presets={"tiny": Preset(config=TINY, training=TRAINING), "full": Preset(config=CONFIG, training=TRAINING)},
         signature=generator.signature,
         build=build,
-        feeds=generator.feeds,
-        trial=generator.trial,
-        settled=generator.settled,
+        draw_inputs=generator.draw_inputs,
+        parity_inputs=generator.parity_inputs,
+        mask_near_ties=generator.mask_near_ties,
         agreement=generator.agreement,
         tolerance=generator.TOLERANCE,
         recipe=recipe,
         frozen=frozen,
-        settle=settle,
+        resolve_config=resolve_config,
         skips=dict.fromkeys(
             ("onnx", "openvino", "tensorrt", "torch"), "a generator runs where keys are cached: --target vllm"
         ),
@@ -330,13 +341,13 @@ SPECS = (
         presets={"tiny": Preset(config=TINY, training=TRAINING), "full": Preset(config=CONFIG, training=TRAINING)},
         signature=mitigated.signature,
         build=build,
-        feeds=mitigated.feeds,
-        settled=mitigated.settled,
+        draw_inputs=mitigated.draw_inputs,
+        mask_near_ties=mitigated.mask_near_ties,
         agreement=mitigated.agreement,
         tolerance={name: TOLERANCE[name] for name in ("fp32", "fp16", "bf16")},
         recipe=recipe,
         frozen=frozen,
-        settle=settle,
+        resolve_config=resolve_config,
         assets=assets,
         skips={
             **dict.fromkeys(("onnx", "openvino", "tensorrt"), "AARF is an option of the torch runtime: --target torch"),

@@ -14,7 +14,7 @@ SAME_LIMIT, SAME_POSITIONS = 0.99, 200  # share of all boundaries; told where th
 BITS_LIMIT = 0.01  # bits per byte
 
 
-def settled(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
+def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
     """`got`, with `want` in its place in each row from where a near-tie was decided otherwise."""
     if got["boundary"].shape != want["boundary"].shape:
         return got
@@ -55,11 +55,11 @@ def bits_per_byte(outputs: Tensors) -> np.ndarray:
 
 def _bits(got: Tensors, want: Tensors) -> dict[str, Check]:
     if "nats" in want:
-        said, meant = bits_per_byte(got), bits_per_byte(want)
-        apart = float(abs(said.mean() - meant.mean())) if len(meant) else 0.0
+        printed, meant = bits_per_byte(got), bits_per_byte(want)
+        apart = float(abs(printed.mean() - meant.mean())) if len(meant) else 0.0
     else:
-        said, meant = (_log_softmax(each["logits"]) for each in (got, want))
-        apart = float((np.exp(meant) * (meant - said)).sum(-1).mean() / np.log(2))
+        printed, meant = (_log_softmax(each["logits"]) for each in (got, want))
+        apart = float((np.exp(meant) * (meant - printed)).sum(-1).mean() / np.log(2))
     return {"bits": Check(value=apart, limit=BITS_LIMIT)}
 
 

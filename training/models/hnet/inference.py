@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser
 from runtimes.pipelines.hnet.byte_text import check_text, padded_rows, segments
-from runtimes.pipelines.hnet.generation import Wish, Writing
+from runtimes.pipelines.hnet.generation import GenerationRequest, Writing
 from training.checkpoint import Checkpoint, restore
 from training.models.hnet.metrics import NATS_A_BIT
 from training.models.hnet.module import HNetForCausalLM
@@ -85,7 +85,7 @@ def generate(
     writings = []
     for row, prompt in enumerate(prompts):
         data = check_text(prompt, f"prompt {row}", BYTES_MAX, least=0)
-        writings.append(Writing(Wish(prompt=data, max_bytes=max_bytes, **asdict(sampling)), row))
+        writings.append(Writing(GenerationRequest(prompt=data, max_bytes=max_bytes, **asdict(sampling)), row))
     return _generate(module, writings)
 
 

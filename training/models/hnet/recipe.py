@@ -39,7 +39,7 @@ from training.models.hnet.spec import TIME_MAX
 from training.spec import Config, Evaluation, Metrics, Recipe
 
 NGRAM = 5
-PROBE_BYTES = 16_384
+SAMPLE_BYTES = 16_384
 WORST_BITS = 8.0  # a byte costs no more with a model that knows nothing
 
 
@@ -145,11 +145,11 @@ class HNetRecipe(Recipe):
         baselines = {name: {"bits_per_byte": mean, "cross_entropy": mean * NATS_A_BIT} for name, mean in means.items()}
         return Evaluation(metrics={"criterion": self.criterion(tally), **tally.metrics()}, baselines=baselines)
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """byte_ids uint8 [pieces, time] of held-out text, each beginning with BOS; all as long."""
         most = min(TIME_MAX, int(np.diff(self.corpora[1].offsets).max()))
         pieces = self.corpora[1].pieces(most)
-        whole = pieces[np.argsort(pieces[:, 0] - pieces[:, 1], kind="stable")][: max(1, PROBE_BYTES // most)]
+        whole = pieces[np.argsort(pieces[:, 0] - pieces[:, 1], kind="stable")][: max(1, SAMPLE_BYTES // most)]
         whole[:, 1] = whole[:, 0] + (whole[:, 1] - whole[:, 0]).min()
         return {"byte_ids": batch_of(self.corpora[1], whole)["byte_ids"].numpy().astype(np.uint8)}
 

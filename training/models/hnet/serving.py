@@ -42,12 +42,12 @@ class HNetStep(nn.Module):
     def forward(self, byte_ids_B1: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """Logits [B, 1, V], p and b [B, 1, S], and the state after this byte."""
         now = dict(zip(self.hnet.shapes, state, strict=True))
-        *said, after = self.hnet.read(byte_ids_B1, now)
-        return *said, *(after[name] for name in self.hnet.shapes)
+        *printed, after = self.hnet.read(byte_ids_B1, now)
+        return *printed, *(after[name] for name in self.hnet.shapes)
 
     def whole(self, byte_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, p and b of whole texts, by the forward pass that reads them at once."""
-        said: tuple[Tensor, Tensor, Tensor] = self.hnet(
+        printed: tuple[Tensor, Tensor, Tensor] = self.hnet(
             byte_ids_BT, torch.full((len(byte_ids_BT),), byte_ids_BT.shape[1])
         )
-        return said
+        return printed

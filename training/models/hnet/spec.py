@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.hnet.agreement import agreement, settled
+from training.models.hnet.agreement import agreement, mask_near_ties
 from training.models.hnet.arch import VOCABULARY, check, integer_states, is_ring, state_shapes
 from training.models.hnet.experiments import SWEEP
 from training.models.hnet.settings import CONFIG, NOTES, TINY, TRAINING
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 TIME_MAX = 1024  # bytes of a text, with what begins it
-TRIAL_ROWS = 4  # at once
+PARITY_ROWS = 4  # at once
 AXES = (Axis(name="batch", min=1, opt=4, max=16), Axis(name="time", min=1, opt=256, max=TIME_MAX))
 
 
@@ -77,11 +77,11 @@ def build(config: Config) -> "nn.Module":
     return HNetForCausalLM(config)
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Texts of different lengths, the longest of all `time` bytes: pieces of the probe, or Telugu letters."""
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Texts of different lengths, the longest of all `time` bytes: pieces of the sample inputs, or Telugu letters."""
     batch, time = sizes["batch"], sizes["time"]
-    if "byte_ids" in probe:
-        text = probe["byte_ids"].reshape(-1)
+    if "byte_ids" in sample_inputs:
+        text = sample_inputs["byte_ids"].reshape(-1)
         starts = rng.integers(0, len(text), batch)
         ids = text[(starts[:, None] + np.arange(time)) % len(text)].astype(np.int64)
     else:
@@ -93,16 +93,16 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {"byte_ids": ids, "lengths": lengths.astype(np.int64)}
 
 
-def step_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """The bytes of `feeds`, one of each row unless a rollout asks for more."""
-    return {"byte_ids": feeds(config, rng, {"time": 1, **sizes}, probe)["byte_ids"]}
+def step_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """The bytes of `draw_inputs`, one of each row unless a rollout asks for more."""
+    return {"byte_ids": draw_inputs(config, rng, {"time": 1, **sizes}, sample_inputs)["byte_ids"]}
 
 
-def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The held-out texts of the probe, whole."""
-    ids = probe.get("byte_ids", np.zeros((0, 0)))[:, :TIME_MAX].astype(np.int64)
-    for start in range(0, len(ids), TRIAL_ROWS):
-        rows = ids[start : start + TRIAL_ROWS]
+def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
+    """The held-out texts of the sample inputs, whole."""
+    ids = sample_inputs.get("byte_ids", np.zeros((0, 0)))[:, :TIME_MAX].astype(np.int64)
+    for start in range(0, len(ids), PARITY_ROWS):
+        rows = ids[start : start + PARITY_ROWS]
         yield {"byte_ids": rows, "lengths": np.full(len(rows), rows.shape[1])}
 
 
@@ -122,15 +122,15 @@ def step(module: "nn.Module") -> "nn.Module":
     return HNetStep(module)
 
 
-def whole_texts(module: "nn.Module", feeds: Tensors) -> Tensors:
+def whole_texts(module: "nn.Module", inputs: Tensors) -> Tensors:
     """Logits, p and b of whole texts, by the forward pass that reads them at once."""
     import torch
 
     from training.models.hnet.serving import HNetStep
 
     assert isinstance(module, HNetStep)
-    said = module.whole(torch.from_numpy(feeds["byte_ids"]))
-    return {name: tensor.numpy() for name, tensor in zip(("logits", "boundary_prob", "boundary"), said, strict=True)}
+    printed = module.whole(torch.from_numpy(inputs["byte_ids"]))
+    return {name: tensor.numpy() for name, tensor in zip(("logits", "boundary_prob", "boundary"), printed, strict=True)}
 
 
 def recipe() -> type[Recipe]:
@@ -155,10 +155,10 @@ SPECS = (
         signature=signature,
         build=build,
         exported=scorer,
-        feeds=feeds,
-        trial=trial,
+        draw_inputs=draw_inputs,
+        parity_inputs=parity_inputs,
         agreement=agreement,
-        settled=settled,
+        mask_near_ties=mask_near_ties,
         tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
         recipe=recipe,
         notes=NOTES,
@@ -173,10 +173,10 @@ SPECS = (
         signature=step_signature,
         build=build,
         part=step,
-        feeds=step_feeds,
+        draw_inputs=step_inputs,
         sequence=whole_texts,
         agreement=agreement,
-        settled=settled,
+        mask_near_ties=mask_near_ties,
         tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
         recipe=recipe,
         skips=SKIPS,

@@ -21,7 +21,7 @@ from training.models.policy.spec import TIME_MAX, signature
 from training.models.policy.windows import FrameTable, WindowDataset, Windows
 from training.spec import Config, Evaluation, Metrics, Recipe
 
-PROBE_GAMES, PROBE_FRAMES = 4, 320
+SAMPLE_GAMES, SAMPLE_FRAMES = 4, 320
 STREAM_PIECE = 256  # frames a stream takes in one call while it is judged
 
 
@@ -84,10 +84,10 @@ class PolicyRecipe(Recipe):
         baseline = {f"{way}_{name}": value for way in ("windowed", "streamed") for name, value in majority.items()}
         return Evaluation(metrics=metrics, baselines={"majority": baseline})
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """Frames float32 [games, time, 287] from the start of held-out games, all of one length."""
-        chosen = sorted(self.valid, key=lambda game: -len(game.frames))[:PROBE_GAMES]
-        length = min(PROBE_FRAMES, min(len(game.frames) for game in chosen))
+        chosen = sorted(self.valid, key=lambda game: -len(game.frames))[:SAMPLE_GAMES]
+        length = min(SAMPLE_FRAMES, min(len(game.frames) for game in chosen))
         return {"frames": np.stack([game.frames[:length] for game in chosen])}
 
 

@@ -99,15 +99,15 @@ def build(config: Config) -> "nn.Module":
     return Policy(config)
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Frames [batch, time, 287]: pieces of the probe's games, repeated in time where they are too short."""
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Frames [batch, time, 287]: pieces of the sample inputs's games, repeated in time where they are too short."""
     batch, time = sizes["batch"], sizes["time"]
-    if "frames" not in probe:
+    if "frames" not in sample_inputs:
         numbers = rng.normal(0, 0.5, (batch, time, ID_COLUMNS))
         actions = rng.integers(0, ACTION_COUNT, (batch, time, 2))
         characters = rng.integers(0, CHARACTER_COUNT, (batch, time, 2))
         return {"frames": np.concatenate([numbers, actions, characters], -1).astype(np.float32)}
-    games = probe["frames"].astype(np.float32)
+    games = sample_inputs["frames"].astype(np.float32)
     rows = rng.integers(0, len(games), batch)
     starts = rng.integers(0, max(1, games.shape[1] - time + 1), batch)
     places = (starts[:, None] + np.arange(time)) % games.shape[1]
@@ -187,7 +187,7 @@ def _spec(backbone: str) -> ModelSpec:
         },
         signature=signature,
         build=build,
-        feeds=feeds,
+        draw_inputs=draw_inputs,
         agreement=agreement,
         tolerance={
             "fp32": Tolerance(absolute=2e-5, relative=1e-5),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from training.language_model import LanguageModel, NotADecoder, check_vocabulary, whole_tokenizer
+from training.language_model import LanguageModel, NotADecoder, check_vocabulary, complete_tokenizer
 from training.models.statements.base import is_encoder, tokenizer_json
 
 
@@ -21,7 +21,7 @@ def language_model(config: Mapping[str, Any], module: nn.Module, texts: Sequence
     if is_encoder(base):
         raise NotADecoder(f"not a decoder language model: {config['base']} is of the kind '{base.config.model_type}'")
     source, revision = config["base"], config["base_revision"]
-    tokenizer = whole_tokenizer(tokenizer_json(source, revision), base.config, source, revision)
+    tokenizer = complete_tokenizer(tokenizer_json(source, revision), base.config, source, revision)
     check_vocabulary(source, tokenizer, base.config)
     return LanguageModel(
         model=causal(base),

@@ -23,7 +23,7 @@ from training.models.statements.data import draw_pairs, flatten, split_by_paper,
 from training.models.statements.embedding import Embedder
 from training.models.statements.metrics import bm25, cosine, measure
 from training.models.statements.module import adapted_layers
-from training.models.statements.spec import INPUTS, TRAINED_ON, TRIAL_ROWS
+from training.models.statements.spec import INPUTS, PARITY_ROWS, TRAINED_ON
 from training.spec import Config, Evaluation, Recipe
 
 CALIBRATION_ROWS = 512
@@ -86,11 +86,11 @@ class StatementsRecipe(Recipe):
         baselines = {"bm25": measure(papers, bm25(texts)), "untrained_base": measure(papers, cosine(untrained))}
         return Evaluation(metrics=measure(papers, cosine(vectors)), baselines=baselines)
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """The first held-out statements and, under `TRAINED_ON`, some of all training papers; padded on the right."""
         (train, _), (valid, _) = map(flatten, self.papers)
         spread = np.linspace(0, len(train) - 1, min(CALIBRATION_ROWS, len(train))).astype(int)
-        chosen = {"": valid[:TRIAL_ROWS], TRAINED_ON: [train[i] for i in spread]}
+        chosen = {"": valid[:PARITY_ROWS], TRAINED_ON: [train[i] for i in spread]}
         rows = {kind: padded(self.tokens.rows(texts), self.tokens.pad) for kind, texts in chosen.items()}
         return {kind + name: array for kind, pair in rows.items() for name, array in zip(INPUTS, pair, strict=True)}
 

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from training.language_model import LanguageModel
 
 BATCH_MAX = 32
-TRIAL_ROWS = 2 * BATCH_MAX
+PARITY_ROWS = 2 * BATCH_MAX
 INPUTS = ("input_ids", "attention_mask")
-TRAINED_ON = "training_"  # before the names of the probe's inputs from training papers
+TRAINED_ON = "training_"  # before the names of the sample inputs's inputs from training papers
 WHOLE = 2  # statements that are calibrated on for one of their beginnings
 HALVINGS = 7
 NEIGHBOURS = 10
@@ -78,13 +78,13 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
     return (Frozen(prefix="base", source=config["base"], revision=config["base_revision"]),)
 
 
-def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
     """Real statements or made-up ones; the first row is full, the last padded on the left, the others on the right."""
     batch, tokens = sizes["batch"], sizes["tokens"]
-    if "input_ids" in probe:
-        rows = rng.integers(0, len(probe["input_ids"]), batch)
-        real = probe["attention_mask"].sum(1)[rows]
-        ids = np.take_along_axis(probe["input_ids"][rows], np.arange(tokens) % real[:, None], 1)
+    if "input_ids" in sample_inputs:
+        rows = rng.integers(0, len(sample_inputs["input_ids"]), batch)
+        real = sample_inputs["attention_mask"].sum(1)[rows]
+        ids = np.take_along_axis(sample_inputs["input_ids"][rows], np.arange(tokens) % real[:, None], 1)
     else:
         real = rng.integers(1, tokens + 1, batch)
         ids = rng.integers(2, SMALLEST_VOCABULARY, (batch, tokens))
@@ -95,13 +95,13 @@ def feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], pr
     return {"input_ids": np.where(mask, ids, 0).astype(np.int64), "attention_mask": mask.astype(np.int64)}
 
 
-def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
+def calibration(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
     """Statements of training papers, one by one, without padding; and of some a beginning, short as a query may be.
 
-    A mean over few tokens is larger than one over many: without the short ones it would be cut off. The probe of an
-    untrained model has no training papers: its own rows do.
+    A mean over few tokens is larger than one over many: without the short ones it would be cut off. An untrained model
+    has no training papers: its sample inputs serve.
     """
-    rows = (probe.get(TRAINED_ON + name, probe[name]) for name in INPUTS)
+    rows = (sample_inputs.get(TRAINED_ON + name, sample_inputs[name]) for name in INPUTS)
     for i, (ids, mask) in enumerate(zip(*rows, strict=True)):
         tokens = int(mask.sum())
         halvings = {0, 1 + i // WHOLE % HALVINGS} if i % WHOLE == 0 else {0}
@@ -109,10 +109,10 @@ def calibration(config: Config, probe: Tensors) -> Iterator[Tensors]:
             yield {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
 
 
-def trial(config: Config, probe: Tensors) -> Iterator[Tensors]:
-    """The first statements of the probe as they are."""
-    for start in range(0, min(TRIAL_ROWS, len(probe["input_ids"])), BATCH_MAX):
-        yield {name: probe[name][start : start + BATCH_MAX] for name in INPUTS}
+def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
+    """The first statements of the sample inputs as they are."""
+    for start in range(0, min(PARITY_ROWS, len(sample_inputs["input_ids"])), BATCH_MAX):
+        yield {name: sample_inputs[name][start : start + BATCH_MAX] for name in INPUTS}
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
@@ -148,11 +148,11 @@ def recipe() -> type[Recipe]:
     return StatementsRecipe
 
 
-def language_model(config: Config, module: "nn.Module", probe: Tensors) -> "LanguageModel":
+def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) -> "LanguageModel":
     from training.models.statements.decoder import language_model
 
-    kind = TRAINED_ON if TRAINED_ON + INPUTS[0] in probe else ""
-    ids, mask = (probe[kind + name] for name in INPUTS)
+    kind = TRAINED_ON if TRAINED_ON + INPUTS[0] in sample_inputs else ""
+    ids, mask = (sample_inputs[kind + name] for name in INPUTS)
     return language_model(config, module, [row[real > 0] for row, real in zip(ids, mask, strict=True)])
 
 
@@ -200,8 +200,8 @@ SPECS = (
         signature=signature,
         build=build,
         part=merged,
-        feeds=feeds,
-        trial=trial,
+        draw_inputs=draw_inputs,
+        parity_inputs=parity_inputs,
         calibration=calibration,
         agreement=agreement,
         tolerance={

@@ -30,7 +30,7 @@ from training.models.strategy.frozen import (
     tokenizer_json,
 )
 from training.precompute import fill
-from training.spec import Config, Reading
+from training.spec import Config, FrozenInference
 
 CONTEXT, EMOTION, DISCOURSE = "context", "emotion", "discourse"
 
@@ -80,7 +80,7 @@ def tokens(config: Config) -> tuple[Tokens, Tokens]:
     return Tokens(files[CONTEXT], config["max_tokens"]), Tokens(files[EMOTION], config["turn_tokens"])
 
 
-def readings(config: Config, dialogues: Sequence[Dialogue]) -> list[Reading]:
+def frozen_inferences(config: Config, dialogues: Sequence[Dialogue]) -> list[FrozenInference]:
     """Every context; the turns whose emotion is not given; with a parser, the dialogues whose edges are not."""
     identity = identities(config)
     files = tokenizers(config)
@@ -101,12 +101,12 @@ def readings(config: Config, dialogues: Sequence[Dialogue]) -> list[Reading]:
 def complete(config: Config, dialogues: Sequence[Dialogue], store: Store, *, read: bool) -> "Known":
     """What the frozen parts say to these dialogues: read now if `read`, else all of it must be in the store."""
     found = {}
-    for reading in readings(config, dialogues):
+    for reading in frozen_inferences(config, dialogues):
         if read:
             fill(store, reading)
         remedy = "run python -m training.precompute strategy with the same data, settings and store"
-        entries = store.shelf(reading.shelf, reading.identity).require(reading.texts, remedy)
-        found[reading.shelf] = dict(zip(reading.texts, entries, strict=True))
+        entries = store.namespace(reading.namespace, reading.identity).require(reading.texts, remedy)
+        found[reading.namespace] = dict(zip(reading.texts, entries, strict=True))
     return Known(found)
 
 
@@ -130,17 +130,17 @@ class Known:
 
 
 def _text_reading(
-    shelf: str, identity: Mapping[str, Any], texts: Sequence[str], model: nn.Module, tokenizer: bytes
-) -> Reading:
+    namespace: str, identity: Mapping[str, Any], texts: Sequence[str], model: nn.Module, tokenizer: bytes
+) -> FrozenInference:
     own = Tokens(tokenizer, identity["max_tokens"])
     placed, device = _placed(model)
 
-    def ask(batch: Sequence[str]) -> list[np.ndarray]:
+    def run(batch: Sequence[str]) -> list[np.ndarray]:
         with torch.inference_mode():
             ids = torch.from_numpy(own.ids(batch)).to(device)
             return list(placed(ids).cpu().numpy())
 
-    return Reading(shelf=shelf, identity=identity, texts=texts, lengths=own.lengths, ask=ask)
+    return FrozenInference(namespace=namespace, identity=identity, texts=texts, lengths=own.lengths, run=run)
 
 
 def _placed(model: nn.Module) -> tuple[nn.Module, torch.device]:
@@ -153,11 +153,11 @@ def _placed(model: nn.Module) -> tuple[nn.Module, torch.device]:
 
 def _discourse_reading(
     identity: Mapping[str, Any], dialogues: Sequence[Dialogue], parser: nn.Module, tokenizer: bytes
-) -> Reading:
+) -> FrozenInference:
     tokens = pair_tokens(tokenizer)
     placed, device = _placed(parser)
 
-    def ask(batch: Sequence[str]) -> list[np.ndarray]:
+    def run(batch: Sequence[str]) -> list[np.ndarray]:
         unparsed = [parser_dialogue(text) for text in batch]
         with torch.inference_mode():
             arrays = pair_tensors(unparsed, tokens).values()
@@ -168,4 +168,4 @@ def _discourse_reading(
         return [pair_tensors([parser_dialogue(text)], tokens)["pair_ids"].size for text in texts]
 
     texts = [parser_text(dialogue) for dialogue in dialogues if dialogue.edges is None]
-    return Reading(shelf=DISCOURSE, identity=identity, texts=texts, lengths=lengths, ask=ask)
+    return FrozenInference(namespace=DISCOURSE, identity=identity, texts=texts, lengths=lengths, run=run)

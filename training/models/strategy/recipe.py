@@ -23,9 +23,9 @@ from training.models.strategy.data import Sample, split_by_dialogue, synthetic_s
 from training.models.strategy.metrics import confusion, measure
 from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
 from training.models.strategy.pruning import Pruning
-from training.spec import Config, Evaluation, Metrics, Reading, Recipe
+from training.spec import Config, Evaluation, FrozenInference, Metrics, Recipe
 
-PROBE_ROWS = 16
+SAMPLE_ROWS = 16
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
 INPUTS = ("context", "emotion_logits", "kinds", "strategies", "relations")
 Batch = dict[str, Tensor]
@@ -52,9 +52,9 @@ class StrategyRecipe(Recipe):
         groups = len({sample.group for sample in train}), len({sample.group for sample in valid})
         return [f"{len(train)} samples of {groups[0]} dialogues to train on, {len(valid)} of {groups[1]} held out"]
 
-    def readings(self) -> Sequence[Reading]:
+    def frozen_inferences(self) -> Sequence[FrozenInference]:
         train, valid = self.samples
-        return reading.readings(self.config, [sample.dialogue for sample in (*train, *valid)])
+        return reading.frozen_inferences(self.config, [sample.dialogue for sample in (*train, *valid)])
 
     @cached_property
     def tables(self) -> tuple[Batch, Batch]:
@@ -126,10 +126,10 @@ class StrategyRecipe(Recipe):
         with torch.inference_mode():
             return head.eval()(valid["context"]).argmax(-1)
 
-    def probe(self) -> Tensors:
+    def sample_inputs(self) -> Tensors:
         """Held-out dialogues as the parts of the model take them, with the ids of their contexts and newest turns."""
         valid, samples = self.tables[1], self.samples[1]
-        chosen = np.linspace(0, len(samples) - 1, min(PROBE_ROWS, len(samples))).astype(int)
+        chosen = np.linspace(0, len(samples) - 1, min(SAMPLE_ROWS, len(samples))).astype(int)
         contexts, turns = reading.tokens(self.config)
         rows = {name: valid[name].numpy()[chosen] for name in INPUTS}
         return {

@@ -18,7 +18,7 @@ from runtimes.errors import InputError
 from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, ROOT, STRATEGIES
 from runtimes.pipelines.strategy.discourse import PAIR_TOKENS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.strategy.feeds import context_feeds, fused_feeds, graph_feeds, parser_feeds, turn_feeds
+from training.models.strategy.draw_inputs import context_inputs, fused_inputs, graph_inputs, parser_inputs, turn_inputs
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:
@@ -111,7 +111,9 @@ def parser_signature(config: Config) -> Signature:
     """Pairs of turns in, scores at [head, tail, relation] out."""
     check(config)
     scores = TensorSpec(name="pair_scores", dtype="float32", shape=("batch", "turns", "turns", len(DISCOURSE) + 1))
-    return Signature(inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config)))
+    return Signature(
+        draw_inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config))
+    )
 
 
 def encoder_signature(config: Config) -> Signature:
@@ -146,7 +148,7 @@ def check(config: Config) -> None:
         raise InputError(f"expected a temperature above 0, found {config['temperature']}")
 
 
-def settle(config: Config) -> Config:
+def resolve_config(config: Config) -> Config:
     """The config with the width of the encoder that it names."""
     from training.models.strategy.frozen import encoder_width
 
@@ -269,7 +271,7 @@ FUSED: dict[str, Any] = {
     "build": build,
     "recipe": recipe,
     "frozen": frozen,
-    "settle": settle,
+    "resolve_config": resolve_config,
     "assets": assets,
     "tolerance": {
         "fp32": Tolerance(absolute=2e-5, relative=1e-5),
@@ -295,18 +297,20 @@ SPECS = (
         name="strategy",
         pipeline="strategy",
         signature=fused_signature,
-        feeds=fused_feeds,
+        draw_inputs=fused_inputs,
         agreement=same_label,
     ),
-    _part("strategy_encoder", "encoder", signature=encoder_signature, feeds=context_feeds, agreement=same_direction),
-    _part("strategy_emotion", "emotion", signature=emotion_signature, feeds=turn_feeds, agreement=same_emotion),
+    _part(
+        "strategy_encoder", "encoder", signature=encoder_signature, draw_inputs=context_inputs, agreement=same_direction
+    ),
+    _part("strategy_emotion", "emotion", signature=emotion_signature, draw_inputs=turn_inputs, agreement=same_emotion),
     _part(
         "strategy_parser",
         "parser",
         signature=parser_signature,
-        feeds=parser_feeds,
+        draw_inputs=parser_inputs,
         agreement=same_tree,
         absent=without_parser,
     ),
-    _part("strategy_graph", "dialogue", signature=graph_signature, feeds=graph_feeds, agreement=same_label),
+    _part("strategy_graph", "dialogue", signature=graph_signature, draw_inputs=graph_inputs, agreement=same_label),
 )

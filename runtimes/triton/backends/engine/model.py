@@ -57,13 +57,13 @@ class TritonPythonModel:
         groups = defaultdict(list)
         for index, request in enumerate(requests):
             try:
-                feeds = self._feeds(request)
-                sizes = self.signature.check_inputs(feeds)
+                inputs = self._inputs(request)
+                sizes = self.signature.check_inputs(inputs)
             except SlipwayError as error:
                 responses[index] = refusal(error, pb_utils.TritonError.INVALID_ARG)
             else:
                 sizes.pop(BATCH)
-                groups[tuple(sizes.values())].append((index, request, feeds))
+                groups[tuple(sizes.values())].append((index, request, inputs))
         for group in groups.values():
             try:
                 responses |= self._answer(group)
@@ -77,22 +77,22 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self.runtime.close()
 
-    def _feeds(self, request: Any) -> Tensors:
+    def _inputs(self, request: Any) -> Tensors:
         """The tensors of a request, and the state of its sequence."""
         names = [tensor.name for tensor in self.signature.free_inputs]
-        feeds = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
+        inputs = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
         if not self.signature.state:
-            return feeds
+            return inputs
         if request.flags() & pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START:
             self.memory.begin(request.correlation_id())
-        return feeds | self.memory.state(request.correlation_id())
+        return inputs | self.memory.state(request.correlation_id())
 
     def _answer(self, group: list[tuple[int, Any, Tensors]]) -> dict[int, Any]:
         """Responses by index for requests whose tensors differ in nothing but their rows."""
-        feeds = [feeds for _, _, feeds in group]
-        outputs = self.runtime.run({name: np.concatenate([each[name] for each in feeds]) for name in feeds[0]})
+        inputs = [inputs for _, _, inputs in group]
+        outputs = self.runtime.run({name: np.concatenate([each[name] for each in inputs]) for name in inputs[0]})
         responses = {}
-        for (index, request, _), answer in zip(group, split(outputs, [rows(each) for each in feeds]), strict=True):
+        for (index, request, _), answer in zip(group, split(outputs, [rows(each) for each in inputs]), strict=True):
             if self.signature.state:
                 # Copies, or one sequence would keep the state of its whole batch in memory.
                 state = {source: answer.pop(result).copy() for source, result in self.signature.state}

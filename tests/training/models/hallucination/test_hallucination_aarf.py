@@ -39,10 +39,10 @@ def opened(family: str = "llama", **changes: Any) -> tuple[Generator, MitigatedD
     module = MitigatedDecoder(ChunkDetector(config).eval())
     signature = mitigated.signature(config)
 
-    def step(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def step(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
-            said = module(*(feeds[tensor.name] for tensor in signature.inputs))
-        return {tensor.name: value for tensor, value in zip(signature.outputs, said, strict=True)}
+            printed = module(*(inputs[tensor.name] for tensor in signature.inputs))
+        return {tensor.name: value for tensor, value in zip(signature.outputs, printed, strict=True)}
 
     return Generator(step=step, signature=signature, heads=heads_of(config), layers=layers_of(config)), module
 
@@ -141,9 +141,9 @@ def test_every_token_is_read_once_and_one_that_is_reweighted_once_more() -> None
     read: list[int] = []
     honest = generator.step
 
-    def counting(feeds: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        read.append(feeds["token_ids"].shape[1])
-        return honest(feeds)
+    def counting(inputs: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        read.append(inputs["token_ids"].shape[1])
+        return honest(inputs)
 
     counted = Generator(step=counting, signature=generator.signature, heads=generator.heads, layers=generator.layers)
     counted.generate(IDS.tolist(), PROMPT, max_new_tokens=5)

@@ -19,10 +19,10 @@ from runtimes.pipelines.hallucination.grounding import (
     labelled,
     read_request,
 )
-from training.models.hallucination.config import TINY, settle
+from training.models.hallucination.config import TINY, resolve_config
 from training.models.hallucination.data import read_ragtruth, synthetic_examples, train_and_valid
 from training.models.hallucination.frozen import tokenizer_json
-from training.models.hallucination.spec import feeds
+from training.models.hallucination.spec import inputs
 
 MOST = (8, 16)
 TOKENIZER = tokenizer_json("seeded:tiny", "main")
@@ -232,13 +232,13 @@ def test_an_answer_that_fills_the_window_is_refused() -> None:
         tokens(max_rows=5).read(grounded, "request 0")
 
 
-def test_feeds_are_cut_from_what_is_no_padding() -> None:
-    config, sizes = settle(TINY), {"batch": 3, "tokens": 40, "rows": 8, "chunks": 2, "prompt_chunks": 2}
+def test_inputs_are_cut_from_what_is_no_padding() -> None:
+    config, sizes = resolve_config(TINY), {"batch": 3, "tokens": 40, "rows": 8, "chunks": 2, "prompt_chunks": 2}
     sizes |= {"chunk_tokens": 4, "prompt_chunk_tokens": 4}
     short = np.zeros((2, 500), np.int64)
     short[:, :12] = np.arange(10, 22)
-    probe = {"token_ids": short, "chunk_ids": short[:, None, :4], "prompt_chunk_ids": short[:, None, :4]}
+    sample_inputs = {"token_ids": short, "chunk_ids": short[:, None, :4], "prompt_chunk_ids": short[:, None, :4]}
     for seed in range(5):
-        made = feeds(config, np.random.default_rng(seed), sizes, probe)
+        made = inputs(config, np.random.default_rng(seed), sizes, sample_inputs)
         assert made["token_ids"].shape == (3, 40)
         assert (made["token_ids"] >= 10).all(), "a text of padding has no choice of a head that is not a tie"

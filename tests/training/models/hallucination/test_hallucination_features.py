@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtimes.errors import InputError
-from training.models.hallucination.config import TINY, heads_of, settle
+from training.models.hallucination.config import TINY, heads_of, resolve_config
 from training.models.hallucination.copying import copying_scores
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence
 from training.models.hallucination.frozen import decoder_config, load_decoder
 from training.models.hallucination.module import ChunkDetector, TokenDetector
-from training.models.hallucination.spec import feeds
+from training.models.hallucination.spec import arrays
 
 FAMILIES = ("llama", "mistral", "qwen2")
 SIZES = {"batch": 2, "tokens": 90, "rows": 30, "chunks": 3, "prompt_chunks": 4, "chunk_tokens": 12}
@@ -32,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def inputs(config: dict[str, Any]) -> dict[str, Tensor]:
-    made = feeds(config, np.random.default_rng(1), SIZES, {})
+    made = arrays(config, np.random.default_rng(1), SIZES, {})
     return {name: torch.from_numpy(values) for name, values in made.items()}
 
 
@@ -175,7 +175,7 @@ def test_no_result_grows_with_the_square_of_the_prompt(level: str) -> None:
         sizes = {**SIZES, "batch": 1, "tokens": tokens}
         given = {
             name: torch.from_numpy(values)
-            for name, values in feeds(config, np.random.default_rng(0), sizes, {}).items()
+            for name, values in arrays(config, np.random.default_rng(0), sizes, {}).items()
         }
         with torch.no_grad(), Largest() as seen:
             detector(**given)
@@ -244,11 +244,11 @@ def test_copying_heads_are_found_by_their_circuits() -> None:
 )
 def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        settle({**TINY, **changes})
+        resolve_config({**TINY, **changes})
 
 
 def test_all_heads_and_layers_are_those_of_the_base() -> None:
-    named = settle({**TINY, "heads": "all", "layers": "all"})
+    named = resolve_config({**TINY, "heads": "all", "layers": "all"})
     assert (named["heads"], named["layers"]) == (TINY["heads"], TINY["layers"])
 
 

@@ -29,14 +29,14 @@ def module() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def probe() -> Tensors:
+def sample_inputs() -> Tensors:
     whole = find_spec("hallucination")
     sizes = {**whole.signature(CONFIG).sizes("opt"), "batch": 4}
-    return whole.feeds(CONFIG, np.random.default_rng(0), sizes, {})
+    return whole.draw_inputs(CONFIG, np.random.default_rng(0), sizes, {})
 
 
-def feeds(probe: Tensors, sizes: dict[str, int]) -> Tensors:
-    return SPEC.feeds(CONFIG, np.random.default_rng(1), sizes, probe)
+def inputs(sample_inputs: Tensors, sizes: dict[str, int]) -> Tensors:
+    return SPEC.draw_inputs(CONFIG, np.random.default_rng(1), sizes, sample_inputs)
 
 
 def answer(module: torch.nn.Module, given: Tensors) -> tuple[np.ndarray, ...]:
@@ -45,9 +45,9 @@ def answer(module: torch.nn.Module, given: Tensors) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("tokens", [2, 40])
-def test_scores_are_those_of_the_model_itself(module: torch.nn.Module, probe: Tensors, tokens: int) -> None:
+def test_scores_are_those_of_the_model_itself(module: torch.nn.Module, sample_inputs: Tensors, tokens: int) -> None:
     """Row by row, without padding, by Hugging Face's own forward."""
-    given = feeds(probe, {"batch": 3, "tokens": tokens})
+    given = inputs(sample_inputs, {"batch": 3, "tokens": tokens})
     scores, following = answer(module, given)
     model: Any = load_decoder(CONFIG["base"], CONFIG["base_revision"])
     for i, (ids, mask) in enumerate(zip(*given.values(), strict=True)):
@@ -69,10 +69,10 @@ def test_a_perplexity_is_that_of_all_tokens_but_the_first() -> None:
     assert long["perplexity"] == pytest.approx(np.exp(3))
 
 
-def test_what_is_judged_by_is_not_quantized_on(module: torch.nn.Module, probe: Tensors) -> None:
+def test_what_is_judged_by_is_not_quantized_on(module: torch.nn.Module, sample_inputs: Tensors) -> None:
     assert SPEC.language_model
-    seen = SPEC.language_model(CONFIG, module, probe).texts
-    held_out = np.concatenate([rows["input_ids"] for rows in SPEC.trial(CONFIG, probe)])
+    seen = SPEC.language_model(CONFIG, module, sample_inputs).texts
+    held_out = np.concatenate([rows["input_ids"] for rows in SPEC.parity_inputs(CONFIG, sample_inputs)])
     assert (len(seen), len(held_out)) == (2, 2)
     assert all(not np.array_equal(ids[:30], text[:30]) for ids in held_out for text in seen)
 
@@ -94,9 +94,9 @@ def test_the_gate_sees_worse_scores_other_tokens_and_nan() -> None:
     assert not any(agreement(broken, own, tolerance)[name].passed for name in ("perplexity_ratio", "mean_shift"))
 
 
-def test_a_vocabulary_that_does_not_fit_is_refused(module: torch.nn.Module, probe: Tensors) -> None:
+def test_a_vocabulary_that_does_not_fit_is_refused(module: torch.nn.Module, sample_inputs: Tensors) -> None:
     assert SPEC.language_model
-    language_model = SPEC.language_model(CONFIG, module, probe)
+    language_model = SPEC.language_model(CONFIG, module, sample_inputs)
     smaller = type(language_model.model.config)(vocab_size=200)
     with pytest.raises(InputError, match=r"expected a tokenizer with ids below 200, .* found id 259"):
         check_vocabulary("somewhere", language_model.tokenizer, smaller)

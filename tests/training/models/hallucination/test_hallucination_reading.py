@@ -26,7 +26,7 @@ IDS = torch.arange(4, 64)
 
 
 def features(config: Config = TINY, **settings: Any) -> np.ndarray:
-    (entry,) = FeatureReader(config, {**PLAIN, **settings}).ask([TEXT])
+    (entry,) = FeatureReader(config, {**PLAIN, **settings}).run([TEXT])
     return entry[:, 3:]
 
 
@@ -70,8 +70,8 @@ def test_layers_that_lie_on_the_disk_say_the_same(tmp_path: Path) -> None:
 def test_a_batch_of_answers_is_read_as_each_alone() -> None:
     reader = FeatureReader(TINY, PLAIN)
     other = json.dumps({"prompt": "A much longer prompt about rivers. " * 8, "answer": "They flow."})
-    for together, text in zip(reader.ask([TEXT, other]), (TEXT, other), strict=True):
-        np.testing.assert_allclose(reader.ask([text])[0], together, atol=1e-5)
+    for together, text in zip(reader.run([TEXT, other]), (TEXT, other), strict=True):
+        np.testing.assert_allclose(reader.run([text])[0], together, atol=1e-5)
     assert reader.lengths([TEXT, other]) == [len(reader.read(text).ids) for text in (TEXT, other)]
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
 from tests.training.models.hallucination.test_hallucination_data import PROMPT, TOKENIZER
-from training.models.hallucination.config import TINY, TRAINING, settle
+from training.models.hallucination.config import TINY, TRAINING, resolve_config
 from training.models.hallucination.decoder import layer_outputs
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import is_packed
@@ -39,7 +39,7 @@ def stored(folder: Path, scheme: str) -> Path:
 
 
 def features(base: str, **settings: Any) -> np.ndarray:
-    (entry,) = FeatureReader(settle({**TINY, "base": base}), {**SETTINGS, **settings}).ask([TEXT])
+    (entry,) = FeatureReader(resolve_config({**TINY, "base": base}), {**SETTINGS, **settings}).run([TEXT])
     return entry[:, 3:]
 
 
@@ -59,13 +59,13 @@ def test_features_are_read_from_packed_weights(tmp_path: Path, scheme: str, far:
 
 def assert_unpacked_says_the_same(base: str, near: np.ndarray) -> None:
     """Against transformers' own way, which unpacks the whole model; and ours is as small afterwards as before."""
-    reader = FeatureReader(settle({**TINY, "base": base}), {**SETTINGS, "loading": "stored"})
+    reader = FeatureReader(resolve_config({**TINY, "base": base}), {**SETTINGS, "loading": "stored"})
     layers = reader.detector.base.model.model.layers
     held = [sum(weight.nbytes for weight in layer.parameters()) for layer in layers]
-    np.testing.assert_array_equal(reader.ask([TEXT])[0][:, 3 + HEADS :], near)
+    np.testing.assert_array_equal(reader.run([TEXT])[0][:, 3 + HEADS :], near)
     assert [sum(weight.nbytes for weight in layer.parameters()) for layer in layers] == held
     model = reader.detector.base.model
     model(torch.arange(4, 12)[None])
     reader.detector.base.run_layer = layer_outputs
     assert not any(map(is_packed, model.modules()))
-    np.testing.assert_allclose(reader.ask([TEXT])[0][:, 3 + HEADS :], near, rtol=1e-5)
+    np.testing.assert_allclose(reader.run([TEXT])[0][:, 3 + HEADS :], near, rtol=1e-5)

@@ -52,13 +52,13 @@ def written(*arguments: object, **more: object) -> str:
 
 def test_a_score_is_the_information_of_every_byte_given_those_before() -> None:
     texts = [TELUGU, "a", "ab"]
-    for text, said in zip(texts, score(model(), texts), strict=True):
+    for text, printed in zip(texts, score(model(), texts), strict=True):
         data = text.encode()
         state, bits = model().zero_state(1), 0.0
         for byte, following in zip([BOS, *data[:-1]], data, strict=True):
             logits, _, _, state = model().step(torch.tensor([byte]), state)
             bits -= float(logits[0].double().log_softmax(0)[following]) / np.log(2)
-        assert said == {"bits": pytest.approx(bits, rel=1e-5), "bytes": len(data),
+        assert printed == {"bits": pytest.approx(bits, rel=1e-5), "bytes": len(data),
                         "bits_per_byte": pytest.approx(bits / len(data), rel=1e-5)}  # fmt: skip
 
 
@@ -89,8 +89,8 @@ def test_what_is_generated_is_always_text(temperature: float) -> None:
 
 
 def test_four_bytes_come_as_one_and_bos_ends() -> None:
-    said = list(generate(Says("a😀క".encode(), after=2), ["xy"], 100, Sampling(temperature=0)))
-    assert said == [(0, "a"), (0, "😀"), (0, "క")]
+    printed = list(generate(Says("a😀క".encode(), after=2), ["xy"], 100, Sampling(temperature=0)))
+    assert printed == [(0, "a"), (0, "😀"), (0, "క")]
 
 
 def test_a_code_point_that_does_not_fit_is_not_begun() -> None:
@@ -101,11 +101,11 @@ def test_a_code_point_that_does_not_fit_is_not_begun() -> None:
 
 def test_rows_with_other_prompts_say_what_they_say_alone() -> None:
     prompts = ["", "తెలుగు భాష", "a"]
-    said = ["", "", ""]
+    printed = ["", "", ""]
     for row, text in generate(model(), prompts, 60, Sampling(temperature=0)):
-        said[row] += text
+        printed[row] += text
     for row, prompt in enumerate(prompts):
-        assert said[row] == written(model(), [prompt], 60, Sampling(temperature=0))
+        assert printed[row] == written(model(), [prompt], 60, Sampling(temperature=0))
     drawn = [text for _, text in generate(model(), ["", ""], 60, Sampling(seed=1))]
     assert drawn == [text for _, text in generate(model(), ["", ""], 60, Sampling(seed=1))]
     assert drawn != [text for _, text in generate(model(), ["", ""], 60, Sampling(seed=2))]

@@ -58,11 +58,11 @@ def test_mamba2_is_its_loop_and_its_steps() -> None:
     whole = layer(x)
     want = np.stack([reference_mamba2(layer, row.double().numpy()) for row in x])
     np.testing.assert_allclose(whole.numpy(), want, atol=2e-5)
-    conv, ssm, said = torch.zeros(2, 3, 272), torch.zeros(2, 8, 256), []
+    conv, ssm, printed = torch.zeros(2, 3, 272), torch.zeros(2, 8, 256), []
     for x_now in x.split(1, 1):
         y, conv, ssm = layer.step(x_now, conv, ssm)
-        said.append(y)
-    torch.testing.assert_close(torch.cat(said, 1), whole, rtol=2e-5, atol=2e-5)
+        printed.append(y)
+    torch.testing.assert_close(torch.cat(printed, 1), whole, rtol=2e-5, atol=2e-5)
 
 
 def test_attention_turns_32_dimensions_and_reaches_back_so_far() -> None:
@@ -112,8 +112,8 @@ def test_a_boundary_is_half_of_one_minus_the_cosine_with_the_roles_of_the_public
         earlier, later = router.q_proj_layer(x[:, t - 1]), router.k_proj_layer(x[:, t])
         torch.testing.assert_close(p[:, t], (1 - torch.cosine_similarity(earlier, later)) / 2)
         kept, started = router.earlier(x[:, t - 1 : t]), torch.tensor([[1], [0]])
-        said = router.step(x[:, t : t + 1], kept, started)
-        assert said[:, 0].tolist() == pytest.approx([p[0, t].item(), 1.0])
+        printed = router.step(x[:, t : t + 1], kept, started)
+        assert printed[:, 0].tolist() == pytest.approx([p[0, t].item(), 1.0])
 
 
 def test_a_tie_begins_a_segment() -> None:

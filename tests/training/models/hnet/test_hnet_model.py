@@ -43,11 +43,11 @@ def texts(rows: int, time: int, seed: int = 0) -> Tensor:
 
 def stream(module: HNetForCausalLM, ids_BT: Tensor) -> list[Tensor]:
     """Logits, p and b of every step, [B, T, ...] each."""
-    state, said = module.zero_state(len(ids_BT)), []
+    state, printed = module.zero_state(len(ids_BT)), []
     for ids_B in ids_BT.unbind(1):
         *now, state = module.step(ids_B, state)
-        said.append(now)
-    return [torch.stack(part, 1) for part in zip(*said, strict=True)]
+        printed.append(now)
+    return [torch.stack(part, 1) for part in zip(*printed, strict=True)]
 
 
 # Sizes and names
@@ -194,11 +194,11 @@ def test_300_streamed_bytes_are_one_full_forward(name: str) -> None:
     ids = texts(3, 300)
     lengths = torch.tensor([300, 120, 1])
     logits, p, b = model(name)(ids, lengths)
-    said = stream(model(name), ids)
+    printed = stream(model(name), ids)
     for row, length in enumerate(lengths.tolist()):
-        torch.testing.assert_close(said[0][row, :length], logits[row, :length], rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(said[1][row, :length], p[row, :length], rtol=2e-6, atol=2e-6)
-        assert torch.equal(said[2][row, :length], b[row, :length])
+        torch.testing.assert_close(printed[0][row, :length], logits[row, :length], rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(printed[1][row, :length], p[row, :length], rtol=2e-6, atol=2e-6)
+        assert torch.equal(printed[2][row, :length], b[row, :length])
     if b.shape[-1]:
         assert 0.05 < b[0].float().mean() < 0.95, "expected boundaries here and there"
 
@@ -211,11 +211,11 @@ def test_rows_at_different_positions_do_not_meet(name: str) -> None:
     for t in range(40):
         *_, ahead = module.step(ids[:1, t], ahead)
     state = {key: torch.cat([ahead[key], zero]) for key, zero in module.zero_state(1).items()}
-    said = []
+    printed = []
     for t in range(60):
         logits, _, _, state = module.step(torch.stack([ids[0, 40 + t], ids[1, t]]), state)
-        said.append(logits)
-    got = torch.stack(said, 1)
+        printed.append(logits)
+    got = torch.stack(printed, 1)
     torch.testing.assert_close(got[0], stream(module, ids[:1])[0][0, 40:], rtol=2e-5, atol=2e-5)
     torch.testing.assert_close(got[1], stream(module, ids[1:])[0][0, :60], rtol=2e-5, atol=2e-5)
 

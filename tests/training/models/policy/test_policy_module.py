@@ -34,7 +34,7 @@ def policy(spec_name: str, preset: str = "tiny", **changes: Any) -> nn.Module:
 
 def frames(batch: int, time: int, seed: int = 0) -> Tensor:
     sizes = {"batch": batch, "time": time}
-    return torch.from_numpy(SPECS[0].feeds({}, np.random.default_rng(seed), sizes, {})["frames"])
+    return torch.from_numpy(SPECS[0].draw_inputs({}, np.random.default_rng(seed), sizes, {})["frames"])
 
 
 def zero_state(spec: ModelSpec, preset: str, batch: int) -> State:
@@ -79,10 +79,10 @@ def test_a_sequence_is_its_steps_and_its_uneven_pieces(spec: ModelSpec, preset: 
 def test_outputs_keep_to_the_signature(spec: ModelSpec, preset: str) -> None:
     signature = spec.signature(spec.preset(preset).config)
     for batch, time in ((1, 1), (2, 3), (5, 40)):
-        feeds = {"frames": frames(batch, time).numpy(), **signature.zero_state(batch)}
-        outputs = policy(spec.name, preset)(*(torch.from_numpy(array) for array in feeds.values()))
+        inputs = {"frames": frames(batch, time).numpy(), **signature.zero_state(batch)}
+        outputs = policy(spec.name, preset)(*(torch.from_numpy(array) for array in inputs.values()))
         named = {tensor.name: value.numpy() for tensor, value in zip(signature.outputs, outputs, strict=True)}
-        signature.check_outputs(named, signature.check_inputs(feeds))
+        signature.check_outputs(named, signature.check_inputs(inputs))
         assert [named[head].shape[-1] for head in HEADS] == list(HEADS.values())
 
 

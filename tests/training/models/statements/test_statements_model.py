@@ -211,7 +211,7 @@ def test_a_restored_model_says_what_the_trained_one_said(trained: Path) -> None:
     module = SPEC.build(checkpoint.config).eval()
     module.load_state_dict(weights, strict=False)
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
-    ids, mask = (torch.from_numpy(checkpoint.probe()[name]) for name in ("input_ids", "attention_mask"))
+    ids, mask = (torch.from_numpy(checkpoint.sample_inputs()[name]) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
         torch.testing.assert_close(restore(checkpoint, SPEC)(ids, mask)[0], module(ids, mask)[0], atol=1e-6, rtol=0)
 

@@ -160,8 +160,8 @@ class PublicLayout(nn.Module):
         result = torch.full((turns, turns, CLASSES), NO_PAIR)
 
         def backward(lstm: nn.LSTM, path: list[tuple[int, int]], at: tuple[int, int]) -> torch.Tensor:
-            said = lstm(torch.stack([pairs[place] for place in path])[None])[0][0, path.index(at)]
-            return said[width:]
+            printed = lstm(torch.stack([pairs[place] for place in path])[None])[0][0, path.index(at)]
+            return printed[width:]
 
         rnn_f, rnn_b = self.struct_attention.rnn_f, self.struct_attention.rnn_b
         for i in range(turns):
@@ -275,7 +275,7 @@ def test_served_edges_are_those_of_training(parsing: tuple[Path, Path, Path]) ->
     with Store() as store, StrategyCascade(repository, store) as cascade:
         assert cascade.discourse is not None
         for request, relations in zip(requests, table["relations"].numpy(), strict=True):
-            served = cascade.feeds([request])["relations"][0]
+            served = cascade.inputs([request])["relations"][0]
             turns = len(request["turns"])
             np.testing.assert_array_equal(served, relations[:turns, :turns])
     assert (table["relations"] >= 0).sum() > len(samples)

@@ -27,9 +27,9 @@ def graph_of(**changes: Any) -> StrategyGraph:
     return module
 
 
-def feeds_of(batch: int = 5, turns: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
+def inputs_of(batch: int = 5, turns: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
     sizes = {"batch": batch, "turns": turns}
-    arrays = SPEC.feeds(TINY, np.random.default_rng(seed), sizes, {})
+    arrays = SPEC.draw_inputs(TINY, np.random.default_rng(seed), sizes, {})
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -80,9 +80,9 @@ def untouched_pyg(layers: Any, nodes: torch.Tensor, typed: torch.Tensor) -> torc
 
 @pytest.mark.parametrize(("width", "turns"), [(64, 1), (64, 6), (64, 16), (512, 5)])
 def test_both_forms_of_the_layers_are_pygs(width: int, turns: int) -> None:
-    graph, feeds = graph_of(hg_dim=width), feeds_of(turns=turns)
-    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
-    typed = typed_edges(feeds["kinds"], feeds["relations"])
+    graph, inputs = graph_of(hg_dim=width), inputs_of(turns=turns)
+    nodes = graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
+    typed = typed_edges(inputs["kinds"], inputs["relations"])
     want = untouched_pyg(graph.layers, nodes, typed)
     assert (SparseLayers(list(graph.layers))(nodes, typed) - want).abs().max() < 1e-5
     edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
@@ -90,14 +90,14 @@ def test_both_forms_of_the_layers_are_pygs(width: int, turns: int) -> None:
     for layer in graph.layers:
         dense = layer(dense, dense, edges)[0] + dense
     assert (dense - want).abs().max() < 1e-5
-    logits = graph(*feeds.values())[0]
-    assert (logits - graph.classify(want[:, 0], feeds["context"])).abs().max() < 1e-5
+    logits = graph(*inputs.values())[0]
+    assert (logits - graph.classify(want[:, 0], inputs["context"])).abs().max() < 1e-5
 
 
 def test_a_layer_gives_mixtures_what_it_gives_the_nodes_mixed() -> None:
-    graph, feeds = graph_of(), feeds_of()
-    shares = graph.shares(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
-    edges = one_hot(typed_edges(feeds["kinds"], feeds["relations"]), len(RELATIONS)).permute(0, 3, 1, 2)
+    graph, inputs = graph_of(), inputs_of()
+    shares = graph.shares(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
+    edges = one_hot(typed_edges(inputs["kinds"], inputs["relations"]), len(RELATIONS)).permute(0, 3, 1, 2)
     mixed = graph.layers[0](shares, shares, edges, basis_KW=graph.basis())
     nodes = shares @ graph.basis()
     torch.testing.assert_close(mixed, graph.layers[0](nodes, nodes, edges))
@@ -133,9 +133,9 @@ def test_grouping_edges_changes_neither_what_rgatconv_says_nor_how_it_learns(edg
 
 
 def test_the_sparse_layers_train_the_parameters_of_the_dense_ones() -> None:
-    graph, feeds = graph_of(), feeds_of()
-    typed = typed_edges(feeds["kinds"], feeds["relations"])
-    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    graph, inputs = graph_of(), inputs_of()
+    typed = typed_edges(inputs["kinds"], inputs["relations"])
+    nodes = graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
     sparse = SparseLayers(list(graph.layers))
     sparse(nodes, typed).square().sum().backward()
     assert all(layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0 for layer in graph.layers)
@@ -149,14 +149,14 @@ def test_three_layers_of_width_512_have_the_published_number_of_parameters() -> 
 
 
 def test_turns_that_are_padding_have_no_influence() -> None:
-    graph, feeds = graph_of(), feeds_of(batch=3, turns=4)
-    want = graph(*feeds.values())
+    graph, inputs = graph_of(), inputs_of(batch=3, turns=4)
+    want = graph(*inputs.values())
     wide = {
-        "context": feeds["context"],
-        "emotion_logits": torch.nn.functional.pad(feeds["emotion_logits"], (0, 0, 0, 5), value=9.0),
-        "kinds": torch.nn.functional.pad(feeds["kinds"], (0, 5)),
-        "strategies": torch.nn.functional.pad(feeds["strategies"], (0, 5), value=3),
-        "relations": torch.nn.functional.pad(feeds["relations"], (0, 5, 0, 5), value=-1),
+        "context": inputs["context"],
+        "emotion_logits": torch.nn.functional.pad(inputs["emotion_logits"], (0, 0, 0, 5), value=9.0),
+        "kinds": torch.nn.functional.pad(inputs["kinds"], (0, 5)),
+        "strategies": torch.nn.functional.pad(inputs["strategies"], (0, 5), value=3),
+        "relations": torch.nn.functional.pad(inputs["relations"], (0, 5, 0, 5), value=-1),
     }
     got = graph(*wide.values())
     torch.testing.assert_close(got[0], want[0])
@@ -167,27 +167,27 @@ def test_turns_that_are_padding_have_no_influence() -> None:
 
 
 def test_the_order_of_a_batch_does_not_matter_and_duplicates_are_equal() -> None:
-    graph, feeds = graph_of(), feeds_of(batch=6)
+    graph, inputs = graph_of(), inputs_of(batch=6)
     order = torch.tensor([3, 0, 5, 5, 1, 3])
-    want = graph(*feeds.values())[0][order]
-    got = graph(*(tensor[order] for tensor in feeds.values()))[0]
+    want = graph(*inputs.values())[0][order]
+    got = graph(*(tensor[order] for tensor in inputs.values()))[0]
     torch.testing.assert_close(got, want)
     assert torch.equal(got[2], got[3])
     assert torch.equal(got[0], got[5])
 
 
 def test_the_attention_of_the_dummy_is_a_distribution_over_turns() -> None:
-    graph, feeds = graph_of(), feeds_of()
-    _, emotions, attention = graph(*feeds.values())
+    graph, inputs = graph_of(), inputs_of()
+    _, emotions, attention = graph(*inputs.values())
     torch.testing.assert_close(attention.sum(-1), torch.ones(5, 3))
-    torch.testing.assert_close(emotions.sum(-1), (feeds["kinds"] > 0).float())
+    torch.testing.assert_close(emotions.sum(-1), (inputs["kinds"] > 0).float())
 
 
 def test_a_discourse_edge_is_the_only_one_that_enters_its_turn_so_its_attention_is_one() -> None:
-    graph, feeds = graph_of(), feeds_of()
-    typed = typed_edges(feeds["kinds"], feeds["relations"])
+    graph, inputs = graph_of(), inputs_of()
+    typed = typed_edges(inputs["kinds"], inputs["relations"])
     edges = one_hot(typed, len(RELATIONS)).permute(0, 3, 1, 2)
-    nodes = graph.nodes(feeds["emotion_logits"], feeds["kinds"], feeds["strategies"])
+    nodes = graph.nodes(inputs["emotion_logits"], inputs["kinds"], inputs["strategies"])
     _, attention = graph.layers[0](nodes, nodes, edges)
     discourse = typed[:, 1:] >= 0
     torch.testing.assert_close(attention[:, 1:][discourse], torch.ones(int(discourse.sum())))

@@ -92,7 +92,7 @@ def test_a_parser_gives_edges_to_dialogues_that_have_none(tmp_path: Path) -> Non
     recipe = recipe_of(path, parser="sddp", history=5)
     store = tmp_path / "store"
     with Store(store) as opened:
-        for reading in recipe.readings():
+        for reading in recipe.frozen_inferences():
             fill(opened, reading)
     parsed = recipe_of(path, parser="sddp", history=5, store=store).tables[0]
     plain = recipe_of(path, history=5).tables[0]

@@ -11,32 +11,34 @@ from training.spec import Config
 BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
 
 
-def context_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Contexts of the probe as token ids, or made-up ones."""
-    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids"))}
+def context_inputs(
+    config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
+) -> Tensors:
+    """Contexts of the sample inputs as token ids, or made-up ones."""
+    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), sample_inputs.get("context_ids"))}
 
 
-def turn_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Turns of the probe as the emotion classifier's token ids, or made-up ones."""
-    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("newest_turn_ids"))}
+def turn_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Turns of the sample inputs as the emotion classifier's token ids, or made-up ones."""
+    return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), sample_inputs.get("newest_turn_ids"))}
 
 
-def graph_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Dialogues of the probe, or made-up ones, repeated in time; the first row is full, the others may be padded."""
+def graph_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
+    """Sample dialogues, or made-up ones, repeated in time; the first row is full, the others may be padded."""
     batch, turns = sizes["batch"], sizes["turns"]
-    rows = rng.integers(0, len(probe["context"]), batch) if "context" in probe else None
-    contexts = rng.normal(size=(batch, config["context_width"])) if rows is None else probe["context"][rows]
+    rows = rng.integers(0, len(sample_inputs["context"]), batch) if "context" in sample_inputs else None
+    contexts = rng.normal(size=(batch, config["context_width"])) if rows is None else sample_inputs["context"][rows]
     lengths = np.append(turns, rng.integers(1, turns + 1, batch - 1))
     real = np.arange(turns) < lengths[:, None]
     logits = rng.normal(size=(batch, turns, len(EMOTIONS))) * 3
     kinds = rng.choice([SEEKER, OTHER], (batch, turns))
     strategies = rng.integers(0, len(STRATEGIES[config["labels"]]) + 1, (batch, turns))
     if rows is not None:
-        places = np.arange(turns) % probe["kinds"].shape[1]
+        places = np.arange(turns) % sample_inputs["kinds"].shape[1]
         logits, kinds, strategies = (
-            probe[name][rows[:, None], places] for name in ("emotion_logits", "kinds", "strategies")
+            sample_inputs[name][rows[:, None], places] for name in ("emotion_logits", "kinds", "strategies")
         )
-        kinds = np.where(kinds == 0, OTHER, kinds)  # turns repeat where the probe's dialogue has ended
+        kinds = np.where(kinds == 0, OTHER, kinds)  # turns repeat where the sample inputs's dialogue has ended
     return {
         "context": contexts.astype(np.float32),
         "emotion_logits": logits.astype(np.float32),
@@ -46,36 +48,38 @@ def graph_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
     }
 
 
-def fused_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
+def fused_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
     """As the graph's; the emotions of half of the dialogues are known, and with a parser the edges of another half."""
-    graph = graph_feeds(config, rng, sizes, probe)
+    graph = graph_inputs(config, rng, sizes, sample_inputs)
     known = rng.integers(0, 2, sizes["batch"])[:, None].repeat(sizes["turns"], 1)
     shape = (sizes["batch"], sizes["turns"], sizes["turn_tokens"])
     return {
-        "context_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), probe.get("context_ids")),
-        "turn_ids": _ids(rng, shape, probe.get("newest_turn_ids")),
+        "context_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), sample_inputs.get("context_ids")),
+        "turn_ids": _ids(rng, shape, sample_inputs.get("newest_turn_ids")),
         "emotion_logits": graph["emotion_logits"],
         "emotion_known": known,
         **{name: graph[name] for name in ("kinds", "strategies", "relations")},
-        **(_unparsed(rng, sizes, graph["kinds"], probe) if config["parser"] == "sddp" else {}),
+        **(_unparsed(rng, sizes, graph["kinds"], sample_inputs) if config["parser"] == "sddp" else {}),
     }
 
 
-def parser_feeds(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], probe: Tensors) -> Tensors:
-    """Pairs made of the probe's turns, or made-up ones; the first dialogue is full, the others may be shorter."""
-    kinds = graph_feeds(config, rng, sizes, {})["kinds"]
-    feeds = _unparsed(rng, sizes, kinds, probe)
-    return {name: feeds[name] for name in ("pair_ids", "pair_places")}
+def parser_inputs(
+    config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
+) -> Tensors:
+    """Pairs made of the sample turns, or made-up ones; the first dialogue is full, the others may be shorter."""
+    kinds = graph_inputs(config, rng, sizes, {})["kinds"]
+    inputs = _unparsed(rng, sizes, kinds, sample_inputs)
+    return {name: inputs[name] for name in ("pair_ids", "pair_places")}
 
 
-def _unparsed(rng: np.random.Generator, sizes: Mapping[str, int], kinds: np.ndarray, probe: Tensors) -> Tensors:
+def _unparsed(rng: np.random.Generator, sizes: Mapping[str, int], kinds: np.ndarray, sample_inputs: Tensors) -> Tensors:
     """Pairs for the turns of `kinds`; their number is an axis of its own, so a pair may have many places, or none."""
     shape = (sizes["batch"], sizes["pairs"], sizes["pair_tokens"])
     real = kinds > 0
     later = np.triu(np.ones((sizes["turns"], sizes["turns"]), bool)) & real[:, :, None] & real[:, None, :]
     places = rng.integers(0, sizes["pairs"], later.shape)
     return {
-        "pair_ids": _ids(rng, shape, probe.get("newest_turn_ids")),
+        "pair_ids": _ids(rng, shape, sample_inputs.get("newest_turn_ids")),
         "pair_places": np.where(later, places, -1),
         "edges_known": rng.integers(0, 2, sizes["batch"]),
     }
