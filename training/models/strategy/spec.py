@@ -112,7 +112,7 @@ def parser_signature(config: Config) -> Signature:
     check(config)
     scores = TensorSpec(name="pair_scores", dtype="float32", shape=("batch", "turns", "turns", len(DISCOURSE) + 1))
     return Signature(
-        draw_inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config))
+        inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config))
     )
 
 
