@@ -10,10 +10,10 @@ import numpy as np
 from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError
+from runtimes.host.gpu import DEVICES
 from runtimes.tensors import BATCH, Signature, Tensors
 
 Opened = TypeVar("Opened", bound="Runtime")
-DEVICES = ("cpu", "cuda")
 
 
 class Runtime(ABC):

@@ -1,20 +1,29 @@
-"""What every command line shares: one-line errors, exit statuses, tables, progress."""
+"""What all command lines share: one-line errors, exit statuses, argument groups, names, tables."""
 
 import argparse
+import ast
+import difflib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextvars import ContextVar
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from runtimes.errors import InputError, SlipwayError, one_line
+from runtimes.host.gpu import DEVICES
 
 Main = Callable[..., int]
 INTERRUPTED = 130
+REPOSITORY = Path("model_repository")
+
+# The command that runs the modules' `main`, such as "slipway"; empty where they run as `python -m`.
+program: ContextVar[str] = ContextVar("program", default="")
 
 
 def command(main: Main) -> Main:
-    """A `main` that ends in an exit status: 0 fine, 1 something failed, 2 the input was wrong; never in a traceback."""
+    """A `main` that ends in an exit status: 0 success, 1 failure, 2 wrong input, 130 interrupted; never a traceback."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
@@ -35,16 +44,119 @@ def command(main: Main) -> Main:
     return run
 
 
-def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> argparse.ArgumentParser:
-    """A parser whose help opens with commands to paste; without --help, for a command with its own."""
-    pasted = "\n".join(f"  python -m {module} {example}".rstrip() for example in examples)
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}",
+class Parser(argparse.ArgumentParser):
+    """An argument parser that merges the values of hidden aliases into the arguments they stand for."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, more = super().parse_known_args(args, namespace)
+        if (named := getattr(found, "models_option", None)) is not None:
+            del found.models_option
+            found.models = [*_split([found.models] if isinstance(found.models, str) else found.models or []), *named]
+            self._check_models(found)
+        return found, more
+
+    def _check_models(self, found: argparse.Namespace) -> None:
+        least, most = self.get_default("_models_least"), self.get_default("_models_most")
+        vars(found).pop("_models_least", None), vars(found).pop("_models_most", None)
+        if len(found.models) < least:
+            self.error("the following arguments are required: MODEL")
+        if most == 1:
+            if len(found.models) > 1:
+                self.error(f"expected one MODEL, found {', '.join(found.models)}")
+            found.model = found.models[0] if found.models else None
+            del found.models
+
+
+def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> Parser:
+    """A parser whose help opens with commands to paste; without --help, for a command that has its own.
+
+    The commands read `python -m MODULE`, or what `program` names.
+    """
+    prog = program.get() or f"python -m {module}"
+    pasted = "\n".join(f"  {prog} {example}".rstrip() for example in examples)
+    return Parser(
+        prog=prog,
         description=f"{pasted}\n\n{summary}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=add_help,
     )
+
+
+class Names(argparse.Action):
+    """Collects names: `onnx,torch`, `onnx torch` and a repeated option are the same; case does not matter."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        given = _split([values] if isinstance(values, str) else values)
+        known = getattr(namespace, self.dest, None)
+        earlier = [] if known is self.default or known is None else known
+        setattr(namespace, self.dest, [*earlier, *given])
+
+
+def models_argument(to: argparse.ArgumentParser, help: str, *, least: int = 0, most: int | None = None) -> None:
+    """Models as positional arguments, and as --model for older scripts.
+
+    The result is `arguments.models`, a list; or where `most` is 1 `arguments.model`, a name or None.
+    """
+    to.add_argument("models", nargs="*", metavar="MODEL", help=help)
+    to.add_argument("--model", dest="models_option", action=Names, default=[], help=argparse.SUPPRESS)
+    to.set_defaults(_models_least=least, _models_most=most)
+
+
+def target_argument(to: argparse.ArgumentParser, help: str, **options: Any) -> None:
+    """--target as a list of names: separated by commas, or repeated."""
+    to.add_argument("--target", action=Names, default=options.pop("default", []), metavar="NAME[,NAME]", help=help,
+                    **options)  # fmt: skip
+
+
+def precision_argument(to: argparse.ArgumentParser, help: str) -> None:
+    """--precision as a list of names: separated by commas, or repeated."""
+    to.add_argument("--precision", action=Names, default=[], metavar="NAME[,NAME]", help=help)
+
+
+def artifact_arguments(to: argparse.ArgumentParser, *, target: str = "onnx", precision: str = "fp32") -> None:
+    """The options that name one artifact of a model: --repository, --target, --precision."""
+    repository_argument(to)
+    to.add_argument("--target", type=str.lower, default=target, help="target of the artifact (default: %(default)s)")
+    to.add_argument(
+        "--precision", type=str.lower, default=precision, help="precision of the artifact (default: %(default)s)"
+    )
+
+
+def repository_argument(to: argparse.ArgumentParser, help: str = "folder of published artifacts") -> None:
+    """--repository, the model repository."""
+    to.add_argument("--repository", type=Path, default=REPOSITORY, help=f"{help} (default: %(default)s)")
+
+
+def device_arguments(to: argparse.ArgumentParser, *, threads: int = 1) -> None:
+    """--device and --threads of an engine."""
+    to.add_argument("--device", choices=DEVICES, default="cpu",
+                    help="cpu or cuda; an engine without the latter uses the CPU (default: cpu)")  # fmt: skip
+    to.add_argument("--threads", type=int, default=threads, help="threads of one engine (default: %(default)s)")
+
+
+def json_argument(to: argparse.ArgumentParser) -> None:
+    """--json, with which a command prints JSON only."""
+    to.add_argument("--json", action="store_true", help="print JSON only")
+
+
+def hidden_alias(to: argparse.ArgumentParser, old: str, new: str) -> None:
+    """The option `new` also by its name in the version before, which the help does not show."""
+    to._option_string_actions[old] = to._option_string_actions[new]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, or None if none is like it."""
+    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: str, known: Collection[str], remedy: str) -> InputError:
+    """The error for a name that is not known: the nearest one, else all if they are few, and the remedy."""
+    if close := nearest(name, known):
+        return InputError(f"expected a known {kind}, found '{name}'; did you mean '{close}'? {remedy}")
+    listed = f" of {', '.join(sorted(known))}" if 0 < len(known) <= 8 else ""
+    return InputError(f"expected a known {kind}{listed}, found '{name}'; {remedy}")
 
 
 def settings(pairs: Iterable[str]) -> dict[str, str]:
@@ -78,7 +190,7 @@ def existing_folder(path: str | Path, purpose: str) -> Path:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Rows in aligned columns; numbers stand on the right."""
+    """Rows in aligned columns; numbers are aligned on the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
     lines = ["  ".join(name.ljust(width) for name, width in zip(header, widths, strict=True)).rstrip()]
@@ -90,6 +202,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         )
         lines.append("  ".join(aligned).rstrip())
     return "\n".join(lines)
+
+
+def command_table(package: Path) -> str:
+    """The commands in a package's folder with the first line of each module's docstring; no module is imported."""
+    rows = []
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "\n@command\n" in text:
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            module = ".".join(parts).removesuffix(".__main__")
+            summary = (ast.get_docstring(ast.parse(text)) or "").split("\n")[0].partition(": python -m")[0]
+            rows.append((f"python -m {module}", summary))
+    return table(["command", "purpose"], rows)
+
+
+def _split(names: Iterable[str]) -> list[str]:
+    return [part.strip().lower() for name in names for part in name.split(",") if part.strip()]
 
 
 def _is_number(cell: str) -> bool:

@@ -4,6 +4,7 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 
+DEVICES = ("cpu", "cuda")
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{MAJOR,MINOR}
 
 

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,19 @@ from runtimes.errors import (
     one_line,
     require,
 )
-from runtimes.host.cli import command, existing_folder, flags, parser, settings, table
+from runtimes.host.cli import (
+    command,
+    existing_folder,
+    flags,
+    hidden_alias,
+    models_argument,
+    parser,
+    settings,
+    table,
+    target_argument,
+    unknown_name,
+)
+from runtimes.host.progress import Progress, progress
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -193,3 +207,66 @@ def test_a_missing_package_names_the_extra_that_brings_it() -> None:
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
     assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
+
+
+def named(most: int | None = None, least: int = 0) -> Any:
+    made = parser("toy", "Does nothing.")
+    models_argument(made, "models", least=least, most=most)
+    target_argument(made, "targets")
+    made.add_argument("--concurrency", type=int, action="append", default=[])
+    hidden_alias(made, "--lanes", "--concurrency")
+    return made
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["a", "b"], ["--model", "a", "--model", "b"], ["--model", "A,b"], ["a", "--model", "b"], ["A,B"]],
+)
+def test_models_are_positional_or_an_option_and_case_does_not_matter(arguments: list[str]) -> None:
+    assert named().parse_args(arguments).models == ["a", "b"]
+
+
+@pytest.mark.parametrize("arguments", [["gru"], ["--model", "gru"]])
+def test_a_command_for_one_model_has_its_name(arguments: list[str]) -> None:
+    assert named(most=1, least=1).parse_args(arguments).model == "gru"
+
+
+@pytest.mark.parametrize(("arguments", "error"), [([], "required: MODEL"), (["a", "b"], "expected one MODEL")])
+def test_too_few_and_too_many_models_are_refused(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        named(most=1, least=1).parse_args(arguments)
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--target", "onnx,torch"], ["--target", "ONNX", "--target", "torch"]])
+def test_targets_are_separated_by_commas_or_repeated(arguments: list[str]) -> None:
+    assert named().parse_args(arguments).target == ["onnx", "torch"]
+    assert named().parse_args([]).target == []  # the default is not shared with an earlier call
+
+
+def test_an_older_name_of_an_option_works_and_is_not_in_the_help() -> None:
+    assert named().parse_args(["--lanes", "1", "--concurrency", "2"]).concurrency == [1, 2]
+    assert "--lanes" not in named().format_help()
+
+
+def test_an_unknown_name_gets_the_nearest_one_and_the_remedy() -> None:
+    known = [f"model_{i}" for i in range(20)] + ["policy_gru"]
+    text = str(unknown_name("model", "policy_gur", known, "list them: slipway list"))
+    assert text == "expected a known model, found 'policy_gur'; did you mean 'policy_gru'? list them: slipway list"
+    assert "model_3" not in str(unknown_name("model", "zebra", known, "list them: slipway list"))
+
+
+def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("export", 2, every_s=0.05) as bar:
+        bar.advance()
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert lines[0].startswith("export: 1 of 2, ")
+
+
+def test_short_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress([1, 2], "short")) == [1, 2]
+    assert capsys.readouterr().err == ""

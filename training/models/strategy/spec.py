@@ -111,9 +111,7 @@ def parser_signature(config: Config) -> Signature:
     """Pairs of turns in, scores at [head, tail, relation] out."""
     check(config)
     scores = TensorSpec(name="pair_scores", dtype="float32", shape=("batch", "turns", "turns", len(DISCOURSE) + 1))
-    return Signature(
-        inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config))
-    )
+    return Signature(inputs=_parser_inputs(), outputs=(scores,), axes=(_batch(), _turns(config), *_parser_axes(config)))
 
 
 def encoder_signature(config: Config) -> Signature:

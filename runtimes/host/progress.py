@@ -1,0 +1,75 @@
+"""Progress of long work on stderr: a bar on a terminal, a line every 30 seconds elsewhere."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 30.0
+Item = TypeVar("Item")
+
+
+class Progress:
+    """A context manager around work of `total` steps; None if their number is not known.
+
+    On a terminal it draws a bar. Elsewhere a thread writes a line every `every_s` seconds, also while a step computes,
+    so that work which is shorter than that writes nothing.
+    """
+
+    def __init__(self, label: str, total: int | None = None, *, every_s: float = LINE_EVERY_S) -> None:
+        self.label = label
+        self.total = total
+        self.done = 0
+        self._every_s = every_s
+        self._started = time.monotonic()
+        self._ended = threading.Event()
+        self._bar = tqdm(desc=label, total=total, leave=False) if sys.stderr.isatty() else None
+        self._thread: threading.Thread | None = None
+
+    def advance(self, steps: int = 1) -> None:
+        """So many more steps are done."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def describe(self, label: str) -> None:
+        """What is being worked on now."""
+        self.label = label
+        if self._bar is not None:
+            self._bar.set_description(label)
+
+    def line(self) -> str:
+        """The state of the work in one line: label, steps, seconds since the start."""
+        steps = "" if self.total is None else f" {self.done} of {self.total},"
+        return f"{self.label}:{steps} {time.monotonic() - self._started:.0f} s"
+
+    def __enter__(self) -> "Progress":
+        if self._bar is None:
+            self._thread = threading.Thread(target=self._write_lines, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write_lines(self) -> None:
+        while not self._ended.wait(self._every_s):
+            print(self.line(), file=sys.stderr, flush=True)
+
+
+def progress(items: Iterable[Item], label: str, *, shown: bool = True) -> Iterator[Item]:
+    """The items one by one, with progress on stderr while `shown`."""
+    if not shown:
+        yield from items
+        return
+    with Progress(label, len(items) if isinstance(items, Sized) else None) as bar:
+        for item in items:
+            yield item
+            bar.advance()
