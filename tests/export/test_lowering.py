@@ -37,7 +37,7 @@ class OfModule(Source):
             presets={"tiny": Preset(config={}, training={})},
             signature=lambda config: signature,
             build=lambda config: module,
-            inputs=lambda config, rng, sizes, sample_inputs: {
+            draw_inputs=lambda config, rng, sizes, sample_inputs: {
                 tensor.name: rng.normal(size=tensor.resolve(sizes)).astype(tensor.dtype)
                 for tensor in signature.free_inputs
             },

@@ -120,12 +120,12 @@ def test_a_reader_sees_what_another_process_wrote(tmp_path: Path) -> None:
     assert found is not None
 
 
-def test_shelves_that_processes_add_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
+def test_namespaces_that_processes_add_at_the_same_time_are_all_kept(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from runtimes.cache.store import Store\n"
         f"with Store(Path({str(tmp_path)!r})) as store:\n"
         "    for i in range(40):\n"
-        f"        store.shelf(f'{{i}} of {{sys.argv[1]}}', {IDENTITY!r}); store.shelf(str(i), {IDENTITY!r})"
+        f"        store.namespace(f'{{i}} of {{sys.argv[1]}}', {IDENTITY!r}); store.namespace(str(i), {IDENTITY!r})"
     )
     command, root = [sys.executable, "-c", code], Path(__file__).parents[3]
     processes = [subprocess.Popen([*command, str(i)], cwd=root, stderr=subprocess.PIPE, text=True) for i in range(4)]

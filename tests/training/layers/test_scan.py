@@ -196,8 +196,8 @@ def test_the_traced_recurrence_says_what_a_loop_in_numpy_says(
 ) -> None:
     arrays = inputs(time, seed=time, batch=batch)
     names = [value.name for value in session.get_inputs()]
-    arrays = {name: array.astype(np.float32) for name, array in zip(names, arrays.values(), strict=True)}
-    y, state = session.run(None, arrays)
+    named = {name: array.astype(np.float32) for name, array in zip(names, arrays.values(), strict=True)}
+    y, state = session.run(None, named)
     want_y, want_state = reference({name: array.astype(np.float32) for name, array in arrays.items()})
     np.testing.assert_allclose(y, want_y, rtol=1e-4, atol=2e-5)
     np.testing.assert_allclose(state, want_state, rtol=1e-4, atol=2e-5)

@@ -18,7 +18,7 @@ from runtimes.errors import InputError
 from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, ROOT, STRATEGIES
 from runtimes.pipelines.strategy.discourse import PAIR_TOKENS
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.strategy.draw_inputs import context_inputs, fused_inputs, graph_inputs, parser_inputs, turn_inputs
+from training.models.strategy.inputs import context_inputs, fused_inputs, graph_inputs, parser_inputs, turn_inputs
 from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from runtimes.pipelines.hallucination.grounding import (
 from training.models.hallucination.config import TINY, resolve_config
 from training.models.hallucination.data import read_ragtruth, synthetic_examples, train_and_valid
 from training.models.hallucination.frozen import tokenizer_json
-from training.models.hallucination.spec import inputs
+from training.models.hallucination.spec import draw_inputs
 
 MOST = (8, 16)
 TOKENIZER = tokenizer_json("seeded:tiny", "main")
@@ -239,6 +239,6 @@ def test_inputs_are_cut_from_what_is_no_padding() -> None:
     short[:, :12] = np.arange(10, 22)
     sample_inputs = {"token_ids": short, "chunk_ids": short[:, None, :4], "prompt_chunk_ids": short[:, None, :4]}
     for seed in range(5):
-        made = inputs(config, np.random.default_rng(seed), sizes, sample_inputs)
+        made = draw_inputs(config, np.random.default_rng(seed), sizes, sample_inputs)
         assert made["token_ids"].shape == (3, 40)
         assert (made["token_ids"] >= 10).all(), "a text of padding has no choice of a head that is not a tie"

@@ -19,7 +19,7 @@ from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence
 from training.models.hallucination.frozen import decoder_config, load_decoder
 from training.models.hallucination.module import ChunkDetector, TokenDetector
-from training.models.hallucination.spec import arrays
+from training.models.hallucination.spec import draw_inputs
 
 FAMILIES = ("llama", "mistral", "qwen2")
 SIZES = {"batch": 2, "tokens": 90, "rows": 30, "chunks": 3, "prompt_chunks": 4, "chunk_tokens": 12}
@@ -32,7 +32,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def inputs(config: dict[str, Any]) -> dict[str, Tensor]:
-    made = arrays(config, np.random.default_rng(1), SIZES, {})
+    made = draw_inputs(config, np.random.default_rng(1), SIZES, {})
     return {name: torch.from_numpy(values) for name, values in made.items()}
 
 
@@ -175,7 +175,7 @@ def test_no_result_grows_with_the_square_of_the_prompt(level: str) -> None:
         sizes = {**SIZES, "batch": 1, "tokens": tokens}
         given = {
             name: torch.from_numpy(values)
-            for name, values in arrays(config, np.random.default_rng(0), sizes, {}).items()
+            for name, values in draw_inputs(config, np.random.default_rng(0), sizes, {}).items()
         }
         with torch.no_grad(), Largest() as seen:
             detector(**given)
