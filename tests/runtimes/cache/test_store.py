@@ -113,7 +113,7 @@ def test_a_reader_sees_what_another_process_wrote(tmp_path: Path) -> None:
         assert namespace.get(["x"]) == [None]
         code = (
             "import numpy as np; from pathlib import Path; from runtimes.cache.store import Store\n"
-            f"with Store(Path({str(tmp_path)!r})) as s: s.shelf('context', {IDENTITY!r}).put(['x'], [np.ones(2)])"
+            f"with Store(Path({str(tmp_path)!r})) as s: s.namespace('context', {IDENTITY!r}).put(['x'], [np.ones(2)])"
         )
         subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
         (found,) = namespace.get(["x"])
