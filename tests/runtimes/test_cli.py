@@ -1,6 +1,8 @@
 """A command line ends in an exit status and says what is wrong in one line, never in a traceback."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -21,13 +23,18 @@ from runtimes.errors import (
     require,
 )
 from runtimes.host.cli import (
+    EXTRAS,
+    artifact_arguments,
     command,
+    device_arguments,
     existing_folder,
     flags,
     hidden_alias,
     models_argument,
+    names_argument,
     parser,
     settings,
+    settings_argument,
     table,
     target_argument,
     unknown_name,
@@ -200,13 +207,82 @@ def test_one_line_is_one_line_of_at_most_so_many_characters() -> None:
 
 def test_a_missing_package_names_the_extra_that_brings_it() -> None:
     assert require("json", extra="none") is json
-    with pytest.raises(MissingPackage, match=r"expected package 'no_such', found none .*'slipway\[tensorrt\]'"):
+    with pytest.raises(MissingPackage, match=r"expected package 'no_such', found none .*'\.\[tensorrt\]'"):
         require("no_such.part", extra="tensorrt")
 
 
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
     assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["export.all", "training.run"])
+def test_a_package_that_is_not_installed_is_one_line_with_its_extra(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    def main(argv: list[str] | None = None) -> int:
+        import torch
+
+        return torch.initial_seed()
+
+    main.__module__ = module
+    assert command(main)([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected package 'torch', found none")
+    assert ("[export,train]'" if module == "export.all" else "[train]'") in error
+    assert error.count("\n") == 1
+
+
+def test_a_module_of_ours_that_is_missing_is_a_fault_with_a_traceback() -> None:
+    @command
+    def main(argv: list[str] | None = None) -> int:
+        import runtimes.no_such_module
+
+        return runtimes.no_such_module.status
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main([])
+
+
+def test_every_extra_of_a_package_brings_it() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    distribution = {"onnx_ir": "onnxscript", "sklearn": "scikit-learn", "torch_geometric": "torch-geometric"}
+    for package, extra in EXTRAS.items():
+        name = distribution.get(package, package)
+        assert any(re.split(r"[^\w-]", each)[0] == name for each in declared[extra]), f"{package}: {extra}"
+
+
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    code = """
+import sys
+from runtimes.host.cli import command
+
+@command
+def main(argv=None):
+    print("x\\n" * 100_000)
+    return 0
+
+sys.exit(main([]))
+"""
+    script = f'"{sys.executable}" -c "$0" | head -n 1'
+    ran = subprocess.run(["bash", "-c", script, code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ran.stdout, ran.stderr) == ("x\n", "")
+
+
+def test_an_error_of_the_command_line_is_one_line_with_the_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
+    made = parser("toy", "Does nothing.")
+    made.add_argument("--concurrency", type=int)
+    hidden = made.add_argument("--concurrent", help=argparse.SUPPRESS)
+    assert hidden.dest == "concurrent"
+    with pytest.raises(SystemExit, match="2"):
+        made.parse_args(["--concurency", "1"])
+    found = capsys.readouterr().err
+    assert found == (
+        "error: unrecognized arguments: --concurency 1; did you mean --concurrency; see python -m toy --help\n"
+    )
 
 
 def named(most: int | None = None, least: int = 0) -> Any:
@@ -220,7 +296,15 @@ def named(most: int | None = None, least: int = 0) -> Any:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["a", "b"], ["--model", "a", "--model", "b"], ["--model", "A,b"], ["a", "--model", "b"], ["A,B"]],
+    [
+        ["a", "b"],
+        ["--model", "a", "--model", "b"],
+        ["--model", "A,b"],
+        ["a", "--model", "b"],
+        ["A,B"],
+        ["a", "--concurrency", "1", "b"],
+        ["--target", "onnx", "a", "--concurrency", "1", "b"],
+    ],
 )
 def test_models_are_positional_or_an_option_and_case_does_not_matter(arguments: list[str]) -> None:
     assert named().parse_args(arguments).models == ["a", "b"]
@@ -244,6 +328,80 @@ def test_too_few_and_too_many_models_are_refused(
 def test_targets_are_separated_by_commas_or_repeated(arguments: list[str]) -> None:
     assert named().parse_args(arguments).target == ["onnx", "torch"]
     assert named().parse_args([]).target == []  # the default is not shared with an earlier call
+
+
+def test_a_path_keeps_its_case_and_its_commas() -> None:
+    assert named().parse_args(["./My,Model", "GRU"]).models == ["./My,Model", "gru"]
+
+
+def test_a_list_of_known_names_refuses_others_with_the_nearest_one() -> None:
+    made = parser("toy", "Does nothing.")
+    names_argument(made, "--scenario", "load", known=("single-stream", "server"))
+    assert made.parse_args(["--scenario", "Server,single-stream"]).scenario == ["server", "single-stream"]
+    assert "load; of single-stream, server" in " ".join(made.format_help().split())
+    with pytest.raises(
+        InputError, match="expected a known scenario, found 'servre'; did you mean 'server'\\? see --help"
+    ):
+        made.parse_args(["--scenario", "servre"])
+
+
+def trained() -> Any:
+    made = parser("toy", "Does nothing.")
+    models_argument(made, "models", least=1)
+    settings_argument(made)
+    made.add_argument("--json", action="store_true")
+    return made
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gru", "lstm", "--set", "a=1", "--lr", "3e-4", "--json"],
+        ["--set", "a=1", "gru", "--json", "lstm", "--lr", "3e-4"],
+        ["--lr", "3e-4", "gru", "--set", "a=1", "lstm", "--json"],
+        ["--lr=3e-4", "--json", "gru", "lstm", "--set", "a=1"],
+    ],
+)
+def test_models_and_settings_stand_in_any_order(arguments: list[str]) -> None:
+    found, more = trained().parse_known_args(arguments)
+    assert (found.models, found.json) == (["gru", "lstm"], True)
+    assert {**settings(found.set), **flags(more)} == {"a": "1", "lr": "3e-4"}
+
+
+def test_a_setting_whose_value_is_missing_does_not_take_the_next_option() -> None:
+    found, more = trained().parse_known_args(["gru", "--lr", "--json"])
+    assert found.json
+    with pytest.raises(InputError, match="expected --NAME VALUE, found '--lr'"):
+        flags(more)
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5"])
+def test_threads_are_a_positive_number(count: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = parser("toy", "Does nothing.")
+    device_arguments(made)
+    with pytest.raises(SystemExit):
+        made.parse_args([f"--threads={count}"])
+    assert f"--threads: expected an integer of 1 or more, found '{count}'" in capsys.readouterr().err
+
+
+def test_shared_arguments_are_in_groups_and_show_their_defaults() -> None:
+    made = parser("toy", "Does nothing.")
+    artifact_arguments(made)
+    device_arguments(made)
+    text = made.format_help()
+    assert "\nartifact:\n" in text
+    assert "\nengine:\n" in text
+    assert " ".join(text.split()).count("(default: ") == 5
+    assert made.parse_args(["--target", "ONNX", "--device", "CPU"]).device == "cpu"
+
+
+@pytest.mark.parametrize("package", ["runtimes", "training", "export"])
+def test_a_package_lists_its_commands(package: str) -> None:
+    ran = subprocess.run([sys.executable, "-m", package], capture_output=True, text=True, check=True, cwd=ROOT)
+    own = [name for name in COMMANDS if name.startswith(f"{package}.")]
+    listed = [line.split()[2] for line in ran.stdout.splitlines()[2:]]
+    assert listed == [name for name in own if "previous_names" not in name]
+    assert all(len(line.split()) > 4 for line in ran.stdout.splitlines()[2:])  # each with its purpose
 
 
 def test_an_older_name_of_an_option_works_and_is_not_in_the_help() -> None:
