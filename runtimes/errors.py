@@ -56,7 +56,8 @@ def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
     except ImportError as error:
         install = remedy or f"pip install '.[{extra}]'"
         raise MissingPackage(
-            f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); run in a checkout: {install}"
+            f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
+            f"run in a checkout: {install}"
         ) from error
 
 
