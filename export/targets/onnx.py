@@ -29,4 +29,5 @@ TARGET = Target(
     precisions=("fp32", "fp16", "int8", "int8_dynamic"),
     packages=("torch", "onnx", "onnxscript", "onnxruntime"),
     convert=convert,
+    ensemble_rank=0,
 )
