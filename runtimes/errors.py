@@ -57,7 +57,7 @@ def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
         install = remedy or f"pip install '.[{extra}]'"
         raise MissingPackage(
             f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
-            f"install it with: {install}"
+            f"run in a checkout: {install}"
         ) from error
 
 
