@@ -24,12 +24,14 @@ class Runtime(ABC):
     devices      what the engine can run on at all
     remote       whether the model runs in another process that serves many; then it may be called from many threads
     environment  the virtual environment whose interpreter has what the engine needs, if it is not the project's
+    served_by    the engine that runs the same artifact on a Triton server; empty where Triton has no backend for it
     """
 
     engine: str
     devices: ClassVar[tuple[str, ...]] = DEVICES
     remote: ClassVar[bool] = False
     environment: ClassVar[str] = ""
+    served_by: ClassVar[str] = ""
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> None:
         self.root = root
@@ -178,8 +180,14 @@ def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = 
 
 
 def serving_engine(artifact: Artifact) -> str:
-    """The engine that asks a Triton server for an artifact: most are asked in tensors, vLLM's in texts."""
-    return "triton_vllm" if artifact.runtime == "vllm" else "triton"
+    """The engine that runs an artifact on a Triton server; `InputError` where Triton cannot serve it."""
+    engine: str = plugins.load("runtimes.engines", artifact.runtime, "RUNTIME").served_by
+    if not engine:
+        raise InputError(
+            f"expected an artifact that Triton serves, found {artifact.name} of engine {artifact.runtime}; "
+            "export another target"
+        )
+    return engine
 
 
 def device_for(engine: str, wanted: str) -> str:

@@ -19,6 +19,7 @@ class OnnxRuntime(Runtime):
     """Runs `model.onnx` at ONNX Runtime's highest optimisation level."""
 
     engine = "onnxruntime"
+    served_by = "triton"
     session: Any = None
 
     def open(self) -> None:

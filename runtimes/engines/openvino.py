@@ -17,6 +17,7 @@ class OpenVinoRuntime(Runtime):
     """Runs `model.xml` for the shortest time of one call."""
 
     engine = "openvino"
+    served_by = "triton"
     devices = ("cpu",)
     compiled: Any = None
     request: Any = None

@@ -33,6 +33,7 @@ class VllmRuntime(Runtime):
     """
 
     engine = "vllm"
+    served_by = "triton_vllm"
     remote = True
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1, **server: Any) -> None:
