@@ -14,7 +14,6 @@ from runtimes.errors import InputError
 
 STEP_FILE = "model.py"
 REQUEST_SCHEMA = "request.schema.json"
-STEP_SUFFIX, WRITER_SUFFIX = "_step", "_generate"
 
 
 def newest(repository: Path, name: str) -> Path | None:
@@ -37,11 +36,6 @@ def find(repository: Path, name: str) -> Path:
         names = ", ".join(path.parent.name for path in published(repository)) or "none"
         raise InputError(f"expected an artifact in {repository}, found no '{name}'; published: {names}")
     return folder
-
-
-def writer_name(model: str) -> str:
-    """The name under which Triton serves the model that writes with the step `model`."""
-    return model.removesuffix(STEP_SUFFIX) + WRITER_SUFFIX
 
 
 def versions(model: Path) -> list[Path]:

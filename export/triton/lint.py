@@ -10,9 +10,8 @@ from export.triton.lint_vllm import check_entry
 from export.triton.repository import CONFIG
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
+from runtimes.generation import BatchingPipeline
 from runtimes.pipeline import Schema, find_pipeline, open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
-from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.tensors import BATCH, TensorSpec
 
@@ -157,9 +156,11 @@ def _check_step(version: Path, config: Any) -> Iterator[str]:
 
 def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
     """One request in, many answers out; the artifact is a step."""
-    if not can_write(artifact.signature):
-        yield f"expected a step of a byte language model to write with, found {artifact.name}"
-    yield from _check_schema(version, GENERATION_SCHEMA)
+    pipeline = find_pipeline(artifact.pipeline)
+    if issubclass(pipeline, BatchingPipeline):
+        yield from _check_schema(version, pipeline.generation_schema)
+    else:
+        yield f"expected an artifact that generates texts in batches, found {artifact.name}"
     if not config.model_transaction_policy.decoupled:
         yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
     if config.max_batch_size:

@@ -27,9 +27,8 @@ from export.triton.config import (
 )
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
+from runtimes.generation import BatchingPipeline
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
-from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import (
     REQUEST_SCHEMA,
     STEP_FILE,
@@ -39,7 +38,6 @@ from runtimes.repository import (
     number_of,
     versions,
     workspace,
-    writer_name,
 )
 from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
 
@@ -156,12 +154,13 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
             numbers[model.name] = number_of(versions(model)[-1])
         draft = staging / "ensemble"
         draft.mkdir()
-        write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
+        pipeline = open_pipeline(artifact, served[-1])
+        write_json(draft / REQUEST_SCHEMA, pipeline.schema())
         _install_changes(draft, repository / artifact.model, ensemble_config(artifact, numbers), staging)
-        if can_write(artifact.signature):
-            name = writer_name(artifact.model)
+        if isinstance(pipeline, BatchingPipeline):
+            name = pipeline.served_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
-            write_json(draft / REQUEST_SCHEMA, GENERATION_SCHEMA)
+            write_json(draft / REQUEST_SCHEMA, pipeline.generation_schema)
             _install_changes(draft, repository / name, writer_config(artifact, name, scheduling), staging)
 
 
