@@ -13,6 +13,7 @@ from runtimes.artifact import ASSETS, Artifact
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.json_schema import Schema
 from runtimes.runtime import Runtime
+from runtimes.tensors import Signature
 
 REQUEST_BYTES = 4 << 20  # of one request in JSON; the parsed form of more would take a hundred megabytes
 
@@ -49,6 +50,11 @@ class Pipeline(ABC):
     def schema(self) -> Schema:
         """The JSON Schema (2020-12) that every right request satisfies; what else it must be, `encode` says."""
         return {"type": "object"}
+
+    @classmethod
+    def generation_schema(cls, signature: Signature) -> Schema | None:
+        """The JSON Schema of requests to generate texts step by step, or None: no model of this signature does."""
+        return None
 
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:

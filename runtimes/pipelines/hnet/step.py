@@ -9,7 +9,8 @@ from runtimes.errors import EngineError, InputError
 from runtimes.json_schema import Schema, record, whole
 from runtimes.pipeline import Pipeline
 from runtimes.pipelines.hnet.byte_text import VOCABULARY
-from runtimes.tensors import Tensors
+from runtimes.pipelines.hnet.generation import SCHEMA, can_write
+from runtimes.tensors import Signature, Tensors
 
 LIKELIEST = 8
 
@@ -47,6 +48,10 @@ class HNetStepPipeline(Pipeline):
 
     def schema(self) -> Schema:
         return record({"byte": whole(0, VOCABULARY - 1)})
+
+    @classmethod
+    def generation_schema(cls, signature: Signature) -> Schema | None:
+        return SCHEMA if can_write(signature) else None
 
 
 def _byte(request: Any, row: int) -> int:
