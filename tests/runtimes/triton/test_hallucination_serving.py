@@ -117,7 +117,7 @@ def test_nan_is_not_answered(opened: tuple[Runtime, Pipeline]) -> None:
     runtime, pipeline = opened
     outputs = runtime.fresh(pipeline.encode([EXAMPLE]))
     outputs["pks"] = outputs["pks"] * np.nan
-    with pytest.raises(EngineError, match="expected finite pks, found NaN"):
+    with pytest.raises(EngineError, match="output 'pks': expected finite numbers, found NaN"):
         pipeline.decode(outputs)
 
 
