@@ -13,7 +13,7 @@ from export.convert import Cell, Options, Outcome, fill
 from export.quantization.calibration_texts import CalibrationTexts, read_texts
 from export.source import LastSource
 from export.target import Target
-from export.triton.config import Scheduling
+from export.triton.scheduling import Scheduling
 from runtimes import plugins
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser, table

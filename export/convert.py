@@ -12,9 +12,9 @@ from export.key import artifact_key, library_versions
 from export.quantization.calibration_texts import CalibrationTexts
 from export.source import LastSource, Source
 from export.target import Built, Target
-from export.triton.config import UNLIMITED, Scheduling
 from export.triton.ensemble import is_ensemble_target
 from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
+from export.triton.scheduling import UNLIMITED, Scheduling
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.errors import FOREIGN, SlipwayError, error_text, one_line
 from runtimes.repository import newest
@@ -164,7 +164,7 @@ def _export(cell: Cell, source: Source, key: str, options: Options) -> tuple[Art
             scheduling=options.scheduling,
             mounted_at=options.mounted_at,
         )
-    if served and built.speaks_tensors and is_ensemble_target(artifact, repository):
+    if served and is_ensemble_target(artifact, repository):
         publish_ensemble(artifact, repository, options.scheduling)
     return artifact, folder
 
@@ -236,7 +236,7 @@ def _with_artifact(artifact: Artifact, folder: Path, status: str) -> Outcome:
 def _conversion_errors() -> tuple[type[Exception], ...]:
     """The errors that end a cell and not the run: ours, a full disk, torch's for a model that it cannot convert."""
     own = (SlipwayError, OSError)
-    if "torch" not in sys.modules:  # nothing was converted yet, and importing torch takes seconds
+    if "torch.export" not in sys.modules:  # nothing was traced yet, and importing torch takes seconds
         return own
     from torch._dynamo.exc import TorchDynamoException
     from torch._export.verifier import SpecViolationError

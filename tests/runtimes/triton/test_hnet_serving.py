@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
-from export.triton.config import Scheduling
 from export.triton.lint import lint
 from export.triton.repository import reschedule
+from export.triton.scheduling import Scheduling
 from runtimes.artifact import Artifact
 from runtimes.errors import InputError, Overloaded, SlipwayError
 from runtimes.generate import main as generate_command
