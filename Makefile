@@ -8,7 +8,7 @@ PY := .venv/bin/python
 # programs are not served: they are what runtimes.bench measures the others against.
 export: .venv/ready
 	$(PY) -m training.run all --if-missing
-	$(PY) -m export.all --target onnx --target torch
+	$(PY) -m export.all --target onnx,torch --jobs 2
 
 # Two processes, each with one thread, take a test file at a time: a server that starts in one leaves no core idle.
 test: .venv/ready .venv-triton/ready

@@ -32,6 +32,7 @@ from runtimes.host.cli import (
     target_argument,
     unknown_name,
 )
+from runtimes.host.output_capture import bars_on_a_terminal_only
 from runtimes.host.progress import Progress, progress
 
 ROOT = Path(__file__).parents[2]
@@ -267,6 +268,15 @@ def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
     assert lines[0].startswith("export: 1 of 2, ")
+
+
+def test_progress_goes_on_where_the_bars_of_a_library_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("export", every_s=0.05), bars_on_a_terminal_only():
+        print("a bar", file=sys.stderr)
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("export: ") for line in lines)
 
 
 def test_short_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
