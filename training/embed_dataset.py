@@ -15,8 +15,8 @@ from typing import Any
 from runtimes.artifact import sha256_file, sha256_json
 from runtimes.errors import InputError, require
 from runtimes.host.progress import progress
-from runtimes.pipelines.statements.papers import SIZES
 from runtimes.search.collection import Info, read_entries
+from runtimes.search.papers import SIZES
 from runtimes.search.writer import Writer
 from training.checkpoint import Checkpoint
 from training.recipe import TextEmbedder

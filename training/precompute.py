@@ -14,8 +14,8 @@ from typing import Any
 from runtimes.cache.store import Store
 from runtimes.errors import InputError
 from runtimes.host.cli import command, flags, models_argument, parser, settings, table
-from runtimes.pipelines.statements.papers import SIZES
 from runtimes.search.collection import DTYPES
+from runtimes.search.papers import SIZES
 from training.embed_dataset import DatasetEmbedder, EmbeddingJob, embed_shards, embed_with_ray
 from training.frozen_store import PADDED_SIZE, fill
 from training.loop import is_first_process

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.pipelines.statements.papers import Paper, read_papers
+from runtimes.search.papers import Paper, read_papers
 
 
 def train_and_valid(data: Path, share: float, seed: int) -> tuple[list[Paper], list[Paper]]:

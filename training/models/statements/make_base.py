@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.host.cli import command, parser
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 from training.models.statements.base import GEOMETRIES
 from training.models.statements.synthetic import flatten
 from training.models.statements.tokenizer import PAD, statement_tokenizer

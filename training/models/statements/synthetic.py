@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtimes.pipelines.statements.papers import Paper, Statement
+from runtimes.search.papers import Paper, Statement
 
 TOPICS = 16  # words of the synthetic language belong to one of so many topics
 WORDS = 12  # in each topic

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.pipelines.statements.papers import SIZES, Statement, read_papers
+from runtimes.search.papers import SIZES, Statement, read_papers
 from training.models.statements.data import draw_pairs, split_by_paper, train_and_valid
 from training.models.statements.synthetic import flatten, synthetic_papers
 
