@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import difflib
 import functools
 import itertools
 import os
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtimes.errors import InputError, MissingPackage, SlipwayError, one_line, require
+from runtimes.errors import nearest as nearest
+from runtimes.errors import unknown_name as unknown_name
 from runtimes.host.gpu import DEVICES
 
 Main = Callable[..., int]
@@ -265,20 +266,6 @@ def json_argument(to: Arguments) -> None:
 def hidden_alias(to: Arguments, old: str, new: str) -> None:
     """The option `new` also by its name in the version before, which the help does not show."""
     to._option_string_actions[old] = to._option_string_actions[new]
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, or None if none is like it."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def unknown_name(kind: str, name: str, known: Collection[str], remedy: str) -> InputError:
-    """The error for a name that is not known: the nearest one, else all if they are few, and the remedy."""
-    if close := nearest(name, known):
-        return InputError(f"expected a known {kind}, found '{name}'; did you mean '{close}'? {remedy}")
-    listed = f" of {', '.join(sorted(known))}" if 0 < len(known) <= 8 else ""
-    return InputError(f"expected a known {kind}{listed}, found '{name}'; {remedy}")
 
 
 def settings(pairs: Iterable[str]) -> dict[str, str]:
