@@ -201,7 +201,7 @@ def settings_argument(to: Arguments, help: str = "change one setting") -> None:
     `arguments.set` holds the former and `parse_known_args` returns the latter, for `settings` and `flags`.
     """
     to.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help=f"{help}; --NAME VALUE has the same effect"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help=f"{help}; --NAME VALUE is the same"
     )
     to.set_defaults(**{TAKES_SETTINGS: True})
 
