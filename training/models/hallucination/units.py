@@ -14,6 +14,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import InputError
+from runtimes.tensors import is_finite
 from training.config import Config
 from training.models.hallucination.settings import Head, heads_of, layers_of
 
@@ -50,7 +51,7 @@ class Units:
             if values.shape != (len(self.labels), len(columns)):
                 expected = [len(self.labels), len(columns)]
                 raise InputError(f"expected {name} of shape {expected}, found {list(values.shape)}")
-            if not np.isfinite(values).all():
+            if not is_finite(values):
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise InputError(
                     f"expected finite features, found {values[row, column]} in {name} of unit {row}, "

@@ -16,6 +16,7 @@ import numpy as np
 
 from runtimes.errors import InputError, one_line, require
 from runtimes.pipelines.policy.melee import BUTTONS, PROJECTILE_COUNT, STAGES, encode_frames, pack_labels
+from runtimes.tensors import is_finite
 
 BUTTON_BITS = {"A": 8, "B": 9, "X": 10, "Y": 11, "Z": 4, "L": 6, "R": 5, "D_UP": 3}  # of the physical controller
 WAIT, DASH, ATTACK, SHIELD = 14, 20, 50, 179  # what a synthetic opponent does
@@ -117,7 +118,7 @@ def _game(name: str, group: str, raw: Raw, delay: int) -> Game:
     if count <= ahead:
         raise Unusable(f"expected more than {ahead} frames, found {count}")
     frames_FD = encode_frames({column: values[:-ahead] for column, values in raw.items()})
-    if not np.isfinite(frames_FD).all():
+    if not is_finite(frames_FD):
         raise Unusable("expected finite numbers, found NaN")
     return Game(name=name, group=group, frames=frames_FD, labels=pack_labels(raw)[ahead:])
 

@@ -16,7 +16,7 @@ from benchmarks.statements.padding import main as padding_bench
 from runtimes.errors import ArtifactError, InputError
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint, restore
-from training.models.statements import base, metrics, tokenizer
+from training.models.statements import metrics, settings, tokenizer
 from training.models.statements.make_base import main as make_base
 from training.models.statements.module import StatementEmbedder, adapted_layers, merged
 from training.run import main as run
@@ -187,7 +187,7 @@ def test_a_base_has_the_sizes_it_is_asked_for_and_length_buckets_are_measured_ov
     data, out = str(trained / "data.jsonl"), trained / "tiny base"
     assert make_base(["--data", data, "--out", str(out), "--geometry", "tiny", "--vocabulary", "300"]) == 0
     sizes = json.loads((out / "config.json").read_text())
-    wanted = {name: size for name, size in base.GEOMETRIES["tiny"].items() if name != "vocab_size"}
+    wanted = {name: size for name, size in settings.GEOMETRIES["tiny"].items() if name != "vocab_size"}
     assert {name: sizes[name] for name in wanted} == wanted
     capsys.readouterr()
     assert padding_bench(["--base", str(out), "--data", data, "--statements", "36", "--rounds", "1"]) == 0
