@@ -15,13 +15,14 @@ from export.target import Built, Target
 from export.triton.ensemble import is_ensemble_target
 from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
 from export.triton.scheduling import UNLIMITED, Scheduling
+from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.errors import FOREIGN, SlipwayError, error_text, one_line
 from runtimes.repository import newest
 from runtimes.runtime import open_runtime
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
-from training.spec import ModelSpec
+from training.spec import ModelSpec, find_spec
 
 NOTHING_DONE = Facts(built=False, deserialized=False, ran=False, compared=False)
 DRY_RUN = "dry run: would be exported"
@@ -38,6 +39,11 @@ class Cell:
     @property
     def label(self) -> str:
         return f"{self.spec.name} {self.target.name} {self.precision}"
+
+
+def find_cell(model: str, target: str, precision: str) -> Cell:
+    """The cell of these names; `InputError` for a name that does not exist."""
+    return Cell(spec=find_spec(model), target=plugins.load("export.targets", target, "TARGET"), precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,7 @@ from export.triton.schema import CONFIG, ModelConfig, has_config, to_text
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
 from runtimes.generation import BatchingPipeline
+from runtimes.host import durable
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import (
     REQUEST_SCHEMA,
@@ -128,7 +129,7 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
         loaded = how_many_load(artifact, versions(model)[:-1])
         config = model_config(artifact, artifact.runtime, scheduling, loaded)
         with _config_replaced(model, config, staging):
-            _sync_one(model)
+            durable.sync(model)
     steps = versions(repository / step_name(artifact.model, STEPS[0]))
     if steps and Artifact.load(steps[-1]).name == artifact.name:
         publish_ensemble(artifact, repository, scheduling)
@@ -247,7 +248,7 @@ def _install(draft: Path, model: Path, number: int, config: ModelConfig | None, 
     """The version folder `number` of `model`, renamed into place after everything it holds is on the disk."""
     version = model / str(number)
     if model.is_dir():
-        _sync(draft)
+        durable.sync_tree(draft)
         with _config_replaced(model, config, staging):
             draft.rename(version)
     else:
@@ -256,11 +257,11 @@ def _install(draft: Path, model: Path, number: int, config: ModelConfig | None, 
         if config is not None:
             (whole / CONFIG).write_text(to_text(config))
         draft.rename(whole / version.name)
-        _sync(whole)
+        durable.sync_tree(whole)
         model.parent.mkdir(parents=True, exist_ok=True)
         whole.rename(model)
-    _sync_one(model)
-    _sync_one(model.parent)
+    durable.sync(model)
+    durable.sync(model.parent)
     return version
 
 
@@ -283,7 +284,7 @@ def _config_replaced(model: Path, config: ModelConfig | None, staging: Path) -> 
         yield
         return
     new.write_text(to_text(config))
-    _sync_one(new)
+    durable.sync(new)
     if path.is_file():
         old.hardlink_to(path)
     new.replace(path)
@@ -313,17 +314,3 @@ def _discard(folders: list[Path], staging: Path) -> None:
     """Remove folders; each vanishes from the repository by one rename before it is taken apart."""
     for folder in folders:
         folder.rename(staging / f"{folder.parent.name}-{folder.name}")
-
-
-def _sync(folder: Path) -> None:
-    """Everything below `folder` is on the disk, not only in memory."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -163,7 +163,7 @@ from tests import toys
 from export.triton import repository
 def die(path):
     os.kill(os.getpid(), 9)
-repository._sync_one = die
+repository.durable.sync = die
 place = pathlib.Path({place!r})
 with repository.drafting(place) as draft:
     repository.publish(draft, toys.make(draft, toys.DOUBLING), place)
