@@ -192,5 +192,5 @@ def find_spec(name: str) -> ModelSpec:
     """The model of this name; `InputError` with the nearest name."""
     specs = all_specs()
     if name not in specs:
-        raise unknown_name("model", name, specs, "list the models: python -m training")
+        raise unknown_name("model", name, specs, "list them: slipway list")
     return specs[name]

@@ -158,7 +158,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         "commands": edited(*COMMANDS),
         "policy": edited("training/models/policy/module.py"),
         "strategy agreement": edited("training/models/strategy/spec.py"),
-        "scan": edited("training/layers/scan.py"),
+        "form": edited("training/layers/form.py"),
     }
     assert sum(edits["docstrings"][name] != (ROOT / name).read_text() for name in every) == len(every)
     done = subprocess.run(
@@ -183,7 +183,7 @@ def test_no_key_changes_with_a_docstring_a_command_or_code_that_only_trains(
     [
         ("policy", [name for name in MODELS if name.startswith("policy_")]),
         ("strategy agreement", [name for name in MODELS if name.startswith("strategy")]),
-        ("scan", MODELS),
+        ("form", MODELS),
     ],
 )
 def test_keys_change_with_code_that_is_traced_or_verifies(
