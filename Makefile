@@ -102,7 +102,7 @@ perf-analyzer: .perf_analyzer/ready
 # The plain encoder as optimum-onnx exports it, as an artifact of its own: a row of every later benchmark of it.
 peer-optimum: .venv/ready .venv-peers-optimum/ready
 	$(PY) -m training.run strategy --if-missing
-	PYTHONPATH=. $(PY) benchmarks/peers_cpu/optimum_encoder.py
+	$(PY) -m benchmarks.peers_cpu.optimum_encoder
 
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
