@@ -11,7 +11,7 @@ from export.quantization.calibration_texts import CalibrationTexts
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint, restore
 from training.language_model import NotADecoder
-from training.layers.scan import Form, scan_form
+from training.layers.form import Form, scan_form
 from training.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`runtimes.bench.worker` under its name before 0.2: older checkouts start it in `runtimes.compare`."""
+"""`runtimes.bench.worker` under its name in version 0.1, whose `runtimes.compare` looks for this very file."""
 
 from runtimes.bench.worker import main
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("runtimes", "training", "export")
+FLOORS = ("runtimes", "training", "export", "slipway")
 PLUG_IN_FOLDERS = ("runtimes/engines", "runtimes/pipelines", "training/models", "export/targets")
 # Scripts that Triton runs, in its own interpreter; they are data to this package.
 SCRIPTS = ("runtimes/triton/backends", "runtimes/triton/steps")

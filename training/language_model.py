@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from runtimes.errors import InputError, require
-from training.frozen import fast_tokenizer
-from training.random_init import is_seeded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +51,8 @@ def complete_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision
     tokenizers = require("tokenizers", extra="train")
     from transformers import PreTrainedTokenizerFast
 
+    from training.frozen import fast_tokenizer
+
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
     own = None if _has_no_settings(source) else fast_tokenizer(source, revision)
     if own is None:
@@ -67,6 +67,8 @@ def complete_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision
 
 
 def _has_no_settings(source: str) -> bool:
+    from training.random_init import is_seeded
+
     return is_seeded(source) or (Path(source).is_dir() and not Path(source, SETTINGS).is_file())
 
 

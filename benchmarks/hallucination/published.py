@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import artifact_name
-from runtimes.cache.answers import AnswerCache
 from runtimes.cache.store import Store
 from runtimes.host.cli import table
 from runtimes.pipeline import open_pipeline
+from runtimes.pipelines.hallucination.detector import DetectorCache
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
 from training.models.hallucination.data import synthetic_examples
@@ -21,7 +21,7 @@ REPEATED = 20  # times that a request is repeated
 def bench_cached(arguments: Any) -> str:
     """CPU milliseconds of requests to the published artifact, the first time and repeated."""
     rows = []
-    with Store() as store, AnswerCache(arguments.repository, store) as cache:
+    with Store() as store, DetectorCache(arguments.repository, store) as cache:
         for sentences in (1, 2, 4, 10):
             cold: list[float] = []
             warm: list[float] = []

@@ -18,7 +18,7 @@ from runtimes.engines.tensorrt import FULL, PLAN_FILE, RTX, numpy_dtype
 from runtimes.errors import ArtifactError, EngineError, one_line, require
 from runtimes.host.gpu import gpu
 from runtimes.tensors import Signature
-from training.layers.scan import Form
+from training.layers.form import Form
 
 # What one RTX engine is built for: Ampere, Ada and Blackwell. Turing has no float32 matrix product, Hopper no support.
 RTX_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")

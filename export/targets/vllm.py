@@ -64,7 +64,6 @@ def convert(source: Source, precision: str, out: Path) -> Built:
         device="cuda" if gpu() else "cpu",
         not_run_reason=why_idle(language_model.model, precision),
         proxy_engine="transformers",
-        speaks_tensors=False,
     )
 
 

@@ -24,6 +24,7 @@ class Progress:
         self.total = total
         self.done = 0
         self._every_s = every_s
+        self._stream = sys.stderr  # the lines go on where `bars_on_a_terminal_only` redirects stderr
         self._started = time.monotonic()
         self._ended = threading.Event()
         self._bar = tqdm(desc=label, total=total, leave=False) if sys.stderr.isatty() else None
@@ -61,7 +62,7 @@ class Progress:
 
     def _write_lines(self) -> None:
         while not self._ended.wait(self._every_s):
-            print(self.line(), file=sys.stderr, flush=True)
+            print(self.line(), file=self._stream, flush=True)
 
 
 def progress(items: Iterable[Item], label: str, *, shown: bool = True) -> Iterator[Item]:

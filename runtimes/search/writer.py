@@ -17,6 +17,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import ArtifactError, InputError, SlipwayError
+from runtimes.host.durable import sync, sync_stream
 from runtimes.search.collection import EMBEDDINGS, INFO, LENGTH_TOLERANCE, METADATA, UNFINISHED, Entry, Info
 
 SHARDS = "shards"
@@ -83,8 +84,7 @@ class Writer:
         with (self.folder / EMBEDDINGS).open("r+b") as stream:
             stream.seek(len(self._header) + start * data.strides[0])
             stream.write(data.data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         record = {"info": self.info.digest, "start": start, "stop": stop}
         _write_durably(self.folder / SHARDS / f"{start}-{stop}.json", [json.dumps(record).encode()])
 
@@ -98,7 +98,7 @@ class Writer:
                     raise
             with suppress(FileNotFoundError):  # as above
                 os.replace(self.folder / UNFINISHED, self.folder / INFO)
-            _sync_folder(self.folder)
+            sync(self.folder)
         self._refuse_another(INFO)
         shutil.rmtree(self.folder / SHARDS, ignore_errors=True)
 
@@ -171,8 +171,7 @@ def _write_durably(path: Path, pieces: Iterable[bytes], *, keep: bool = False) -
     try:
         with draft.open("xb") as stream:
             stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         if keep:
             with suppress(FileExistsError):
                 os.link(draft, path)
@@ -180,12 +179,4 @@ def _write_durably(path: Path, pieces: Iterable[bytes], *, keep: bool = False) -
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -20,6 +20,7 @@ from export.targets import onnx as onnx_target
 from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import ParityError
+from runtimes.host.cli import program
 from runtimes.repository import newest, published
 from runtimes.runtime import open_runtime
 from tests.exported import Exports
@@ -186,9 +187,60 @@ def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
 
 
 def test_a_model_without_checkpoint_is_skipped_with_the_command_that_makes_one(run: Any, tmp_path: Path) -> None:
-    status, (cell,) = run("--target", "onnx", "--model", MODEL, source=tmp_path)
-    assert (status, cell["status"]) == (0, "skipped")
+    status, (cell,) = run("--target", "onnx", MODEL, source=tmp_path)
+    assert (status, cell["status"]) == (1, "skipped"), "a named model was not exported"
     assert f"python -m training.run {MODEL}" in cell["reason"]
+    for everything in ([], ["all"]):
+        status, cells = run(*everything, "--target", "onnx", source=tmp_path)
+        assert (status, {cell["status"] for cell in cells}) == (0, {"skipped"})
+
+
+def test_a_named_model_that_no_requested_target_takes_is_not_exported(run: Any) -> None:
+    status, (cell,) = run(MODEL, "--target", "vllm")
+    assert (status, cell["status"], cell["reason"]) == (1, "skipped", "not a decoder language model")
+    status, cells = run(MODEL, "--target", "vllm,onnx")
+    assert (status, [cell["status"] for cell in cells]) == (0, ["skipped", "ok"])
+    assert run(MODEL, "--target", "vllm,onnx", "--dry-run", "--force")[0] == 0
+
+
+def test_models_are_positional_and_lists_take_commas_repetition_and_any_case(run: Any) -> None:
+    def cells(*arguments: str) -> list[tuple[str, str, str]]:
+        status, found = run(*arguments, "--dry-run")
+        assert status == 0
+        return [(cell["model"], cell["target"], cell["precision"]) for cell in found]
+
+    expected = [
+        (model, target, precision)
+        for model in ("policy_gru", "policy_lstm")
+        for target in ("onnx", "torch")
+        for precision in ("fp32", "fp16")
+    ]
+    assert cells("policy_gru", "policy_lstm", "--target", "onnx,torch", "--precision", "fp32,fp16") == expected
+    assert cells("Policy_GRU,policy_lstm", "--target", "ONNX", "--target", "torch", "--precision", "FP32",
+                 "--precision", "fp16") == expected  # fmt: skip
+    assert cells("--model", "policy_gru", "--model", "policy_lstm", "--target", "onnx,torch,onnx", "--precision",
+                 "fp32,fp16") == expected  # fmt: skip
+
+
+def test_the_table_is_followed_by_three_commands(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "repository"
+    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
+    assert export_all.main([MODEL, "--target", "onnx", *places]) == 0
+    *_, following, predict, bench, serve = capsys.readouterr().out.splitlines()
+    assert following == "next:"
+    assert predict.startswith(f"  python -m runtimes.predict {MODEL} --target onnx --precision fp32")
+    assert bench == f"  python -m runtimes.bench {MODEL} --repository {repository}"
+    assert serve == f"  python -m runtimes.serve --repository {repository}"
+    token = program.set("slipway export")
+    try:
+        assert export_all.main([MODEL, "--target", "onnx", *places]) == 0
+    finally:
+        program.reset(token)
+    assert f"\n  slipway bench {MODEL}" in capsys.readouterr().out
+    assert export_all.main([MODEL, "--target", "vllm", *places]) == 1
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_fails_its_cell(run: Any, tmp_path: Path, checkpoints: Path) -> None:
@@ -201,13 +253,18 @@ def test_a_checkpoint_of_another_model_fails_its_cell(run: Any, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--target", "nonsense"], "onnx"),
-        (["--target", "onnx", "--model", "nonsense"], "policy_gru"),
-        (["--target", "onnx", "--precision", "fp7"], "fp32"),
+        (["--target", "onx"], "expected a known target, found 'onx'; did you mean 'onnx'?"),
+        (
+            ["policy_gruu", "--target", "onnx"],
+            "expected a known model, found 'policy_gruu'; did you mean 'policy_gru'?",
+        ),
+        (["--target", "onnx", "--model", "nonsense"], "expected a known model, found 'nonsense'; list them"),
+        (["--target", "onnx", "--precision", "fp31"], "expected a known precision, found 'fp31'; did you mean 'fp32'?"),
+        (["--target", "onnx", "--jobs", "0"], "--jobs: expected 1 or more, found 0"),
         ([], "--target"),
     ],
 )
-def test_what_does_not_exist_is_refused_in_one_line_that_names_what_does(
+def test_an_unknown_name_is_refused_in_one_line_with_the_nearest_known_one(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_all.main(arguments) == 2

@@ -39,7 +39,7 @@ Run = Callable[..., tuple[int, list[Any]]]
 def require_llmcompressor() -> None:
     """Not by importing it, for then it logs to stdout."""
     if importlib.util.find_spec("llmcompressor") is None:
-        pytest.skip("llmcompressor is not installed: pip install 'slipway[quantize]'")
+        pytest.skip("llmcompressor is not installed: pip install '.[quantize]'")
 
 
 @pytest.fixture(scope="session")

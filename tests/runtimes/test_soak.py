@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.triton.config import Scheduling
 from export.triton.repository import drafting, publish, publish_ensemble
+from export.triton.scheduling import Scheduling
 from runtimes import soak
 from runtimes.artifact import Artifact
 from runtimes.bench import suite

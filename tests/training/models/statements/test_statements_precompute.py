@@ -153,7 +153,7 @@ def test_several_processes_write_the_same_bytes(
 def test_ray_writes_the_same_bytes_also_when_a_worker_is_killed(
     whole: Path, file: Path, trained: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("ray.data", reason="needs ray: pip install 'slipway[ray]'")
+    pytest.importorskip("ray.data", reason="needs ray: pip install '.[ray]'")
     out = tmp_path / "ray"
     command = [sys.executable, "-m", "training.precompute", *arguments(file, trained, out, "--engine", "ray")]
     process = subprocess.Popen(command, env=ENVIRONMENT)
@@ -288,7 +288,7 @@ def test_what_can_be_learned_is_learned_and_judged_beside_its_baselines(tmp_path
 
 @pytest.mark.slow
 def test_four_bits_train_what_the_full_base_then_serves(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'slipway[qlora]'")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
     settings = ["--papers", "60", "--epochs", "2", "--quantize", "nf4", "--optimizer", "adamw_bnb_8bit"]
     assert run(["statements", "--out", str(tmp_path), *settings]) == 0
     checkpoint = Checkpoint.load(tmp_path / "statements")
