@@ -128,4 +128,5 @@ peer-optimum: .venv/ready .venv-peers-optimum/ready
 	touch $@
 
 clean:
-	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository
+	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints .model_repository
+	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
