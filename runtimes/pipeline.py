@@ -12,7 +12,6 @@ from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.runtime import Runtime
-from runtimes.tensors import Signature
 
 Schema = dict[str, Any]  # a JSON Schema (2020-12)
 
@@ -23,10 +22,15 @@ class Pipeline(ABC):
     """Encodes requests and decodes outputs for one model. JSON objects in, JSON objects out.
 
     `config` is the checkpoint's config; `assets` is the folder with files such as a tokenizer, if the model has any.
+
+    generates  whether it answers only by `runtimes.generate`, with many runs of its engine
+    embeds     whether it turns `{"text": ...}` into the unit vector by which collections are searched
+    cascade    opens the model's parts around a store, if it has any
     """
 
-    generates: ClassVar[bool] = False  # whether it answers by `runtimes.generate`, and not in one run of its engine
-    cascade: ClassVar[Callable[..., Any] | None] = None  # opens the model's parts around a store, if it has any
+    generates: ClassVar[bool] = False
+    embeds: ClassVar[bool] = False
+    cascade: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         self.config = config
@@ -51,11 +55,6 @@ class Pipeline(ABC):
     def schema(self) -> Schema:
         """The JSON Schema (2020-12) that every right request satisfies; what else it must be, `encode` says."""
         return {"type": "object"}
-
-    @classmethod
-    def generation_schema(cls, signature: Signature) -> Schema | None:
-        """The JSON Schema of requests to generate texts step by step, or None: no model of this signature does."""
-        return None
 
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:

@@ -9,12 +9,12 @@ also one whose name begins with a dot, and does not start when it is none.
 
 from pathlib import Path
 
-from runtimes.artifact import MANIFEST
+from runtimes.artifact import MANIFEST, artifact_name
 from runtimes.errors import InputError
+from runtimes.host.cli import nearest
 
 STEP_FILE = "model.py"
 REQUEST_SCHEMA = "request.schema.json"
-STEP_SUFFIX, WRITER_SUFFIX = "_step", "_generate"
 
 
 def newest(repository: Path, name: str) -> Path | None:
@@ -30,18 +30,21 @@ def published(repository: Path) -> list[Path]:
     return [folder for folder in folders if folder and holds_artifact(folder)]
 
 
-def find(repository: Path, name: str) -> Path:
-    """The newest version folder of artifact `name`; `InputError` names those that are published."""
+def find(repository: Path, name: str, *, remedy: str = "publish it: python -m export.all MODEL") -> Path:
+    """The newest version folder of artifact `name`; `InputError` names the nearest one, and the remedy."""
     folder = newest(repository, name)
     if folder is None or not holds_artifact(folder):
-        names = ", ".join(path.parent.name for path in published(repository)) or "none"
-        raise InputError(f"expected an artifact in {repository}, found no '{name}'; published: {names}")
+        close = nearest(name, [path.parent.name for path in published(repository)])
+        suggestion = f"did you mean '{close}'? " if close else ""
+        raise InputError(f"expected an artifact '{name}' in {repository}, found none; {suggestion}{remedy}")
     return folder
 
 
-def writer_name(model: str) -> str:
-    """The name under which Triton serves the model that writes with the step `model`."""
-    return model.removesuffix(STEP_SUFFIX) + WRITER_SUFFIX
+def find_artifact(repository: Path, model: str, target: str = "onnx", precision: str = "fp32") -> Path:
+    """The newest version folder of a model's artifact; `InputError` has the command that publishes a missing one."""
+    command = f"python -m export.all {model} --target {target}"
+    more = "" if precision == "fp32" else f" --precision {precision}"
+    return find(repository, artifact_name(model, target, precision), remedy=f"publish it: {command}{more}")
 
 
 def versions(model: Path) -> list[Path]:

@@ -18,7 +18,7 @@ class Tokens:
     """A tokenizer.json that keeps the last or the first `max_tokens` of a text, special tokens included."""
 
     def __init__(self, tokenizer_json: bytes, max_tokens: int, keep: Keep = "last") -> None:
-        tokenizers = require("tokenizers", extra="strategy")
+        tokenizers = require("tokenizers", extra="text")
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         self._tokenizer.enable_truncation(max_tokens, direction="left" if keep == "last" else "right")
         self._tokenizer.no_padding()

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from runtimes.artifact import sha256_file, sha256_json
 from runtimes.errors import InputError, require
-from runtimes.pipelines.statements.papers import SIZES
 from runtimes.search.collection import Info, read_entries
+from runtimes.search.papers import SIZES
 from runtimes.search.writer import Writer
 from training.checkpoint import Checkpoint
 from training.spec import TextEmbedder, find_spec

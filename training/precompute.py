@@ -16,8 +16,8 @@ from tqdm import tqdm
 from runtimes.cache.store import Store, buckets
 from runtimes.errors import InputError
 from runtimes.host.cli import command, flags, parser, settings, table
-from runtimes.pipelines.statements.papers import SIZES
 from runtimes.search.collection import DTYPES
+from runtimes.search.papers import SIZES
 from training.embed_dataset import Job, Work, collect, collect_with_ray
 from training.loop import is_first_process
 from training.run import configure

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.artifact import artifact_name
-from runtimes.cache.answers import AnswerCache
 from runtimes.cache.store import Store
 from runtimes.errors import InputError, require
 from runtimes.host.cli import command, parser, table
 from runtimes.pipeline import open_pipeline
+from runtimes.pipelines.hallucination.detector import DetectorCache
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
 from training.models.hallucination import fitting
@@ -296,7 +296,7 @@ def bench_fitting(arguments: Any) -> str:
 def bench_cached(arguments: Any) -> str:
     """CPU milliseconds of requests of the published artifact, first and asked again."""
     rows = []
-    with Store() as store, AnswerCache(arguments.repository, store) as cache:
+    with Store() as store, DetectorCache(arguments.repository, store) as cache:
         for sentences in (1, 2, 4, 10):
             cold: list[float] = []
             warm: list[float] = []

@@ -15,7 +15,7 @@ import numpy as np
 from runtimes.cache.store import buckets
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser, table
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint
 from training.models.statements.data import flatten

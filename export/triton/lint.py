@@ -10,6 +10,7 @@ from export.triton.config import ANSWER, REQUEST, STEPS, WRITE
 from export.triton.schema import TYPES, ModelConfig, dims, read_config, schema
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import SlipwayError, one_line
+from runtimes.generation import BatchingPipeline
 from runtimes.pipeline import Schema, find_pipeline, open_pipeline
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.tensors import BATCH, TensorSpec
@@ -139,11 +140,11 @@ def _check_step(version: Path, config: ModelConfig) -> Iterator[str]:
 
 def _check_writer(version: Path, artifact: Artifact, config: ModelConfig) -> Iterator[str]:
     """One request in, many answers out; the artifact is a step."""
-    expected = find_pipeline(artifact.pipeline).generation_schema(artifact.signature)
-    if expected is None:
-        yield f"expected a step of a language model to generate with, found {artifact.name}"
+    pipeline = find_pipeline(artifact.pipeline)
+    if issubclass(pipeline, BatchingPipeline):
+        yield from _check_schema(version, pipeline.generation_schema)
     else:
-        yield from _check_schema(version, expected)
+        yield f"expected an artifact that generates texts in batches, found {artifact.name}"
     if not config.model_transaction_policy.decoupled:
         yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
     if config.max_batch_size:

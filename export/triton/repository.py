@@ -28,8 +28,9 @@ from export.triton.scheduling import UNLIMITED, Scheduling
 from export.triton.schema import CONFIG, ModelConfig, has_config, to_text
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
+from runtimes.generation import BatchingPipeline
 from runtimes.host import durable
-from runtimes.pipeline import find_pipeline, open_pipeline
+from runtimes.pipeline import open_pipeline
 from runtimes.repository import (
     REQUEST_SCHEMA,
     STEP_FILE,
@@ -39,7 +40,6 @@ from runtimes.repository import (
     number_of,
     versions,
     workspace,
-    writer_name,
 )
 
 STEP_SOURCES = Path(runtimes.triton.__file__).parent / "steps"
@@ -157,12 +157,13 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
             numbers[model.name] = number_of(versions(model)[-1])
         draft = staging / "ensemble"
         draft.mkdir()
-        write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
+        pipeline = open_pipeline(artifact, served[-1])
+        write_json(draft / REQUEST_SCHEMA, pipeline.schema())
         _install_changes(draft, repository / artifact.model, ensemble_config(artifact, numbers), staging)
-        if schema := find_pipeline(artifact.pipeline).generation_schema(artifact.signature):
-            name = writer_name(artifact.model)
+        if isinstance(pipeline, BatchingPipeline):
+            name = pipeline.served_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
-            write_json(draft / REQUEST_SCHEMA, schema)
+            write_json(draft / REQUEST_SCHEMA, pipeline.generation_schema)
             _install_changes(draft, repository / name, writer_config(artifact, name, scheduling), staging)
 
 

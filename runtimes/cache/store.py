@@ -42,7 +42,7 @@ class Store:
 
     def __enter__(self) -> "Store":
         if self.folder:
-            lmdb = require("lmdb", extra="strategy")
+            lmdb = require("lmdb", extra="store")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._environment = lmdb.open(str(self.folder), map_size=MAP_BYTES)
@@ -93,7 +93,7 @@ class Store:
     def write(self, entries: Mapping[bytes, np.ndarray]) -> None:
         """Keep entries, all or none; `ArtifactError` if the disk refuses."""
         if self._environment is not None:
-            lmdb = require("lmdb", extra="strategy")
+            lmdb = require("lmdb", extra="store")
             try:
                 with self._environment.begin(write=True) as transaction:
                     for key, entry in entries.items():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import EngineError, one_line, require
-from runtimes.runtime import CarriedStream, Runtime
+from runtimes.runtime import Backend, CarriedStream, Runtime
 from runtimes.tensors import Tensors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,6 +19,8 @@ class OnnxRuntime(Runtime):
     """Runs `model.onnx` at ONNX Runtime's highest optimisation level."""
 
     engine = "onnxruntime"
+    served_by = "triton"
+    backend = Backend(proxy="engine")
     session: Any = None
 
     def open(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import EngineError, one_line, require
-from runtimes.runtime import Runtime
+from runtimes.runtime import Backend, Runtime
 from runtimes.tensors import Tensors
 
 MODEL_FILE = "model.xml"
@@ -17,6 +17,8 @@ class OpenVinoRuntime(Runtime):
     """Runs `model.xml` for the shortest time of one call."""
 
     engine = "openvino"
+    served_by = "triton"
+    backend = Backend(proxy="engine")
     devices = ("cpu",)
     compiled: Any = None
     request: Any = None

@@ -23,6 +23,7 @@ class TensorRT(Runtime):
     """Runs `model.plan` on one CUDA stream; host arrays are copied in and out."""
 
     engine = "tensorrt"
+    served_by = "triton"
     devices = ("cuda",)
     context: Any = None
     stream_handle: Any = None

@@ -9,51 +9,32 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError
-from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
-from runtimes.triton.client import GrpcClient, TritonClient
+from runtimes.triton.remote import RemoteModel
 from runtimes.vllm.artifact import real_rows, task_of
 from runtimes.vllm.client import Completion, Prompt
 
-DEFAULT_URL = "127.0.0.1:8001"
 EXPECTED = {"inputs": {"text_input", "stream", "sampling_parameters"}, "outputs": {"text_output"}}
 
 
-class TritonVllmRuntime(Runtime):
+class TritonVllmRuntime(RemoteModel):
     """Asks the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
 
     engine = "triton_vllm"
-    remote = True
+    protocols = ("grpc",)  # answers arrive as a stream
 
-    def __init__(
-        self,
-        root: Path,
-        artifact: Artifact,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        timeout_s: float = 60.0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, root: Path, artifact: Artifact, **options: Any) -> None:
         super().__init__(root, artifact, **options)
         self.task = task_of(artifact)
-        self.url = url or DEFAULT_URL
-        self.model = model or artifact.name
-        self.timeout_s = timeout_s
-        self._client: TritonClient | None = None
-        self._provider = "not open"
 
-    def open(self) -> None:
-        self._client = GrpcClient(self.url, self.timeout_s)
-        metadata = self._client.metadata(self.model)
-        for what, expected in EXPECTED.items():
-            found = {tensor["name"] for tensor in metadata[what]}
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        for kind, expected in EXPECTED.items():
+            found = {tensor["name"] for tensor in metadata[kind]}
             if not expected <= found:
                 raise EngineError(
-                    f"{self.model} at {self.url}: expected {what} {', '.join(sorted(expected))} of Triton's vllm "
+                    f"{self.model} at {self.url}: expected {kind} {', '.join(sorted(expected))} of Triton's vllm "
                     f"backend, found {', '.join(sorted(found)) or 'none'}"
                 )
-        self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         if self.task != "embed":
@@ -76,15 +57,6 @@ class TritonVllmRuntime(Runtime):
         """The vectors of texts or token ids, float32 [prompts, width]."""
         return np.array([self._embed(prompt) for prompt in prompts], np.float32)
 
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._client = None
-
-    @property
-    def provider(self) -> str:
-        return self._provider
-
     def _generate(self, prompt: str, sampling: Mapping[str, Any], *, stream: bool) -> Iterator[Completion]:
         inputs = {
             "text_input": text(prompt),
@@ -105,9 +77,7 @@ class TritonVllmRuntime(Runtime):
         return vector
 
     def _responses(self, inputs: Tensors) -> Iterator[Tensors]:
-        if self._client is None:
-            raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
-        return self._client.stream(self.model, inputs)
+        return self.client.stream(self.model, inputs)
 
 
 def text(value: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from runtimes.artifact import Artifact, read_json
 from runtimes.errors import ArtifactError, EngineError, InputError
-from runtimes.runtime import Runtime
+from runtimes.runtime import Backend, Runtime
 from runtimes.tensors import Tensors
 from runtimes.vllm.artifact import (
     CHECKPOINT,
@@ -33,6 +33,9 @@ class VllmRuntime(Runtime):
     """
 
     engine = "vllm"
+    served_by = "triton_vllm"
+    # It takes a minute to start and some seconds to stop.
+    backend = Backend(proxy="vllm", completes_config=True, start_timeout_s=600.0, exit_timeout_s=12)
     remote = True
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1, **server: Any) -> None:

@@ -135,6 +135,24 @@ def device_arguments(to: argparse.ArgumentParser, *, threads: int = 1) -> None:
     to.add_argument("--threads", type=int, default=threads, help="threads of one engine (default: %(default)s)")
 
 
+def input_arguments(to: argparse.ArgumentParser) -> None:
+    """--input, the file with a request, and --example, which prints one."""
+    to.add_argument("--input", type=Path, help="file with the request as JSON; - for standard input")
+    to.add_argument("--example", action="store_true", help="print a valid request instead")
+
+
+def read_input(path: Path | None) -> bytes:
+    """The bytes of the file of --input, as they were given; `InputError` without a readable one."""
+    if path is None:
+        raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, found {one_line(error)}") from error
+
+
 def json_argument(to: argparse.ArgumentParser) -> None:
     """--json, with which a command prints JSON only."""
     to.add_argument("--json", action="store_true", help="print JSON only")

@@ -19,14 +19,14 @@ import numpy as np
 
 from runtimes.artifact import read_json, sha256_json
 from runtimes.errors import ArtifactError, InputError, one_line
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 
 SCHEMA = 1
 EMBEDDINGS, METADATA, INFO = "embeddings.safetensors", "metadata.jsonl", "info.json"
 UNFINISHED = "unfinished.json"  # what info.json will be
 OLD_EMBEDDINGS = "embeddings.pt"
 DTYPES = {"float16": "F16", "float32": "F32"}
-REMEDY = "precompute it: python -m training.precompute statements --data FILE --out DIR"
+REMEDY = "precompute it: python -m training.precompute MODEL --data FILE --out DIR"
 LENGTH_TOLERANCE = 1e-2  # of a row's length from 1; float16 costs 1e-3
 SCAN_BYTES = 1 << 24
 

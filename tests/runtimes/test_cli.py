@@ -207,7 +207,9 @@ def test_a_missing_package_names_the_extra_that_brings_it() -> None:
 
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
-    assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"expected an artifact 'policy_gru_onnx' in {tmp_path}, found none; publish it: " in error
+    assert error.endswith("python -m export.all policy_gru --target onnx\n")
 
 
 def named(most: int | None = None, least: int = 0) -> Any:

@@ -8,11 +8,12 @@ and values that are kept are those of the plain reading, so that no later score 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from runtimes.errors import InputError, require
+from runtimes.runtime import Runtime
 from runtimes.tensors import Signature
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Head = tuple[int, int]
 Step = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
+INPUTS = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
 KEPT = {"keys": 3, "values": 3, "finals": 1}  # what is kept of every token, and the axis of the tokens in it
 
 
@@ -55,6 +57,13 @@ class Generated:
     ids: list[int] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     reweighted: list[bool] = field(default_factory=list)
+
+
+@runtime_checkable
+class DeviceRuntime(Protocol):
+    """An engine that computes on tensors of torch where they lie."""
+
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
 
 
 def likeliest(logits: np.ndarray) -> int:
@@ -152,6 +161,23 @@ class Generator:
             )
         if not 0 <= prompt[0] < prompt[1] <= length:
             raise InputError(f"expected a context inside the {length} tokens, found places {prompt[0]} to {prompt[1]}")
+
+
+def open_generator(runtime: Runtime) -> Generator:
+    """The generator of an open runtime; keys and values stay on its device from token to token.
+
+    `InputError` for an engine that only takes arrays, and for an artifact that does not generate.
+    """
+    if not {tensor.name for tensor in runtime.signature.inputs} >= INPUTS:
+        raise InputError(f"expected an artifact that generates, found {runtime.artifact.name}")
+    if not isinstance(runtime, DeviceRuntime):
+        raise InputError(f"expected an engine that takes tensors of torch, found {runtime.engine}; use --target torch")
+    config = runtime.artifact.config
+    heads = sorted(
+        (int(layer), int(head)) for layer, head in (text.split(".") for text in set(config["heads"].split()))
+    )
+    layers = sorted(map(int, set(config["layers"].split())))
+    return Generator(step=runtime.call, signature=runtime.signature, heads=heads, layers=layers, device=runtime.device)
 
 
 class KVCache:

@@ -24,6 +24,12 @@ ENCODER_TOKENIZER = "encoder_tokenizer.json"
 LABELS = ("faithful", "hallucinated")
 
 
+class DetectorCache(AnswerCache):
+    """The answers of the detector by content."""
+
+    model = "hallucination"
+
+
 class HallucinationPipeline(Pipeline):
     """A request is `{contexts, question, answer}` or `{prompt, answer}`; `spans` and `prompt_spans` may be given.
 
@@ -31,7 +37,7 @@ class HallucinationPipeline(Pipeline):
     each higher score likelier hallucinated, with what the scorer's heads and layers say.
     """
 
-    cascade = AnswerCache
+    cascade = DetectorCache
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         super().__init__(config, assets)

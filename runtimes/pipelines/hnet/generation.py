@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
+from runtimes.generation import generate_one
 from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
 from runtimes.runtime import Runtime
@@ -106,10 +107,12 @@ class Writing:
 class ContinuousBatcher:
     """Texts that are written together: one step of the model reads a byte of each, wherever each of them stands.
 
-    `runtime` is open and holds a step. No more than `places` texts fit, for which the artifact was proved.
+    `runtime` is open and holds a step, else `InputError`. At most `places` texts fit, the batch that was verified.
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        if not can_write(runtime.signature):
+            raise InputError(f"expected a step of a byte language model, found {runtime.artifact.name}")
         self.runtime = runtime
         self.places = runtime.signature.axis(BATCH).max
         self.writings: list[Writing] = []
@@ -139,16 +142,6 @@ class ContinuousBatcher:
         return printed
 
 
-def write(runtime: Runtime, wish: GenerationRequest) -> Iterator[dict[str, str]]:
-    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same wherever it stands."""
-    desk, writing = ContinuousBatcher(runtime), Writing(wish)
-    desk.add(writing)
-    while writing.finish_reason is None:
-        for _, text in desk.step():
-            if text or writing.finish_reason:
-                yield piece(text, writing)
-
-
-def piece(text: str, writing: Writing) -> dict[str, str]:
-    """A piece of text as it is sent; the last one says why it ends."""
-    return {"text": text} | ({"finish_reason": writing.finish_reason} if writing.finish_reason else {})
+def write(runtime: Runtime, request: GenerationRequest) -> Iterator[dict[str, str]]:
+    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same, wherever it stands."""
+    return generate_one(ContinuousBatcher(runtime), Writing(request))

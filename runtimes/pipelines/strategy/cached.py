@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifact import ASSETS, artifact_name, read_json
+from runtimes.artifact import ASSETS, read_json
 from runtimes.cache.store import Namespace, Store
 from runtimes.pipeline import refuse_no_requests
 from runtimes.pipelines.strategy.dialogue import (
@@ -25,7 +25,7 @@ from runtimes.pipelines.strategy.discourse import (
     parser_dialogue,
     parser_text,
 )
-from runtimes.repository import find
+from runtimes.repository import find_artifact
 from runtimes.runtime import Runtime, open_runtime
 from runtimes.tensors import BATCH, Tensors
 from runtimes.text_pipeline import Tokens
@@ -69,7 +69,7 @@ class StrategyCascade:
     ) -> None:
         self._stack = ExitStack()
         self._open: Callable[[str], Runtime] = lambda part: self._stack.enter_context(
-            open_runtime(find(repository, artifact_name(f"strategy_{part}", target, precision)), device=device)
+            open_runtime(find_artifact(repository, f"strategy_{part}", target, precision), device=device)
         )
         self.store = store
 

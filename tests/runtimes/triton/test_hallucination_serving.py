@@ -14,11 +14,11 @@ from export import parity
 from export.lowering import quantize_weights
 from export.source import Source
 from runtimes.artifact import Check
-from runtimes.cache.answers import AnswerCache
 from runtimes.cache.store import Store
 from runtimes.engines.onnxruntime import OnnxRuntime
 from runtimes.errors import ArtifactError, EngineError, InputError, ParityError
 from runtimes.pipeline import Pipeline, open_pipeline, write_answer
+from runtimes.pipelines.hallucination.detector import DetectorCache
 from runtimes.pipelines.hallucination.grounding import EXAMPLE
 from runtimes.predict import main as predict
 from runtimes.repository import find
@@ -241,7 +241,7 @@ def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> N
 def test_a_repeated_request_runs_nothing_and_answers_the_same(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: tuple[Runtime, Pipeline]
 ) -> None:
-    with Store(tmp_path / "store") as store, AnswerCache(repository, store) as cache:
+    with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
         first = cache.answer([LONG])
         close(first[0], answers(opened, [LONG])[0])
         monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the model ran again"))
@@ -249,7 +249,7 @@ def test_a_repeated_request_runs_nothing_and_answers_the_same(
             monkeypatch.setattr(cache._pipeline, work, lambda *_: pytest.fail("a text was read again"))
         monkeypatch.setattr(store, "write", lambda *_: pytest.fail("an answer was kept again"))
         assert cache.answer([LONG, LONG]) == first * 2
-    with Store(tmp_path / "store") as store, AnswerCache(repository, store) as cache:
+    with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
         monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the store was not read"))
         assert cache.answer([LONG]) == first
 
@@ -275,7 +275,7 @@ def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Pa
     with Store(tmp_path / "store") as store:
         store.namespace("hallucination_onnx_answers", {"artifact": "another"})
         with pytest.raises(ArtifactError, match="holds another model's entries"):
-            AnswerCache(repository, store)
+            DetectorCache(repository, store)
 
 
 # Triton --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.pipelines.statements.papers import Paper, Statement, read_papers
+from runtimes.search.papers import Paper, Statement, read_papers
 
 TOPICS = 16  # words of the synthetic language belong to one of so many topics
 WORDS = 12  # in each topic

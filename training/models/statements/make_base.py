@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.host.cli import command, parser
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 from training.models.statements.base import GEOMETRIES, PAD, statement_tokenizer
 from training.models.statements.data import flatten
 from training.random_init import SEEDED, add_sizes, geometry, write_folder

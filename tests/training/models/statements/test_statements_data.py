@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.pipelines.statements.papers import SIZES, Statement, read_papers
+from runtimes.search.papers import SIZES, Statement, read_papers
 from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
 
 STATEMENTS = [{"type": "lemma", "text": " a "}, {"type": "theorem", "text": "b"}]
