@@ -128,6 +128,12 @@ def repository_argument(to: argparse.ArgumentParser, help: str = "folder of publ
     to.add_argument("--repository", type=Path, default=REPOSITORY, help=f"{help} (default: %(default)s)")
 
 
+def mounted_at_argument(to: argparse.ArgumentParser) -> None:
+    """--mounted-at, the path of the model repository on the server that reads it."""
+    to.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it "
+                    "(default: its path here)")  # fmt: skip
+
+
 def device_arguments(to: argparse.ArgumentParser, *, threads: int = 1) -> None:
     """--device and --threads of an engine."""
     to.add_argument("--device", choices=DEVICES, default="cpu",
