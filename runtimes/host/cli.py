@@ -142,6 +142,14 @@ class Parser(argparse.ArgumentParser):
             del found.models
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows how many models a command takes, which is more exact than the `[MODEL ...]` of argparse."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown: str | None = getattr(action, "shown_as", None)
+        return shown or super()._format_args(action, default_metavar)
+
+
 def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> Parser:
     """A parser whose help opens with commands to paste; without --help, for a command that has its own.
 
@@ -152,7 +160,7 @@ def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> 
     return Parser(
         prog=prog,
         description=f"{pasted}\n\n{summary}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=add_help,
     )
@@ -190,7 +198,8 @@ def models_argument(to: argparse.ArgumentParser, help: str, *, least: int = 0, m
 
     The result is `arguments.models`, a list; or where `most` is 1 `arguments.model`, a name or None.
     """
-    to.add_argument("models", nargs="*", metavar="MODEL", help=help)
+    action: Any = to.add_argument("models", nargs="*", metavar="MODEL", help=help)
+    action.shown_as = {(0, 1): "[MODEL]", (1, 1): "MODEL", (1, None): "MODEL [MODEL ...]"}.get((least, most))
     to.add_argument("--model", dest="models_option", action=Names, default=[], help=argparse.SUPPRESS)
     to.set_defaults(_models_least=least, _models_most=most)
 
