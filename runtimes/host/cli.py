@@ -1,4 +1,4 @@
-"""What all command lines share: one-line errors, exit statuses, argument groups, names, tables."""
+"""The shared parts of command lines: one-line errors, exit statuses, argument groups, names, tables."""
 
 import argparse
 import ast
@@ -76,12 +76,18 @@ def _missing_package(error: ModuleNotFoundError, main: Main) -> MissingPackage:
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         raise error
-    extra = "export,train" if main.__module__.startswith("export.") else EXTRAS[package]
+    extra = "export,train" if _module_of(main).startswith("export.") else EXTRAS[package]
     try:
         require(package, extra=extra)
     except MissingPackage as missing:
         return missing
     raise error  # the package is there; a part of it is not
+
+
+def _module_of(main: Main) -> str:
+    """The module of a command, also where it runs as `python -m MODULE`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if main.__module__ == "__main__" and spec else main.__module__
 
 
 class Parser(argparse.ArgumentParser):
@@ -279,7 +285,7 @@ def json_argument(to: Arguments) -> None:
 
 
 def hidden_alias(to: Arguments, old: str, new: str) -> None:
-    """The option `new` also by its name in the version before, which the help does not show."""
+    """Accept the option `new` by its name in the version before, too; the help does not show that name."""
     to._option_string_actions[old] = to._option_string_actions[new]
 
 
