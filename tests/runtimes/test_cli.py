@@ -1,4 +1,4 @@
-"""A command ends with an exit status and at most one line of error, never with a traceback."""
+"""A command line ends in an exit status and with an error of one line, never in a traceback."""
 
 import argparse
 import json
