@@ -177,6 +177,18 @@ def test_every_module_of_the_ground_floor_imports_with_numpy_alone(module: str) 
     assert asked.returncode == 0, asked.stderr[-500:]
 
 
+COMMANDS = [path for path in sources("training") if "\n@command\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("module", [module_of(path) for path in COMMANDS])
+def test_every_command_of_training_shows_its_help_with_numpy_alone(module: str) -> None:
+    code = BARE.format(allowed=("training", *GROUND, "safetensors", "tqdm"), root=str(ROOT), module=module)
+    code += f"sys.exit(sys.modules[{module!r}].main(['--help']))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr[-500:]
+    assert f"python -m {module}" in shown.stdout
+
+
 def test_the_bare_environment_is_bare() -> None:
     code = BARE.format(allowed=(*GROUND, "training"), root=str(ROOT), module="training.layers.scan")
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

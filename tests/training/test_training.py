@@ -117,6 +117,31 @@ def test_a_model_with_a_checkpoint_is_left_alone_if_asked(trained: Path, capsys:
     assert (trained / "checkpoint.json").stat().st_mtime_ns == before
 
 
+def test_each_line_of_metrics_is_written_once_and_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([MODEL, *sets(epochs=3), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("eval_loss=") == 1, "the last epoch alone: stderr is no terminal"
+    assert "epoch=3" in printed.err
+    assert "eval_loss" not in printed.out
+
+
+def test_several_models_end_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([MODEL, "policy_lstm", *sets(), "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].split() == ["model", "step", "seconds", "metric", "value", "baselines", "checkpoint"]
+    assert [line.split()[0] for line in lines[2:]] == [MODEL, "policy_lstm"]
+    assert all("majority 0." in line for line in lines[2:])
+
+
+def test_the_old_name_of_an_option_is_accepted_and_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected states" in refused(capsys, "--model", MODEL, "--resume", "--work", "/nowhere")
+    assert run.main([MODEL, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--state-dir" in shown
+    assert "--work " not in shown
+    assert "--model " not in shown
+
+
 # Going on ------------------------------------------------------------------------------------------------------------
 
 

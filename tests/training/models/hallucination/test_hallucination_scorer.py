@@ -102,7 +102,7 @@ def test_the_work_of_scoring_does_not_grow_with_the_number_of_chunks(data: Path)
     units = read_log(data / LOG)
     few = units.take(np.arange(len(units.sources)) < 50)
     scorer = fitting.fit_published(units, SETTINGS)
-    calls = [calls_of(lambda part=part: scorer.judge(part)) for part in (few, units)]
+    calls = [calls_of(lambda part=part: scorer.responses(part)) for part in (few, units)]
     assert len(units.labels) == 1159
     assert calls[0] == calls[1]
 
@@ -156,7 +156,7 @@ def test_the_score_is_the_published_formula(units: Units) -> None:
     chunks = scale[0] - 0.6 * scale[1]
     responses = np.array([chunks[units.responses == i].mean() for i in range(len(units.sources))])
     want = (responses - responses.min()) / (responses.max() - responses.min())
-    np.testing.assert_allclose(scorer.judge(units), want, atol=1e-12)
+    np.testing.assert_allclose(scorer.responses(units), want, atol=1e-12)
     assert (len(member.heads), len(member.layers)) == (3, 4)
 
 
@@ -221,7 +221,7 @@ def test_the_module_scores_as_the_table_does(tmp_path: Path) -> None:
         given = (torch.from_numpy(values[rows][None]) for values in (own.ecs, own.pks))
         scores, response = module(*(values.float() for values in given), torch.from_numpy(own.lengths[rows][None]))
         np.testing.assert_allclose(scores[0].numpy(), fitted.score(units)[rows], atol=1e-4)
-        assert float(response[0]) == pytest.approx(min(1, max(0, fitted.judge(units)[i])), abs=1e-4)
+        assert float(response[0]) == pytest.approx(min(1, max(0, fitted.responses(units)[i])), abs=1e-4)
 
 
 def test_a_checkpoint_is_a_few_kilobytes_and_says_what_training_said(
