@@ -161,7 +161,7 @@ def _export(cell: Cell, source: Source, key: str, options: Options) -> tuple[Art
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = verify_artifact(artifact, source, draft, built)
-        served = built.served and artifact.proved
+        served = built.served and artifact.verified
         folder = publish(
             draft,
             artifact,

@@ -71,7 +71,7 @@ def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: 
     artifact, source, built = made(model, "tensorrt", "fp32", checkpoints, tmp_path)
     if built.not_run_reason:
         pytest.skip(built.not_run_reason)
-    assert verify_artifact(artifact, source, tmp_path, built).proved
+    assert verify_artifact(artifact, source, tmp_path, built).verified
 
 
 def test_a_benchmark_on_cuda_has_times_of_the_device_and_memory_of_the_gpu(

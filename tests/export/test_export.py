@@ -394,4 +394,4 @@ def test_an_artifact_names_its_checkpoint_and_libraries(gru_repository: Path, ch
     assert artifact.checkpoint == Checkpoint.load(checkpoints / MODEL).digest
     assert artifact.built_with["opset"] == "20"
     assert {"torch", "onnx", "onnxruntime"} <= set(artifact.built_with)
-    assert artifact.proved
+    assert artifact.verified

@@ -244,13 +244,13 @@ def test_a_repeated_request_runs_nothing_and_answers_the_same(
     with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
         first = cache.answer([LONG])
         close(first[0], answers(opened, [LONG])[0])
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the model ran again"))
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the model ran again"))
         for work in ("encode", "decode"):
             monkeypatch.setattr(cache._pipeline, work, lambda *_: pytest.fail("a text was read again"))
         monkeypatch.setattr(store, "write", lambda *_: pytest.fail("an answer was kept again"))
         assert cache.answer([LONG, LONG]) == first * 2
     with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the store was not read"))
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the store was not read"))
         assert cache.answer([LONG]) == first
 
 
