@@ -57,7 +57,7 @@ def plug_in_of(module: str) -> tuple[str, str] | None:
     """(folder, plug-in) of a module inside a plug-in folder."""
     for folder in PLUG_IN_FOLDERS:
         prefix = folder.replace("/", ".") + "."
-        if module.startswith(prefix):
+        if module.startswith(prefix) and not module.startswith(f"{prefix}_"):  # `_name` is shared, and no plug-in
             return folder, module.removeprefix(prefix).partition(".")[0]
     return None
 
@@ -136,7 +136,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert text.count("\n") <= FILE_LINES
 
 
-# torch.export.load also: a program is read by runtimes.torch_program, which looks into it first.
+# torch.export.load also: a program is read by runtimes.engines._torch_program, which looks into it first.
 UNPICKLING = ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "torch.export.load", "torch.jit.load")
 
 
