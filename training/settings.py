@@ -55,6 +55,9 @@ def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Co
 
 def changed(spec: ModelSpec, config: Config, training: Config, changes: dict[str, str]) -> tuple[Config, Config]:
     """A config and training settings with the user's changes, and with the settings that follow from these."""
+    renamed = spec.training.renamed
+    changes = {renamed.get(name, name): text for name, text in changes.items()}
+    training = {renamed.get(name, name): value for name, value in training.items()}
     known = (config.keys() | training.keys()) - set(spec.interface.fixed)
     for name in changes.keys() - known:
         remedy = f"list the settings: python -m training.run {spec.name} --help"

@@ -29,7 +29,7 @@ from training.models.hnet.settings import CONFIG
 from training.models.hnet.spec import SPECS
 from training.models.hnet.training import NOTES
 from training.models.hnet.training import SETTINGS as TRAINING
-from training.settings import COMMON
+from training.settings import COMMON, changed, configure
 
 SPEC = SPECS[0]
 TINY = SPEC.preset("tiny")
@@ -278,6 +278,13 @@ def test_a_setting_that_cannot_be_is_refused(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_setting_is_accepted_by_its_name_in_version_0_1() -> None:
+    config, training = configure(SPEC, "tiny", {"judge_bytes": "1000"})
+    assert training["selection_bytes"] == 1000
+    kept = {name: value for name, value in training.items() if name != "selection_bytes"}
+    assert changed(SPEC, config, {**kept, "judge_bytes": 7}, {})[1]["selection_bytes"] == 7
 
 
 def test_help_has_every_setting_with_the_guides_names(capsys: pytest.CaptureFixture[str]) -> None:
