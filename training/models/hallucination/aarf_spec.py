@@ -9,12 +9,12 @@ from runtimes.artifact import Check
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from training.config import Config
 from training.models.hallucination.settings import heads_of, layers_of
+from training.random_init import BYTE_IDS
 from training.spec import Export, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
-BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
 MOST_NEAR_TIES = 0.05  # of all choices of a head, in fp32
 
 

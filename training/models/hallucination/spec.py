@@ -24,12 +24,12 @@ from training.models.hallucination.settings import (
     layers_of,
     resolve_config,
 )
+from training.random_init import BYTE_IDS
 from training.spec import Export, Frozen, Interface, ModelSpec, Parity, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
-BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
 # A conversion need not reproduce a choice of a head that is a near-tie.
 NEAR_TIE = 1.0  # times the relative tolerance
 MOST_NEAR_TIES = 0.05  # of all choices, in fp32; other precisions only report their share

@@ -7,8 +7,7 @@ import numpy as np
 from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, OTHER, SEEKER, STRATEGIES
 from runtimes.tensors import Tensors
 from training.config import Config
-
-BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
+from training.random_init import BYTE_IDS
 
 
 def context_inputs(
