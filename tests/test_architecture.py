@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go down only, plug-ins know no sibling, files and functions stay small."""
+"""The layout: imports go down only, plug-ins import no sibling, files, folders and functions stay small."""
 
 import ast
 import subprocess
@@ -11,12 +11,12 @@ import networkx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("runtimes", "training", "export", "slipway")
+LAYERS = ("runtimes", "training", "export", "slipway")
 PLUG_IN_FOLDERS = ("runtimes/engines", "runtimes/pipelines", "training/models", "export/targets")
 # Scripts that Triton runs, in its own interpreter; they are data to this package.
 SCRIPTS = ("runtimes/triton/backends", "runtimes/triton/steps")
 FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 400, 60, 20
-GROUND = ("numpy", *FLOORS[:1])
+ALLOWED_IN_RUNTIMES = ("numpy", *LAYERS[:1])
 
 
 def sources(*folders: str) -> list[Path]:
@@ -37,18 +37,18 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def wrong_way(floor: str, imported: str) -> bool:
+def wrong_way(layer: str, imported: str) -> bool:
     top = imported.partition(".")[0]
-    return top in FLOORS and FLOORS.index(top) > FLOORS.index(floor)
+    return top in LAYERS and LAYERS.index(top) > LAYERS.index(layer)
 
 
-@pytest.mark.parametrize("path", sources(*FLOORS), ids=module_of)
+@pytest.mark.parametrize("path", sources(*LAYERS), ids=module_of)
 def test_imports_go_down_only(path: Path) -> None:
-    floor = path.relative_to(ROOT).parts[0]
-    assert [name for name in imports(ast.parse(path.read_text())) if wrong_way(floor, name)] == []
+    layer = path.relative_to(ROOT).parts[0]
+    assert [name for name in imports(ast.parse(path.read_text())) if wrong_way(layer, name)] == []
 
 
-def test_an_import_that_goes_up_would_be_seen() -> None:
+def test_an_upward_import_is_found() -> None:
     planted = ast.parse("def f():\n    from export.source import Source")
     assert any(wrong_way("runtimes", name) for name in imports(planted))
 
@@ -57,13 +57,13 @@ def plug_in_of(module: str) -> tuple[str, str] | None:
     """(folder, plug-in) of a module inside a plug-in folder."""
     for folder in PLUG_IN_FOLDERS:
         prefix = folder.replace("/", ".") + "."
-        if module.startswith(prefix):
+        if module.startswith(prefix) and not module.startswith(f"{prefix}_"):  # `_name` is shared, and no plug-in
             return folder, module.removeprefix(prefix).partition(".")[0]
     return None
 
 
 @pytest.mark.parametrize("path", sources(*PLUG_IN_FOLDERS), ids=module_of)
-def test_a_plug_in_knows_no_sibling(path: Path) -> None:
+def test_a_plug_in_imports_no_sibling(path: Path) -> None:
     own = plug_in_of(module_of(path))
     others = {plug_in_of(name) for name in imports(ast.parse(path.read_text()))} - {None, own}
     assert [other for other in others if own and other and other[0] == own[0]] == []
@@ -83,7 +83,7 @@ def circles(trees: Mapping[str, ast.AST]) -> list[list[str]]:
 
 
 def test_no_modules_import_each_other() -> None:
-    trees = {module_of(path): ast.parse(path.read_text()) for path in sources(*FLOORS)}
+    trees = {module_of(path): ast.parse(path.read_text()) for path in sources(*LAYERS)}
     assert circles(trees) == []
 
 
@@ -109,7 +109,7 @@ def crowded(root: Path, packages: Sequence[str]) -> list[str]:
 
 
 def test_no_folder_is_crowded_and_no_file_is_long() -> None:
-    assert crowded(ROOT, (*FLOORS, "slipway")) == []
+    assert crowded(ROOT, LAYERS) == []
 
 
 def test_a_crowded_folder_and_a_long_file_are_found(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_crowded_folder_and_a_long_file_are_found(tmp_path: Path) -> None:
     assert crowded(tmp_path, ("training",)) == ["training/layers/one_more.py: 401 lines", "training/layers: 21 files"]
 
 
-@pytest.mark.parametrize("path", sources(*FLOORS, "tests"), ids=module_of)
+@pytest.mark.parametrize("path", sources(*LAYERS, "tests"), ids=module_of)
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()
     long = [
@@ -136,12 +136,12 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert text.count("\n") <= FILE_LINES
 
 
-# torch.export.load also: a program is read by runtimes.torch_program, which looks into it first.
+# torch.export.load also: a program is read by runtimes.engines._torch_program, which looks into it first.
 UNPICKLING = ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "torch.export.load", "torch.jit.load")
 
 
-@pytest.mark.parametrize("path", sources(*FLOORS), ids=module_of)
-def test_nothing_is_swallowed_and_no_pickle_is_read(path: Path) -> None:
+@pytest.mark.parametrize("path", sources(*LAYERS), ids=module_of)
+def test_no_exception_is_swallowed_and_no_pickle_is_read(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"bare except in line {node.lineno}"
@@ -171,13 +171,25 @@ importlib.import_module({module!r})
 @pytest.mark.parametrize(
     "module", [module_of(p) for p in sources("runtimes") if not any(s in p.as_posix() for s in SCRIPTS)]
 )
-def test_every_module_of_the_ground_floor_imports_with_numpy_alone(module: str) -> None:
-    code = BARE.format(allowed=(*GROUND, "safetensors", "tqdm"), root=str(ROOT), module=module)
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert asked.returncode == 0, asked.stderr[-500:]
+def test_every_module_of_runtimes_imports_with_numpy_alone(module: str) -> None:
+    code = BARE.format(allowed=(*ALLOWED_IN_RUNTIMES, "safetensors", "tqdm"), root=str(ROOT), module=module)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
+COMMANDS = [path for path in sources("training") if "\n@command\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("module", [module_of(path) for path in COMMANDS])
+def test_every_command_of_training_shows_its_help_with_numpy_alone(module: str) -> None:
+    code = BARE.format(allowed=("training", *ALLOWED_IN_RUNTIMES, "safetensors", "tqdm"), root=str(ROOT), module=module)
+    code += f"sys.exit(sys.modules[{module!r}].main(['--help']))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr[-500:]
+    assert f"python -m {module}" in shown.stdout
 
 
 def test_the_bare_environment_is_bare() -> None:
-    code = BARE.format(allowed=(*GROUND, "training"), root=str(ROOT), module="training.layers.scan")
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "torch is not in a bare environment" in asked.stderr
+    code = BARE.format(allowed=(*ALLOWED_IN_RUNTIMES, "training"), root=str(ROOT), module="training.layers.scan")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "torch is not in a bare environment" in done.stderr

@@ -11,7 +11,8 @@ from runtimes.errors import InputError, require
 
 PREFIX = "seeded:"
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # the ids of XLM-R
-BYTES = 256 + len(SPECIAL)  # the vocabulary of a byte tokenizer
+BYTES = 256 + len(SPECIAL)  # the vocabulary of a byte tokenizer, the smallest one
+BYTE_IDS = (len(SPECIAL), BYTES)  # the range of its ids that are not special
 Model = TypeVar("Model")
 
 

@@ -135,6 +135,7 @@ class Training:
     settings  training settings by name of the preset
     implied   the training settings with those that follow from others, such as a profile's; those of the user win
     notes     the meaning of each setting, for --help
+    renamed   the present name of a setting by its name in version 0.1, which is accepted
     sweep     the experiments of training.sweep, if there are any
     embedder  opens a checkpoint to embed whole collections, if the model does that
     """
@@ -143,6 +144,7 @@ class Training:
     settings: Mapping[str, Config]
     implied: Callable[[Config, Config], Config] = lambda config, training: training
     notes: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     sweep: Sweep | None = None
     embedder: Callable[..., TextEmbedder] | None = None
 

@@ -12,7 +12,7 @@ from runtimes.host.cli import command, flags, hidden_alias, models_argument, par
 from training.checkpoint import Checkpoint, exists
 from training.loop import has_state, is_first_process, train
 from training.recipe import Evaluation, data_arguments
-from training.settings import configure, defaults
+from training.settings import NOTES, configure, defaults
 from training.spec import ModelSpec, all_specs, find_spec
 
 Done = tuple[ModelSpec, Checkpoint, Evaluation, float]
@@ -83,7 +83,7 @@ class Help(argparse.Action):
         parser.print_help()
         for spec in choose(namespace.models or ()):
             config, training = defaults(spec, "tiny")
-            notes, known = spec.training.notes, {**config, **training}
+            notes, known = {**NOTES, **spec.training.notes}, {**config, **training}
             rows = [(name, known[name], notes.get(name, "")) for name in known if name not in spec.interface.fixed]
             print(f"\nsettings of {spec.name}\n{table(['setting', 'tiny', 'meaning'], rows)}")
         parser.exit()
@@ -97,7 +97,7 @@ def _parser() -> Any:
         "policy_mamba --data replays/ --out checkpoints --set lr=3e-4 --windows lazy",
         add_help=False,
     )
-    models_argument(result, "names of models, or 'all'; `python -m training` lists them", least=1)
+    models_argument(result, "names of models, or 'all'; `slipway list` lists them", least=1)
     result.add_argument(
         "-h", "--help", action=Help, help="show this, and the settings of the models named before it, and exit"
     )

@@ -10,19 +10,37 @@ from training.spec import ModelSpec
 
 # The settings of every model, besides its own; a preset may have other defaults.
 COMMON: Config = {
-    "accumulate": 1,  # batches whose gradients are added up before a step
-    "beta2": 0.999,  # of Adam
-    "clip": 1.0,  # largest norm of the gradient
-    "device": "auto",  # or cpu
+    "accumulate": 1,
+    "beta2": 0.999,
+    "clip": 1.0,
+    "device": "auto",
     "gradient_checkpointing": False,
-    "optimizer": "adamw_torch",  # or another of the Trainer's, such as adamw_bnb_8bit
-    "patience": 0,  # epochs without a better validation loss before the end; 0 is never
-    "precision": "fp32",  # or bf16 or fp16: mixed precision
-    "scheduler": "cosine",  # or trapezoid (rises, stays, falls in straight lines), plateau, or one of the Trainer's
+    "optimizer": "adamw_torch",
+    "patience": 0,
+    "precision": "fp32",
+    "scheduler": "cosine",
     "seed": 0,
-    "warmup": 0.05,  # below 1 a share of all steps, else a number of steps
+    "warmup": 0.05,
     "weight_decay": 0.0,
-    "workers": 0,  # processes that make batches ahead of time
+    "workers": 0,
+}
+NOTES = {
+    "accumulate": "batches whose gradients are added up before a step",
+    "batch": "rows of a step on each device",
+    "beta2": "of Adam",
+    "clip": "largest norm of the gradient",
+    "device": "auto (a GPU if any) or cpu",
+    "epochs": "passes over the training data",
+    "gradient_checkpointing": "recompute activations in the backward pass, which saves memory",
+    "lr": "largest learning rate",
+    "optimizer": "one of the Trainer's, such as adamw_torch or adamw_bnb_8bit",
+    "patience": "epochs without a better validation loss before the end; 0 is never",
+    "precision": "fp32, or bf16 or fp16: mixed precision",
+    "scheduler": "cosine, trapezoid (rises, stays, falls in straight lines), plateau, or one of the Trainer's",
+    "seed": "seed of all random numbers",
+    "warmup": "below 1 a share of all steps, else a number of steps",
+    "weight_decay": "weight decay of AdamW",
+    "workers": "processes that make batches ahead of time",
 }
 CHOICES = {"device": ("auto", "cpu"), "precision": ("fp32", "bf16", "fp16")}
 POSITIVE = ("lr", "batch", "epochs", "accumulate", "clip")
@@ -30,7 +48,7 @@ NOT_NEGATIVE = ("seed", "patience", "warmup", "weight_decay", "workers")
 
 
 def check_training(training: Config) -> None:
-    """`InputError` for a setting with which nothing can be trained."""
+    """`InputError` for a setting that cannot be trained with."""
     for name in POSITIVE:
         if training.get(name, 1) <= 0:
             raise InputError(f"--set {name}: expected a number above 0, found {training[name]}")
@@ -55,6 +73,9 @@ def configure(spec: ModelSpec, preset: str, changes: dict[str, str]) -> tuple[Co
 
 def changed(spec: ModelSpec, config: Config, training: Config, changes: dict[str, str]) -> tuple[Config, Config]:
     """A config and training settings with the user's changes, and with the settings that follow from these."""
+    renamed = spec.training.renamed
+    changes = {renamed.get(name, name): text for name, text in changes.items()}
+    training = {renamed.get(name, name): value for name, value in training.items()}
     known = (config.keys() | training.keys()) - set(spec.interface.fixed)
     for name in changes.keys() - known:
         remedy = f"list the settings: python -m training.run {spec.name} --help"

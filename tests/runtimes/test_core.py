@@ -17,7 +17,6 @@ NAMES = {name for package in PACKAGES for name in plugins.names(package)} | set(
 # Names that are also words: what they mean in the files (or folders) of the core where they stand.
 ALLOWED = {
     "host/environment.py": ({"onnxruntime", "openvino", "tensorrt", "torch", "transformers"}, "recorded versions"),
-    "torch_program.py": ({"torch"}, "the library whose files are read"),
     "triton/server.py": ({"triton"}, "a folder of the package runtimes"),
     "vllm/server.py": ({"vllm"}, "the package whose environment is looked for"),
     "search/papers.py": ({"statements"}, "a key of the files with papers, and their number"),

@@ -101,7 +101,7 @@ def read_log(path: Path) -> Units:
     """The units of a score log: a list of responses with `source_id` and `scores`, as ReDeEP writes it.
 
     Each score has `prompt_attention_score` by head, `parameter_knowledge_scores` by layer, `r_span` in tokens and
-    `hallucination_label`. All must name the same heads and layers. `InputError` names the response that is wrong.
+    `hallucination_label`. All must name the same heads and layers; `InputError` names the first response that does not.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

@@ -116,8 +116,8 @@ class HNetRecipe(Recipe):
         return self._with_loss.report()
 
     def selection_metric(self, module: nn.Module) -> Metrics:
-        """Metrics on `judge_bytes` of the held-out text, spread over it."""
-        pieces = self._spread(self.training["judge_bytes"])
+        """Metrics on `selection_bytes` of the held-out text, spread over it."""
+        pieces = self._spread(self.training["selection_bytes"])
         tally = measure(module, self.corpora[1], pieces, self.training["batch"])
         return {**tally.metrics(), "loss": self.criterion(tally)}
 

@@ -12,7 +12,7 @@ from training.frozen import MASKED, load_frozen
 from training.models.statements.settings import GEOMETRIES
 from training.random_init import geometry, is_random
 
-ENCODERS = ("electra", "mpnet")  # besides all whose name has "bert" in it
+ENCODERS = ("electra", "mpnet")  # and all with "bert" in their name
 
 
 def load_base(source: str, revision: str) -> Any:
