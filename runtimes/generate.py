@@ -32,7 +32,7 @@ from runtimes.triton.client import CLIENTS
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print what the model generates: its text as it comes, or with --json each piece as JSON on a line."""
+    """Print the generated text as it arrives, or with --json each piece as JSON on a line."""
     arguments = _parser().parse_args(argv)
     root = _artifact(arguments)
     pipeline = _pipeline(arguments, root)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from runtimes.pipeline import Pipeline, Schema, all_pipelines
 from runtimes.runtime import Runtime
 
-Piece = Mapping[str, Any]  # the next part of an answer; the last one holds what is known at the end
+Piece = Mapping[str, Any]  # the next part of an answer; the last one may have more fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -58,7 +58,7 @@ class Pipeline(ABC):
 
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
-    """The pipeline of an artifact that lies in `folder`."""
+    """The pipeline of an artifact in `folder`."""
     return find_pipeline(artifact.pipeline)(artifact.config, folder / ASSETS)
 
 
@@ -84,7 +84,7 @@ def refuse_no_requests(requests: Sequence[Any]) -> None:
 
 
 def parse_request(text: bytes, where: str) -> Any:
-    """The JSON value of a request; `InputError` for what is too long, too deep, not UTF-8 or no JSON."""
+    """The JSON value of a request; `InputError` for one that is too long, too deep, not UTF-8 or no JSON."""
     if len(text) > REQUEST_BYTES:
         raise InputError(f"{where}: expected at most {REQUEST_BYTES} bytes, found {len(text)}; send less at once")
     try:

@@ -33,7 +33,7 @@ class Tokens:
         return cls(path.read_bytes(), max_tokens, keep)
 
     def rows(self, texts: Sequence[str | tuple[str, str]]) -> list[np.ndarray]:
-        """The token ids of each text, int64; a text may be a pair. `InputError` for what is no Unicode text."""
+        """The token ids of each text, int64; a text may be a pair. `InputError` for a text that is not Unicode."""
         try:
             return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch(list(texts))]
         except TypeError as error:  # JSON may hold "\ud800", which Python keeps in a string
@@ -50,12 +50,12 @@ class Tokens:
 
 
 def is_unicode(text: str | tuple[str, str]) -> bool:
-    """False where half a surrogate pair stands alone, which has no bytes in UTF-8."""
+    """False for a text with half a surrogate pair, which has no bytes in UTF-8."""
     return not any("\ud800" <= character <= "\udfff" for part in text for character in part)
 
 
 def padded(rows: Sequence[np.ndarray], pad: int, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of token ids padded on the right to the longest, or to `least`, and the mask of what is real.
+    """Rows of token ids padded on the right to the longest, or to `least`, and the mask of real tokens.
 
     Both int64 [rows, tokens].
     """
