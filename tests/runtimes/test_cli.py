@@ -1,4 +1,4 @@
-"""A command line ends in an exit status and says what is wrong in one line, never in a traceback."""
+"""A command line ends in an exit status and with an error of one line, never in a traceback."""
 
 import argparse
 import json

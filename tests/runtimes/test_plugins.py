@@ -1,4 +1,4 @@
-"""A file dropped into a folder is an engine, a pipeline or a model; nobody lists it."""
+"""A file in a plug-in folder is an engine, a pipeline or a model without being listed."""
 
 import sys
 from collections.abc import Callable, Iterator
