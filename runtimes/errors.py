@@ -1,6 +1,8 @@
 """Errors, each with a text of one line: what was expected, what was found, and the remedy."""
 
+import difflib
 import importlib
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 
@@ -71,3 +73,17 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The text of an error, or any other, without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, or None if none is like it."""
+    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: str, known: Collection[str], remedy: str) -> InputError:
+    """The error for a name that is not known: the nearest one, else all if they are few, and the remedy."""
+    if close := nearest(name, known):
+        return InputError(f"expected a known {kind}, found '{name}'; did you mean '{close}'? {remedy}")
+    listed = f" of {', '.join(sorted(known))}" if 0 < len(known) <= 8 else ""
+    return InputError(f"expected a known {kind}{listed}, found '{name}'; {remedy}")

@@ -11,6 +11,7 @@ import numpy as np
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
 from runtimes.errors import EngineError, InputError, one_line
+from runtimes.host.cli import unknown_name
 from runtimes.runtime import Runtime
 
 Schema = dict[str, Any]  # a JSON Schema (2020-12)
@@ -70,10 +71,12 @@ def all_pipelines() -> dict[str, type[Pipeline]]:
 
 
 def find_pipeline(name: str) -> type[Pipeline]:
-    """The pipeline of this name; `InputError` names the pipelines there are."""
+    """The pipeline of this name; `InputError` names the nearest one."""
     pipelines = all_pipelines()
     if name not in pipelines:
-        raise InputError(f"expected a pipeline of {', '.join(sorted(pipelines))}; found '{name}'")
+        raise unknown_name(
+            "pipeline", name, pipelines, "install the plug-in that declares it, or export the model again"
+        )
     return pipelines[name]
 
 

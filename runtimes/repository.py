@@ -10,8 +10,7 @@ model, also one whose name begins with a dot, and does not start when it is none
 from pathlib import Path
 
 from runtimes.artifact import MANIFEST, artifact_name
-from runtimes.errors import InputError
-from runtimes.host.cli import nearest
+from runtimes.errors import InputError, nearest
 
 STEP_FILE = "model.py"
 REQUEST_SCHEMA = "request.schema.json"

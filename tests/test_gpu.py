@@ -53,7 +53,7 @@ def test_a_compiled_step_on_cuda_says_what_the_original_says(
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 4, "time": 1})
     with open_runtime(tmp_path, device="cuda", compiled=True) as runtime:
         got = runtime.fresh(inputs)
-    parity.require_passed(parity.compare(source, got, source.answer(inputs), source.spec.tolerance[precision]))
+    parity.require_passed(parity.compare(source, got, source.answer(inputs), source.spec.parity.tolerance[precision]))
 
 
 @pytest.mark.parametrize("model", POLICIES)
