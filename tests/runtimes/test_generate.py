@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from runtimes.generate import main
-from runtimes.generation import BatchingPipeline, generating_pipelines
 from runtimes.pipeline import all_pipelines
+from runtimes.text_pipeline import BatchingPipeline, generating_pipelines
 
 SERVED = [each for each in generating_pipelines().values() if issubclass(each, BatchingPipeline)]
 

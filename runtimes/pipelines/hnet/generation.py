@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.generation import generate_one
 from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
 from runtimes.runtime import Runtime
 from runtimes.tensors import BATCH, Signature, require_finite
+from runtimes.text_pipeline import generate_one
 
 PROMPT_BYTES, NEW_BYTES = 4096, 4096  # at most
 DEFAULTS = {"max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}
