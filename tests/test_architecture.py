@@ -57,7 +57,7 @@ def plug_in_of(module: str) -> tuple[str, str] | None:
     """(folder, plug-in) of a module inside a plug-in folder."""
     for folder in PLUG_IN_FOLDERS:
         prefix = folder.replace("/", ".") + "."
-        if module.startswith(prefix):
+        if module.startswith(prefix) and not module.startswith(f"{prefix}_"):  # `_name` is shared, and no plug-in
             return folder, module.removeprefix(prefix).partition(".")[0]
     return None
 
@@ -136,7 +136,7 @@ def test_files_and_functions_stay_small(path: Path) -> None:
     assert text.count("\n") <= FILE_LINES
 
 
-# torch.export.load also: a program is read by runtimes.torch_program, which looks into it first.
+# torch.export.load also: a program is read by runtimes.engines._torch_program, which looks into it first.
 UNPICKLING = ("pickle.load", "pickle.loads", "pickle.Unpickler", "torch.load", "torch.export.load", "torch.jit.load")
 
 
@@ -175,6 +175,18 @@ def test_every_module_of_the_ground_floor_imports_with_numpy_alone(module: str) 
     code = BARE.format(allowed=(*GROUND, "safetensors", "tqdm"), root=str(ROOT), module=module)
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert asked.returncode == 0, asked.stderr[-500:]
+
+
+COMMANDS = [path for path in sources("training") if "\n@command\n" in path.read_text()]
+
+
+@pytest.mark.parametrize("module", [module_of(path) for path in COMMANDS])
+def test_every_command_of_training_shows_its_help_with_numpy_alone(module: str) -> None:
+    code = BARE.format(allowed=("training", *GROUND, "safetensors", "tqdm"), root=str(ROOT), module=module)
+    code += f"sys.exit(sys.modules[{module!r}].main(['--help']))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr[-500:]
+    assert f"python -m {module}" in shown.stdout
 
 
 def test_the_bare_environment_is_bare() -> None:

@@ -1,6 +1,6 @@
-"""Middle floor: defines models, trains them, and writes checkpoints that hold only what was trained."""
+"""Definition and training of models, and checkpoints that hold only the trained parameters."""
 
 import logging
 
-# Peft imports it wherever it is installed, and it warns every time that the hub's kernels are not there.
+# Peft imports bitsandbytes wherever it is installed, which then warns that the hub's kernels are missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

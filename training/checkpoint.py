@@ -1,4 +1,4 @@
-"""Checkpoints that hold what was trained and name, by digest, what was frozen. Safetensors only; no pickle is read."""
+"""Checkpoints with the trained parameters and the digests of the frozen ones. Safetensors only; no pickle is read."""
 
 import importlib.metadata
 import shutil
@@ -37,7 +37,7 @@ FORMAT = "slipway.checkpoint/1"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """The manifest of a trained model in `folder`. It ends with its own sha256: a changed setting changes the model.
+    """The manifest of a trained model in `folder`. It ends with its own sha256, so that every edit is detected.
 
     `files` gives sha256 by relative path. `frozen` gives, by prefix, the source, its revision and sha256 by tensor.
     """
@@ -55,13 +55,13 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        """Names everything a conversion can depend on."""
+        """A digest of everything in the checkpoint that a conversion depends on."""
         return sha256_json([self.model, self.config, dict(self.files), dict(self.frozen)])
 
     @classmethod
     def load(cls, folder: Path) -> "Checkpoint":
         """The checkpoint in `folder` with every file verified; `ArtifactError` if one changed or is missing."""
-        if not folder.exists() and _old(folder).is_dir():  # a kill came between the two renames of _swap
+        if not folder.exists() and _old(folder).is_dir():  # the process was killed between the two renames of _swap
             folder = _old(folder)
         path = folder / MANIFEST
         data = read_manifest(path, FORMAT, "train the model again")
@@ -73,7 +73,7 @@ class Checkpoint:
         return checkpoint
 
     def sample_inputs(self) -> Tensors:
-        """Real inputs of the model, as the recipe chose them."""
+        """Real inputs of the model, chosen by the recipe."""
         path = self.folder / SAMPLE_INPUTS
         return load_file(path if path.is_file() else self.folder / SAMPLE_INPUTS_BEFORE_0_2)
 
@@ -84,7 +84,7 @@ class Checkpoint:
 
 
 def exists(folder: Path) -> bool:
-    """Whether `Checkpoint.load` finds something there, whole or not."""
+    """Whether `Checkpoint.load` finds a folder, complete or not."""
     return folder.is_dir() or _old(folder).is_dir()
 
 
@@ -170,7 +170,7 @@ def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: 
         if expected != found:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ArtifactError(
-                f"{checkpoint.folder}: expected '{part.prefix}' from {part.source} as it was trained over, found "
+                f"{checkpoint.folder}: expected the '{part.prefix}' from {part.source} that it was trained with, found "
                 f"another: {len(wrong)} tensors differ, first '{wrong[0]}'; give the base of revision {part.revision}"
             )
 
@@ -180,12 +180,12 @@ def _under(name: str, frozen: Iterable[Frozen]) -> bool:
 
 
 def _old(folder: Path) -> Path:
-    """Where the checkpoint that stood at `folder` waits while another takes its place."""
+    """The place of the old checkpoint while a new one is moved to `folder`."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def _swap(draft: Path, folder: Path) -> None:
-    """Put `draft` where `folder` is; the old one is removed only when the new one stands in its place."""
+    """Move `draft` to `folder`; the old checkpoint is removed after the new one is in its place."""
     old = _old(folder)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

@@ -14,7 +14,7 @@ from training.spec import ModelSpec, find_spec
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the metrics of a checkpoint on the validation part of the data, or of what the settings alone describe."""
+    """Print the metrics of a checkpoint on the validation part of the data, or of a model of settings alone."""
     result = parser(
         "training.evaluate",
         __doc__.partition(":")[0] + ".",

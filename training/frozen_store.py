@@ -1,4 +1,4 @@
-"""Outputs of frozen models, kept in a store by content: each text is read once, whatever is trained on it."""
+"""Outputs of frozen models, kept in a store by content: each text is read once for all trainings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

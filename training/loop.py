@@ -76,7 +76,7 @@ def fit(spec: ModelSpec, recipe: Recipe, states: Path, *, keep: bool, resume: bo
         trainer = _trainer(spec.name, recipe, module, states, keep, stack)
         try:
             trainer.train(resume_from_checkpoint=resume)
-            trainer.accelerator.wait_for_everyone()  # a faster process must not remove what a slower one still reads
+            trainer.accelerator.wait_for_everyone()  # a slower process may still read the states that are removed below
         finally:
             if not keep and trainer.is_world_process_zero():
                 shutil.rmtree(states, ignore_errors=True)

@@ -26,7 +26,7 @@ from training.spec import find_spec
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Compute what is missing in the store or the collection; an interrupted run continues."""
+    """Compute the missing entries of a store or a collection; an interrupted run continues."""
     arguments, more = _parser().parse_known_args(argv)
     if (arguments.store is None) == (arguments.out is None):
         raise InputError("expected --store FOLDER for frozen parts or --out FOLDER for a collection, and one of them")

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.frozen import no_bars_in_a_log
-
 
 def write_folder(folder: Path, make: Callable[[], Any], tokenizer: Any, seed: int) -> None:
     """Config, weights and tokenizer in the files that Hugging Face reads; the weights are those of this seed."""
     import torch
+
+    from training.frozen import no_bars_in_a_log
 
     no_bars_in_a_log()
     torch.manual_seed(seed)

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import torch
-
 from runtimes.errors import InputError, require
 
 PREFIX = "seeded:"
@@ -32,6 +30,8 @@ def geometry(source: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, A
 
 def with_seed(seed: int, make: Callable[[], Model]) -> Model:
     """The result of `make` with the random numbers of this seed; the generator's state is restored afterwards."""
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()

@@ -30,7 +30,7 @@ NOT_NEGATIVE = ("seed", "patience", "warmup", "weight_decay", "workers")
 
 
 def check_training(training: Config) -> None:
-    """`InputError` for a setting with which nothing can be trained."""
+    """`InputError` for a setting that cannot be trained with."""
     for name in POSITIVE:
         if training.get(name, 1) <= 0:
             raise InputError(f"--set {name}: expected a number above 0, found {training[name]}")

@@ -36,7 +36,7 @@ def bench_fitting(arguments: Any) -> str:
     scorer = fitting.fit(units, SETTINGS)
     started = time.perf_counter()
     for _ in range(100):
-        scorer.judge(units)
+        scorer.responses(units)
     per_call_ms = 10 * (time.perf_counter() - started)
     note = f"\n\nscoring {len(units.labels)} chunks: {per_call_ms:.2f} ms"
     return table(["held out by source", "AUC", "PCC", "F1", "F1 at 0.5"], rows) + note

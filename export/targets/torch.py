@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from export.source import OPERATOR, Source
 from export.target import Built, Target
-from runtimes import torch_program
+from runtimes.engines import _torch_program as torch_program
 from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
 from training.layers.form import Form
 

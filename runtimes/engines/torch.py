@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes import torch_program
 from runtimes.artifact import Artifact
+from runtimes.engines import _torch_program as torch_program
 from runtimes.errors import EngineError, require
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors

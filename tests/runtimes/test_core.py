@@ -18,7 +18,6 @@ NAMES = {name for package in PACKAGES for name in plugins.names(package)} | set(
 ALLOWED = {
     "host/environment.py": ({"onnxruntime", "openvino", "tensorrt", "torch", "transformers"}, "recorded versions"),
     "host/cli.py": ({"statements", "strategy", "torch", "transformers"}, "packages, and the extras that install them"),
-    "torch_program.py": ({"torch"}, "the library whose files are read"),
     "triton/server.py": ({"triton"}, "a folder of the package runtimes"),
     "vllm/server.py": ({"vllm"}, "the package whose environment is looked for"),
     "search/papers.py": ({"statements"}, "a key of the files with papers, and their number"),

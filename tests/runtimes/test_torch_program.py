@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import PT2ArchiveReader, PT2ArchiveWriter, constants
 
-from runtimes import torch_program
 from runtimes.artifact import Artifact, digests
+from runtimes.engines import _torch_program as torch_program
+from runtimes.engines._torch_program import EXAMPLE, GRAPH, is_arithmetic
 from runtimes.engines.torch import PROGRAM_FILE
 from runtimes.errors import ArtifactError
 from runtimes.runtime import open_runtime
-from runtimes.torch_program import EXAMPLE, GRAPH, is_arithmetic
 from tests.toys import DOUBLING, make
 
 WEIGHTS, CONSTANTS = torch_program.TENSORS

@@ -1,4 +1,4 @@
-"""A checkpoint holds what was trained, names what was frozen, and is refused when either is not what it was."""
+"""A checkpoint holds the trained parameters, names the frozen ones, and is refused when either has changed."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def saved(toy_model: ModelSpec, base: Path, tmp_path: Path) -> tuple[Checkpoint,
 
 
 def rewrite(checkpoint: Checkpoint, change: Callable[[dict[str, np.ndarray]], Any]) -> Checkpoint:
-    """The checkpoint with other weights and a manifest that fits them, as a careful hand would make it."""
+    """The checkpoint with other weights and a manifest that fits them, as a deliberate edit would make it."""
     tensors = load_file(checkpoint.folder / WEIGHTS)
     change(tensors)
     save_file(tensors, checkpoint.folder / WEIGHTS)
@@ -72,7 +72,7 @@ def test_every_model_comes_back_bit_for_bit(spec: ModelSpec, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
-def test_the_manifest_and_the_probe_of_every_model_come_back(spec: ModelSpec, checkpoints: Path) -> None:
+def test_the_manifest_and_the_sample_inputs_of_every_model_come_back(spec: ModelSpec, checkpoints: Path) -> None:
     checkpoint = Checkpoint.load(checkpoints / spec.name)
     config = spec.preset("tiny")
     assert (checkpoint.model, checkpoint.preset, checkpoint.step) == (spec.name, "tiny", 7)
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoints: Path) -> None:
         ("nothing", 2, "checkpoint.json: expected this file, found none"),
     ],
 )
-def test_the_command_line_says_so_in_one_line(
+def test_the_command_line_reports_it_in_one_line(
     checkpoints: Path, capsys: pytest.CaptureFixture[str], folder: str, status: int, message: str
 ) -> None:
     assert evaluate(["policy_lstm", "--checkpoint", str(checkpoints / folder)]) == status
@@ -204,14 +204,14 @@ def test_the_command_line_says_so_in_one_line(
 
 
 class Killed(BaseException):
-    """What no handler catches."""
+    """An exception that no handler catches."""
 
 
 STEPS = ["mkdir", "save_file", "digests", "write_manifest", "first rename", "second rename", "last rmtree"]
 
 
 def kill_in(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the next saving end in this step, as if the process had been killed there."""
+    """End the next saving in this step, as if the process had been killed there."""
     renames = 0
 
     def die(*_: Any, **__: Any) -> None:

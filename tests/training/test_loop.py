@@ -1,4 +1,4 @@
-"""The training loop that every model shares: its settings, its processes, and what it leaves behind."""
+"""The training loop of all models: its settings, its processes, and its files."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Frozen and seeded models: alike everywhere, never in training mode, refused in one line."""
+"""Frozen and random models: reproducible, never in training mode, with errors in one line."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from training.frozen import FrozenModule, digest, freeze, stored_tokenizer
 from training.random_init import BYTES, byte_tokenizer, geometry, train_tokenizer, with_seed
 
 
-def test_seeded_weights_are_the_same_and_disturb_no_other_random_numbers() -> None:
+def test_random_weights_are_reproducible_and_keep_the_generators_state() -> None:
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
@@ -21,7 +21,7 @@ def test_seeded_weights_are_the_same_and_disturb_no_other_random_numbers() -> No
     assert digest(one) != digest(with_seed(1, lambda: torch.nn.Linear(3, 3)))
 
 
-def test_what_is_frozen_stays_in_eval_mode_and_has_no_gradients() -> None:
+def test_frozen_modules_stay_in_eval_mode_and_have_no_gradients() -> None:
     class Outer(FrozenModule):
         def __init__(self) -> None:
             super().__init__()

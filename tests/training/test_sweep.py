@@ -1,4 +1,4 @@
-"""A sweep trains every experiment once, says what each came to, and does not do again what is done."""
+"""A sweep trains every experiment once, reports each, and skips finished ones."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Training from the command line: what is learned, what is reported, what is refused, and what is carried over."""
+"""Training from the command line: results, reports, errors, and resumed runs."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def sets(**settings: object) -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 2) -> str:
-    """The one line that the command says before it ends with this status."""
+    """The only line on stderr of a command that ends with this status."""
     capsys.readouterr()
     assert run.main(list(arguments)) == status
     lines = capsys.readouterr().err.splitlines()
@@ -111,18 +111,41 @@ def test_lazy_and_eager_windows_learn_the_same(trained: Path, tmp_path: Path, se
     assert Checkpoint.load(tmp_path / MODEL).digest == Checkpoint.load(trained).digest
 
 
-def test_a_model_with_a_checkpoint_is_left_alone_if_asked(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_if_missing_skips_a_model_with_a_checkpoint(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (trained / "checkpoint.json").stat().st_mtime_ns
     assert run.main([MODEL, *sets(), "--out", str(trained.parent), "--if-missing"]) == 0
     assert (trained / "checkpoint.json").stat().st_mtime_ns == before
 
 
-# Going on ------------------------------------------------------------------------------------------------------------
+def test_each_line_of_metrics_is_written_once_and_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([MODEL, *sets(epochs=3), "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("eval_loss=") == 1, "the last epoch alone: stderr is no terminal"
+    assert "epoch=3" in printed.err
+    assert "eval_loss" not in printed.out
 
 
-def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_models_end_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([MODEL, "policy_lstm", *sets(), "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].split() == ["model", "step", "seconds", "metric", "value", "baselines", "checkpoint"]
+    assert [line.split()[0] for line in lines[2:]] == [MODEL, "policy_lstm"]
+    assert all("majority 0." in line for line in lines[2:])
+
+
+def test_the_old_name_of_an_option_is_accepted_and_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected states" in refused(capsys, "--model", MODEL, "--resume", "--work", "/nowhere")
+    assert run.main([MODEL, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--state-dir" in shown
+    assert "--work " not in shown
+    assert "--model " not in shown
+
+
+# Resumed runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [MODEL, *sets(epochs=3)]
     assert run.main([*arguments, "--out", str(tmp_path / "whole"), "--state-dir", str(tmp_path / "w1")]) == 0
     whole = Checkpoint.load(tmp_path / "whole" / MODEL)
@@ -150,7 +173,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
 
 def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Worsening(PolicyWithLoss):
-        """Judged the worse the longer it trains, so that the first epoch is the best."""
+        """Its validation loss grows with every batch, so that the first epoch is the best."""
 
         judged = 0
 
@@ -168,7 +191,7 @@ def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeyp
     assert Checkpoint.load(tmp_path / MODEL).step == states[0] < states[-1]
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# Errors ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +255,7 @@ def test_a_folder_without_replays_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "broken.slp" in line
 
 
-# What is learned -----------------------------------------------------------------------------------------------------
+# Results --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

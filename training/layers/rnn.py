@@ -1,8 +1,8 @@
 """LSTM and GRU that can be traced with a dynamic time axis.
 
 torch.export 2.13 unrolls `torch.lstm` over the traced length and freezes the time axis. While a model is traced, the
-cells therefore go through operators of the same arguments that the tracer cannot look into; `name_cells` then gives
-the traced nodes their real names, so that the ONNX exporter and eager torch meet `aten.lstm` and `aten.gru` as usual.
+cells therefore go through opaque operators of the same arguments; `name_cells` then restores the real names of the
+traced nodes, so that the ONNX exporter and eager torch find `aten.lstm` and `aten.gru` as usual.
 """
 
 import torch
@@ -18,7 +18,7 @@ _library.define(f"gru(Tensor input, Tensor hx, {_SCHEMA}) -> (Tensor, Tensor)")
 
 
 def run_cell(cell: nn.LSTM | nn.GRU, x_BTE: Tensor, state_LBH: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What the cell gives for a batch-first input and its states: hidden [B, T, H] and the last states [L, B, H]."""
+    """The cell's results for a batch-first input and its states: hidden [B, T, H] and the last states [L, B, H]."""
     if not torch.compiler.is_exporting():
         x_BTH, last = cell(x_BTE, state_LBH if len(state_LBH) == 2 else state_LBH[0])
         return x_BTH, last if isinstance(last, tuple) else (last,)

@@ -39,7 +39,7 @@ def decayed_sums(
 
     Source: Dao and Gu, Transformers are SSMs (2024), sections 6 and 7: inside a piece of the sequence a masked product
     of C and B, from piece to piece the state. While a model is traced, all pieces are computed at once; a sequence
-    whose length only the data tell is one piece.
+    of data-dependent length is one piece.
     """
     arguments = (x_BTHP, decay_BTH, in_BTN, out_BTN)
     form = current_form()
@@ -75,12 +75,12 @@ def _decayed_piece(
 def _decayed_pieces(
     x_BTHP: Tensor, decay_BTH: Tensor, in_BTN: Tensor, out_BTN: Tensor, state_BHPN: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`_decayed_piece` without a loop: what every piece adds, the state before every piece, then what each says.
+    """`_decayed_piece` without a loop: what every piece adds, the state before every piece, then the outputs of each.
 
-    C pieces of Q positions. What all heads share is one product for all of them, of I = H x P channels.
+    C pieces of Q positions. The part that all heads share is one product for all of them, of I = H x P channels.
     """
     time, (heads, channels) = x_BTHP.shape[1], x_BTHP.shape[2:]
-    # torch.export 2.13 asks of every size whether it is 1, so there are two pieces at least.
+    # torch.export 2.13 specializes sizes of 1, so there are at least two pieces.
     pieces = torch.sym_max((time + PIECE - 1) // PIECE, 2)
 
     def cut(tensor: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _decayed_pieces(
     within_BCQHP = (weights_BCHQQ @ x_BCQHP.transpose(2, 3)).transpose(2, 3)
     before_BCQHP = (out_BCQN @ states_BSNI[:, :-1]).unflatten(-1, (heads, channels))
     y_BCQHP = within_BCQHP + before_BCQHP * torch.exp(decay_BCQH.cumsum(2))[..., None]
-    # Picked and not cut: torch.export 2.13 would ask whether the pieces are longer than the sequence.
+    # Selected and not sliced: torch.export 2.13 would guard on whether the pieces are longer than the sequence.
     y_BTHP = y_BCQHP.flatten(1, 2).index_select(1, torch.arange(time, device=x_BTHP.device))
     return y_BTHP, states_BHSNP[:, :, -1].mT
 
@@ -118,7 +118,7 @@ def _said(
 
 
 def _added(x_THP: Tensor, kept_HTT: Tensor, in_TN: Tensor) -> Tensor:
-    """What pieces add to their states by their ends [..., H, P, N]."""
+    """The contributions of pieces to the states at their ends [..., H, P, N]."""
     return (x_THP.transpose(-3, -2) * kept_HTT[..., -1, :, None]).mT @ in_TN[..., None, :, :]
 
 
@@ -130,9 +130,9 @@ def _is_data(size: Any) -> bool:
 
 
 def _decay_between(decay_TH: Tensor) -> Tensor:
-    """[..., H, T, T]: what decays from position s (last) to t, the sum of decay over s+1..t; minus infinity if t < s.
+    """[..., H, T, T]: the decay from position s (last) to t, a sum over s+1..t; minus infinity if t < s.
 
-    A difference of sums from the start would lose to rounding what a strong decay before s has added to both: the sums
+    A difference of sums from the start would lose precision after a strong decay before s: the sums
     are float64, but for TensorRT, which has none, so that every sum is made by itself.
     """
     place_T = torch.arange(decay_TH.shape[-2], device=decay_TH.device)

@@ -94,7 +94,7 @@ def mamba_ssm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_says_what_a_loop_in_numpy_says(form: Form, time: int) -> None:
+def test_every_form_equals_a_loop_in_numpy(form: Form, time: int) -> None:
     arrays = inputs(time)
     want_y, want_state = reference(arrays)
     with scan_form(form):
@@ -192,7 +192,7 @@ def session(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("time", TIMES)
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_the_traced_recurrence_says_what_a_loop_in_numpy_says(
+def test_the_traced_recurrence_equals_a_loop_in_numpy(
     session: onnxruntime.InferenceSession, time: int, batch: int
 ) -> None:
     arrays = inputs(time, seed=time, batch=batch)
@@ -212,7 +212,7 @@ def test_a_form_holds_inside_its_block_only() -> None:
     assert current_form() is None
 
 
-def test_a_block_tells_whether_a_recurrence_heeded_its_form() -> None:
+def test_a_block_records_whether_a_recurrence_used_its_form() -> None:
     with scan_form(Form(kind="loop")) as outer:
         torch.zeros(2).cumsum(0)
         with scan_form(Form(kind="loop")) as inner:

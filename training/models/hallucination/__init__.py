@@ -1,4 +1,4 @@
-"""Hallucination in retrieval-augmented answers, from how a language model reads its context (ReDeEP)."""
+"""Hallucination in retrieval-augmented answers, from the attention and the layers of a language model (ReDeEP)."""
 
 from training.models.hallucination.spec import SPECS
 

@@ -1,12 +1,12 @@
-"""AARF: a step of generation that can listen more to the context and less to what the model knows by heart.
+"""AARF: a step of generation with more weight on the context and less on the knowledge in the parameters.
 
-A step reads new tokens behind those whose keys and values are kept, says what comes next and how it came to that (ECS
-and PKS of the last position, which a score is made of), and weighs the last position's heads and feed-forward parts by
-factors that it is given. Source: Sun et al., ReDeEP, ICLR 2025, section 5, whose equation weighs what is added at the
-position that predicts; their code scales the output of the attention block where the paper, and this, scale that of the
-feed-forward part.
+A step reads new tokens after those with cached keys and values, returns the logits with the ECS and PKS of the last
+position, from which a score is computed, and multiplies the last position's heads and feed-forward parts by given
+factors. Source: Sun et al., ReDeEP, ICLR 2025, section 5, whose equation weighs the contributions at the predicting
+position; their code scales the output of the attention block where the paper, and this, scale that of the feed-forward
+part.
 
-Shapes: B batch, T new tokens, P rows of the past, X = P + T, D width, L layers, A heads, K key heads, R questions to
+Shapes: B batch, T new tokens, P rows of the past, X = P + T, D width, L layers, A heads, K key heads, R queries of
 one key head, H scored heads, M scored layers, C width of a head, V vocabulary.
 """
 
@@ -23,7 +23,7 @@ from training.models.hallucination.module import Detector
 class MitigatedDecoder(FrozenModule):
     """The detector's decoder as a generator that scores every token, one step at a time.
 
-    Row 0 of the past is looked at by nobody, so that no axis is ever empty: the token at place p is row p + 1.
+    Row 0 of the past is never attended to, so that no axis is ever empty: the token at place p is row p + 1.
     """
 
     def __init__(self, detector: Detector) -> None:
@@ -92,12 +92,12 @@ class MitigatedDecoder(FrozenModule):
 
 
 def last_row(queries_BATC: Tensor, keys_BKXC: Tensor, heads: list[int], scaling: float) -> Tensor:
-    """float32 [B, H, 1, X]: where these heads look from the last position; never at row 0."""
+    """float32 [B, H, 1, X]: the attention of these heads from the last position; 0 at row 0."""
     groups = queries_BATC.shape[1] // keys_BKXC.shape[1]
     keys_BHXC = keys_BKXC[:, [head // groups for head in heads]]
     scores_BH1X = (queries_BATC[:, heads, -1:] @ keys_BHXC.transpose(2, 3)).float() * scaling
-    nobodys_X = torch.arange(keys_BKXC.shape[2], device=scores_BH1X.device) == 0
-    return torch.softmax(scores_BH1X.masked_fill(nobodys_X, NOWHERE), -1)
+    unused_X = torch.arange(keys_BKXC.shape[2], device=scores_BH1X.device) == 0
+    return torch.softmax(scores_BH1X.masked_fill(unused_X, NOWHERE), -1)
 
 
 def look_back(queries_BATC: Tensor, keys_BKXC: Tensor, values_BKXC: Tensor, scaling: float) -> Tensor:
@@ -107,7 +107,7 @@ def look_back(queries_BATC: Tensor, keys_BKXC: Tensor, values_BKXC: Tensor, scal
     places_X = torch.arange(rows, device=queries_BATC.device)
     own_T = torch.arange(tokens, device=queries_BATC.device) + (rows - tokens)
     seen_TX = (places_X > 0) & (places_X <= own_T.unsqueeze(1))
-    # Heads that share keys ask as more rows of one head, so that no key is copied.
+    # The queries of heads that share keys become rows of one head, so that no key is copied.
     queries_BKRC = queries_BATC.unflatten(1, (-1, groups)).flatten(2, 3)
     seen_RX = seen_TX.expand(groups, -1, -1).flatten(0, 1)
     mixed_BKRC = F.scaled_dot_product_attention(queries_BKRC, keys_BKXC, values_BKXC, attn_mask=seen_RX, scale=scaling)

@@ -14,7 +14,7 @@ from training.spec import Export, Tolerance
 if TYPE_CHECKING:
     from torch import nn
 
-BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
+BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
 MOST_NEAR_TIES = 0.05  # of all choices of a head, in fp32
 
 
@@ -63,7 +63,7 @@ def part(module: "nn.Module") -> "nn.Module":
 
 
 def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Tokens of the sample inputs or made-up ones behind a made-up past; half of the rows are reweighted."""
+    """Tokens of the sample inputs or random ones after a random past; half of the rows are reweighted."""
     shapes = {tensor.name: tensor.resolve(sizes) for tensor in signature(config).inputs}
     ids = rng.integers(*BYTE_IDS, shapes["token_ids"])
     if "token_ids" in sample_inputs:

@@ -1,26 +1,28 @@
-"""Which heads copy, read off the weights: python -m training.models.hallucination.copying --base SOURCE
+"""Find the heads that copy, from the weights alone: python -m training.models.hallucination.copying --base SOURCE
 
-A head copies what it attends to if W_U W_O W_V W_E, which maps each token of the vocabulary to what seeing it adds to
-the logits, is large on its diagonal. Source: Sun et al., ReDeEP, ICLR 2025, after Elhage et al., 2021; without norms.
+A head copies the tokens that it attends to if W_U W_O W_V W_E, which maps a token of the vocabulary to its contribution
+to the logits, is large on its diagonal. Source: Sun et al., ReDeEP, ICLR 2025, after Elhage et al., 2021; no norms.
 
 Shapes: V vocabulary, D width, C width of a head, L layers, A heads.
 """
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from runtimes.host.cli import command, parser, table
-from training.models.hallucination.decoder import Decoder
+from runtimes.host.progress import progress
 from training.models.hallucination.settings import Head, head_text
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from training.models.hallucination.decoder import Decoder
+
 BLOCK_ROWS = 1024  # of the vocabulary by the vocabulary
-OUTLIER = 1.5  # spreads between the quartiles beyond them
+OUTLIER = 1.5  # interquartile ranges beyond the quartiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +39,22 @@ class Copying:
         return [(int(layer), int(head)) for layer, head in zip(*np.unravel_index(order, ranks.shape), strict=True)]
 
 
-@torch.inference_mode()
-def copying_scores(decoder: Decoder) -> Copying:
-    """Of every head; the matrix of the vocabulary by the vocabulary is only ever there for a block of its rows."""
+def copying_scores(decoder: "Decoder") -> Copying:
+    """Of every head; of the matrix of the vocabulary by the vocabulary only a block of rows is in memory."""
+    import torch
+
+    with torch.inference_mode():
+        return _copying_scores(decoder)
+
+
+def _copying_scores(decoder: "Decoder") -> Copying:
     model = decoder.model
     embed_VD, out_VD = model.model.embed_tokens.weight.float(), model.lm_head.weight.float()
     both_DD = embed_VD.T @ out_VD
     heads = model.config.num_attention_heads
     groups = heads // model.config.num_key_value_heads
     traces, outliers = [], []
-    for layer in tqdm(model.model.layers, disable=not sys.stderr.isatty(), leave=False):
+    for layer in progress(model.model.layers, "layers"):
         attention = layer.self_attn
         out_ADC = attention.o_proj.weight.float().unflatten(1, (heads, -1)).transpose(0, 1)
         value_KCD = attention.v_proj.weight.float().unflatten(0, (heads // groups, -1))
@@ -56,8 +64,10 @@ def copying_scores(decoder: Decoder) -> Copying:
     return Copying(np.array(traces), np.array(outliers))
 
 
-def _outliers(to_logits_VC: Tensor, from_token_VC: Tensor) -> int:
-    """How many discs of to_logits from_token^T have a radius that is an outlier."""
+def _outliers(to_logits_VC: "Tensor", from_token_VC: "Tensor") -> int:
+    """The number of discs of to_logits from_token^T whose radius is an outlier."""
+    import torch
+
     radii = []
     for start in range(0, len(to_logits_VC), BLOCK_ROWS):
         rows = (to_logits_VC[start : start + BLOCK_ROWS] @ from_token_VC.T).abs()
@@ -77,8 +87,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the heads that copy most, best first, and as --heads takes them."""
+    """Print the heads that copy most, best first, and as the setting `heads` takes them."""
     arguments = _parser().parse_args(argv)
+    import torch
+
+    from training.models.hallucination.decoder import Decoder
+
     decoder = Decoder(arguments.base, arguments.revision)
     found = copying_scores(decoder.cuda() if torch.cuda.is_available() else decoder)
     best = found.best(arguments.top)
@@ -96,8 +110,8 @@ def _parser() -> Any:
         "--base meta-llama/Llama-2-7b-chat-hf --top 32",
     )
     result.add_argument("--base", required=True, help="Hugging Face folder or hub id of the decoder")
-    result.add_argument("--revision", default="main", help="its revision (default: main)")
-    result.add_argument("--top", type=int, default=32, help="how many heads (default: 32)")
+    result.add_argument("--revision", default="main", help="its revision (default: %(default)s)")
+    result.add_argument("--top", type=int, default=32, help="number of heads (default: %(default)s)")
     return result
 
 

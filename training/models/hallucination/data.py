@@ -34,12 +34,12 @@ class Example:
 
     @property
     def text(self) -> str:
-        """The request in one form, so that it can name what was read from it."""
+        """The request as canonical JSON, the key of its features."""
         return json.dumps(self.request, sort_keys=True, ensure_ascii=False)
 
 
 def read_ragtruth(folder: Path, generator: str) -> list[Example]:
-    """All answers, or those of one `generator`; `InputError` names the file and the line of what is wrong."""
+    """All answers, or those of one `generator`; `InputError` names the file and the line of an error."""
     existing_folder(folder, f"{RESPONSES} and {SOURCES}")
     sources = {}
     for where, row in _lines(folder / SOURCES):
@@ -73,7 +73,7 @@ def _example(where: str, row: dict[str, Any], sources: dict[str, dict[str, Any]]
 
 
 def _label(where: str, label: Any, answer: str) -> Span:
-    """The span of a label; `InputError` unless it lies in the answer and quotes it."""
+    """The span of a label; `InputError` unless it is inside the answer and quotes it."""
     if not isinstance(label, dict) or any(type(label.get(name)) is not int for name in ("start", "end")):
         raise InputError(f"{where}: expected labels with start and end, found {ascii(label)[:80]}")
     start, end = label["start"], label["end"]
@@ -135,7 +135,7 @@ def held_out_sources(sources: Sequence[str], share: float, seed: int) -> set[str
 
 
 def synthetic_examples(seed: int, count: int) -> list[Example]:
-    """Made-up reports about bridges; a hallucinated sentence states what the report does not."""
+    """Synthetic reports about bridges; a hallucinated sentence has facts that are not in the report."""
     rng = np.random.default_rng(seed)
     return [_synthetic(rng, number) for number in range(count)]
 

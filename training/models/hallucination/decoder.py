@@ -137,7 +137,7 @@ def take(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def on_device_of(value: Tensor, other: Tensor) -> Tensor:
-    """`value` on the device of `other`: layers may lie on several."""
+    """`value` on the device of `other`: layers may be on several."""
     return value if value.device == other.device else value.to(other.device)
 
 

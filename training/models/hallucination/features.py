@@ -1,4 +1,4 @@
-"""ECS and PKS: how far what heads attend to resembles what is said; how much feed-forward parts change it.
+"""ECS, the similarity of attended context and answer; PKS, the change of the prediction by feed-forward parts.
 
 Source: Sun et al., ReDeEP, ICLR 2025, sections 3 and 4, and their code where an option is called `published`.
 
@@ -30,7 +30,7 @@ def divergence(one: Tensor, other: Tensor, variant: str, by_chunk: bool) -> Tens
     """
     if variant == "paper":
         p, q = torch.softmax(one, -1), torch.softmax(other, -1)
-        # log(p / m) as log(1 + d): two logarithms of tokens that are alike would differ by their rounding alone.
+        # log(p / m) as log(1 + d): the logarithms of nearly equal numbers would differ by their rounding only.
         d = (p - q) / (p + q).clamp_min(SMALLEST_SUM)
         return 0.5 * (p * _log_above(1 + d) + q * _log_above(1 - d)).sum(-1)
     log_p, log_q = torch.log_softmax(one, -1), torch.log_softmax(other, -1)
@@ -40,7 +40,7 @@ def divergence(one: Tensor, other: Tensor, variant: str, by_chunk: bool) -> Tens
 
 
 def _log_above(ratio: Tensor) -> Tensor:
-    """The logarithm, kept finite where the ratio is 0: what it is multiplied by there is 0 as well."""
+    """The logarithm, finite where the ratio is 0, where its factor is 0 as well."""
     return ratio.clamp_min(SMALLEST).log()
 
 
@@ -56,9 +56,9 @@ def knowledge(decoder: Decoder, view: View, rows_BR: Tensor, variant: str, by_ch
 
 
 def in_blocks(numbers_per_row: int, rows_BR: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows, and what goes with them along the axis of that length, in blocks that keep intermediate results small.
+    """Rows and tensors with an axis of rows, in blocks that keep intermediate results small.
 
-    `more` has its rows in axis 2. An exported program has one block: it cannot loop over what it does not know.
+    `more` has its rows in axis 2. An exported program has one block: it cannot loop over an unknown number.
     """
     if torch.compiler.is_exporting():
         yield rows_BR, *more
@@ -68,7 +68,7 @@ def in_blocks(numbers_per_row: int, rows_BR: Tensor, *more: Tensor) -> Iterator[
 
 
 def within(spans: Tensor, length: int) -> Tensor:
-    """float32 [B, C, length]: 1 where a place lies in the span [B, C, 2]."""
+    """float32 [B, C, length]: 1 where a place is in the span [B, C, 2]."""
     places = torch.arange(length, device=spans.device)
     return ((places >= spans[..., :1]) & (places < spans[..., 1:])).float()
 
@@ -82,15 +82,15 @@ def pooled(values_BRX: Tensor, inside_BCR: Tensor, mean: bool) -> Tensor:
 def top_share(attention_BHRT: Tensor, range_B2: Tensor, percent: int, most: int) -> tuple[Tensor, Tensor]:
     """(bool [B, H, R, T], gap [B, H, R]): the `percent` of the context that each row attends to most.
 
-    At least one position is taken, and never more than that share of `most`. The gap is that between the last taken and
-    the first left out, relative to the former.
+    At least one position is taken, and at most that share of `most`. The gap is the difference between the last taken
+    and the first not taken, relative to the former.
     """
     places_T = torch.arange(attention_BHRT.shape[-1], device=range_B2.device)
     inside_BT = (places_T >= range_B2[:, :1]) & (places_T < range_B2[:, 1:])
     seen_BHRT = attention_BHRT.masked_fill(~inside_BT[:, None, None, :], NEVER)
     count_B = ((range_B2[:, 1] - range_B2[:, 0]) * percent // 100).clamp_min(1)
-    # More than the share, for the one that is always taken and the first left out. torch.export sees only with room
-    # behind that they exist.
+    # More than the share: one is always taken, and the first not taken is needed. torch.export accepts this only with
+    # room for both.
     room = torch.nn.functional.pad(seen_BHRT, (0, most * percent // 100 + 1), value=NEVER)
     best_BHRK = torch.topk(room, attention_BHRT.shape[-1] * percent // 100 + 2, -1).values
     last_BHR1 = _at(best_BHRK, count_B - 1)
@@ -100,7 +100,7 @@ def top_share(attention_BHRT: Tensor, range_B2: Tensor, percent: int, most: int)
 
 
 def resemblance(chosen_BHRT: Tensor, final_BTD: Tensor, rows_BR: Tensor) -> Tensor:
-    """ECS by token [B, H, R]: cosine of the mean final state of what is attended to and the row's own."""
+    """ECS by token [B, H, R]: cosine of the mean final state of the attended tokens and the row's own."""
     weights_BHRT = chosen_BHRT.to(final_BTD.dtype)
     mean_BHRD = (weights_BHRT @ final_BTD.unsqueeze(1)).float() / weights_BHRT.float().sum(-1, keepdim=True)
     own_B1RD = take(final_BTD, rows_BR).float().unsqueeze(1)
@@ -114,7 +114,7 @@ def cosine(one: Tensor, other: Tensor) -> Tensor:
 
 
 def chunk_attention(attention_BHRT: Tensor, inside_BCR: Tensor, context_BST: Tensor) -> Tensor:
-    """[B, H, C, S]: all that each chunk of the answer attends to in each of the prompt, summed up."""
+    """[B, H, C, S]: the attention from each chunk of the answer to each of the prompt, summed up."""
     return inside_BCR.unsqueeze(1) @ attention_BHRT @ context_BST.transpose(1, 2).unsqueeze(1)
 
 

@@ -1,7 +1,7 @@
-"""The scorer: which heads and layers count, and how much. Chosen by ranking and a grid, not by gradients.
+"""The scorer: a selection of heads and layers and their weights, by ranking and a grid and not by gradients.
 
 Score of a unit: m * minmax(sum of PKS over layers) - alpha * minmax(sum of ECS over heads); of a response: the mean.
-Source: Sun et al., ReDeEP, ICLR 2025; the settings published there choose on the data they are judged on.
+Source: Sun et al., ReDeEP, ICLR 2025; the settings published there are selected on the data they are evaluated on.
 
 Shapes: U units, R responses, H heads, L layers.
 """
@@ -41,7 +41,7 @@ RATIOS = (
     2.0,
     3.0,
     5.0,
-)  # alpha / m: all that a ranking depends on
+)  # alpha / m, the only quantity that a ranking depends on
 PKS_ONLY, ECS_ONLY = (1.0, 0.0), (0.0, 1.0)
 Bounds = tuple[float, float]
 
@@ -58,14 +58,14 @@ class Member:
     pks_bounds: Bounds
 
     def score(self, units: Units) -> np.ndarray:
-        """[U], higher for what is likelier hallucinated."""
+        """[U], higher for likelier hallucination."""
         own = units.columns(self.heads, self.layers)
         pks = scaled(own.pks.sum(1), self.pks_bounds)
         return self.m * pks - self.alpha * scaled(own.ecs.sum(1), self.ecs_bounds)
 
     @property
     def magnification(self) -> float:
-        """How much larger than an error of every feature that of the score can be."""
+        """The largest ratio of an error of the score to one common error of the features."""
         return abs(self.m) * len(self.layers) / _width(self.pks_bounds) + abs(self.alpha) * len(self.heads) / _width(
             self.ecs_bounds
         )
@@ -73,7 +73,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
-    """Members whose scores are averaged; the bounds of a response's score, and the one from which on it is called."""
+    """Members whose scores are averaged; the bounds of a response's score, and the threshold of a hallucination."""
 
     members: tuple[Member, ...]
     bounds: Bounds
@@ -89,19 +89,19 @@ class Scorer:
 
     @property
     def magnification(self) -> float:
-        """How much larger than an error of every feature that of a response's score can be."""
+        """The largest ratio of an error of a response's score to one common error of the features."""
         return float(np.mean([member.magnification for member in self.members])) / _width(self.bounds)
 
     def score(self, units: Units) -> np.ndarray:
-        """[U]: the score of each unit, mapped as a response's."""
+        """[U]: the score of each unit, scaled as a response's."""
         return scaled(np.mean([member.score(units) for member in self.members], axis=0), self.bounds)
 
-    def judge(self, units: Units) -> np.ndarray:
+    def responses(self, units: Units) -> np.ndarray:
         """[R]: the score of each response, 0..1 on the responses it was fitted to."""
         return units.average(self.score(units))
 
     def calls(self, scores: np.ndarray) -> np.ndarray:
-        """bool [R]: which of these responses are called hallucinated; as served, where a score ends at 0 and at 1."""
+        """bool [R]: the responses that are called hallucinated; as in serving, scores are clipped to 0..1."""
         called: np.ndarray = scores.clip(0, 1) >= self.threshold
         return called
 
@@ -123,7 +123,7 @@ def bounds_of(values: np.ndarray) -> Bounds:
 def rank(units: Units, select: str) -> tuple[list[int], list[int]]:
     """Columns of heads and of layers, best first, by AUC or by mutual information with the labels.
 
-    Context should be used less where something is hallucinated, knowledge more: what points the other way comes last.
+    A hallucinated unit should use context less and knowledge more: columns with the opposite sign come last.
     """
     faithful = 1 - units.labels
 
@@ -160,14 +160,14 @@ def member(units: Units, heads: list[int], layers: list[int], m: float, alpha: f
 
 def complete(units: Units, members: tuple[Member, ...]) -> Scorer:
     """A scorer of these members, with bounds and threshold from these units."""
-    raw = Scorer(members=members, bounds=(0.0, 1.0), threshold=0.0).judge(units)
+    raw = Scorer(members=members, bounds=(0.0, 1.0), threshold=0.0).responses(units)
     bounds = bounds_of(raw)
     threshold = best_threshold(units.response_labels, scaled(raw, bounds))
     return Scorer(members=members, bounds=bounds, threshold=threshold)
 
 
 def fit_published(units: Units, settings: Mapping[str, Any]) -> Scorer:
-    """The scorer of these units with `top_n`, `top_k`, `alpha` and `m` as they stand."""
+    """The scorer of these units with the given `top_n`, `top_k`, `alpha` and `m`."""
     require_both_labels(units.labels, "units")
     require_both_labels(units.response_labels, "responses")
     heads, layers = rank(units, settings["select"])
@@ -176,7 +176,7 @@ def fit_published(units: Units, settings: Mapping[str, Any]) -> Scorer:
 
 
 def fit(units: Units, settings: Mapping[str, Any]) -> Scorer:
-    """The scorer of these units by `settings["fit"]`: with given numbers, or with those that do best on folds.
+    """The scorer of these units by `settings["fit"]`: with given numbers, or with the best ones on folds.
 
     With an `ensemble` above 1, each member after the first is fitted to about 70 % of the responses.
     """
@@ -196,7 +196,7 @@ def fit(units: Units, settings: Mapping[str, Any]) -> Scorer:
 
 
 def fit_member(units: Units, settings: Mapping[str, Any]) -> Member:
-    """The member whose numbers of heads and layers and whose ratio do best on folds held out by source."""
+    """The member with the best numbers of heads and layers and the best ratio on folds held out by source."""
     parts = [(units.take(train), units.take(~train)) for train in folds(units, settings["folds"], settings["seed"])]
     ranks = [rank(train, settings["select"]) for train, _ in parts]
     tables = [grid(*part, *ranked, settings) for part, ranked in zip(parts, ranks, strict=True)]
@@ -250,17 +250,17 @@ def folds(units: Units, count: int, seed: int) -> list[np.ndarray]:
 
 
 def held_out(units: Units, settings: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(score, called) of each response by a scorer that was fitted without its source; NaN, False where none was."""
+    """(score, called) of each response by a scorer fitted without its source; NaN, False where there is none."""
     scores, called = np.full(len(units.sources), np.nan), np.zeros(len(units.sources), bool)
     for train in folds(units, settings["folds"], settings["seed"]):
         scorer = fit(units.take(train), settings)
-        scores[~train] = scorer.judge(units.take(~train))
+        scores[~train] = scorer.responses(units.take(~train))
         called[~train] = scorer.calls(scores[~train])
     return scores, called
 
 
 def measure(labels: np.ndarray, scores: np.ndarray, called: np.ndarray) -> Metrics:
-    """AUC and PCC with their intervals; precision, recall and F1 of what is called."""
+    """AUC and PCC with their intervals; precision, recall and F1 of the called responses."""
     require_both_labels(labels, "responses")
     return {
         "auc": auc(labels, scores),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from training.language_model import LanguageModel
 
 INPUTS = ("input_ids", "attention_mask")
-SMALLEST_VOCABULARY = (4, 260)  # ids that are neither special nor beyond it
+SMALLEST_VOCABULARY = (4, 260)  # ids of the smallest vocabulary that are not special
 # Limits as shares of the tolerance of a single log-probability in nats: the mean shift of all, the increase of their
 # mean, the logarithm of perplexity, and the share of likeliest tokens that may differ.
 MEAN_SHARE, WORSE_SHARE, OTHER_SHARE = 0.1, 0.02, 0.25
@@ -54,7 +54,7 @@ def part(module: "nn.Module") -> "nn.Module":
 
 
 def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Pieces of the sample inputs' texts or made-up ones; the first row is full, the others may be padded."""
+    """Pieces of the sample inputs' texts or random ones; the first row is full, the others may be padded."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     ids = rng.integers(*SMALLEST_VOCABULARY, (batch, tokens))
     if "token_ids" in sample_inputs:

@@ -1,4 +1,4 @@
-"""How well scores tell hallucinated from faithful: AUC, correlation, mutual information, a threshold, intervals."""
+"""Metrics of a score of hallucination: AUC, correlation, mutual information, a threshold, intervals."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def correlation(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def mutual_information(labels: np.ndarray, values: np.ndarray) -> float:
-    """Nats that `values`, in ten bins of like size, tell about `labels`."""
+    """Mutual information of `labels` and `values` in nats, with `values` in ten bins of equal size."""
     edges = np.quantile(values, np.linspace(0, 1, BINS + 1)[1:-1])
     table = np.bincount(2 * np.searchsorted(edges, values, "right") + labels, minlength=2 * BINS).reshape(-1, 2)
     joint = table / table.sum()
@@ -37,7 +37,7 @@ def mutual_information(labels: np.ndarray, values: np.ndarray) -> float:
 
 
 def best_threshold(labels: np.ndarray, scores: np.ndarray) -> float:
-    """The score from which on calling a response hallucinated has the best F1; the highest such score."""
+    """The threshold with the best F1 for hallucinated responses; the highest of several."""
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(labels[order] == 1)
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + (labels == 1).sum())

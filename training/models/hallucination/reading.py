@@ -63,7 +63,7 @@ class FeatureReader:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What names the features of a text."""
+        """The dependencies of the features of a text, besides the text."""
         known = {name: value for name, value in self.config.items() if name not in UNREAD}
         return {
             **known,

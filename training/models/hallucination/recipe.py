@@ -209,7 +209,7 @@ class HallucinationRecipe(ScorerRecipe):
 
 def metrics_of(scorer: fitting.Scorer, units: Units) -> Metrics:
     """Metrics of the scorer on these answers and chunks."""
-    scores = scorer.judge(units)
+    scores = scorer.responses(units)
     found = fitting.measure(units.response_labels, scores, scorer.calls(scores))
     return {**found, "chunk_auc": auc(units.labels, scorer.score(units)), "threshold": scorer.threshold}
 

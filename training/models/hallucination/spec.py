@@ -29,7 +29,7 @@ from training.spec import Export, Frozen, Interface, ModelSpec, Parity, Toleranc
 if TYPE_CHECKING:
     from torch import nn
 
-BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
+BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
 # A conversion need not reproduce a choice of a head that is a near-tie.
 NEAR_TIE = 1.0  # times the relative tolerance
 MOST_NEAR_TIES = 0.05  # of all choices, in fp32; other precisions only report their share
@@ -179,7 +179,7 @@ def _ids(rng: np.random.Generator, shape: tuple[int, ...], real: np.ndarray | No
 def scorer_inputs(
     config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
 ) -> Tensors:
-    """Features of the sample inputs, or made-up ones; the last chunk of the last row is padding."""
+    """Features of the sample inputs, or random ones; the last chunk of the last row is padding."""
     shape = sizes["batch"], sizes["chunks"]
     result = {}
     for name, width in (("ecs", len(heads_of(config))), ("pks", len(layers_of(config)))):

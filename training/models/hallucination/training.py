@@ -5,22 +5,22 @@ from training.recipe import Recipe, Training
 
 SETTINGS: Config = {
     "scores": "",  # a score log to use in place of features read from texts
-    "fit": "grid",  # or published: top_n, top_k, alpha and m as they stand
-    "select": "auc",  # or mi: what heads and layers are ranked by
+    "fit": "grid",  # or published: with the given top_n, top_k, alpha and m
+    "select": "auc",  # or mi: the criterion that ranks heads and layers
     "top_n": 3,
     "top_k": 4,
     "alpha": 0.6,
     "m": 1.0,
     "folds": 5,
-    "most": 7,  # heads, and layers, that the grid goes up to
+    "most": 7,  # largest number of heads, and of layers, in the grid
     "ensemble": 1,  # selections whose scores are averaged
     "valid_share": 0.25,
     "generator": "",  # only answers of this model
     "store": "",
-    "read_heads": "",  # what features are read of, to choose from; "" is heads and layers
+    "read_heads": "",  # heads and layers to select from; "" is those of the config
     "read_layers": "",
     "responses": 120,
-    "longest": 0,  # tokens that are read of an answer in its context; 0 is max_tokens
+    "longest": 0,  # largest number of tokens of an answer in its context; 0 is max_tokens
     "loading": "fp32",  # or fp16, bf16, int8, nf4, or stored: as the checkpoint has it
     "device_map": "",  # or auto, balanced: accelerate spreads the layers over GPUs, and the CPU
     "max_memory": "",  # such as '0:12GiB cpu:20GiB'

@@ -14,6 +14,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import InputError
+from runtimes.tensors import is_finite
 from training.config import Config
 from training.models.hallucination.settings import Head, heads_of, layers_of
 
@@ -50,7 +51,7 @@ class Units:
             if values.shape != (len(self.labels), len(columns)):
                 expected = [len(self.labels), len(columns)]
                 raise InputError(f"expected {name} of shape {expected}, found {list(values.shape)}")
-            if not np.isfinite(values).all():
+            if not is_finite(values):
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise InputError(
                     f"expected finite features, found {values[row, column]} in {name} of unit {row}, "
@@ -100,7 +101,7 @@ def read_log(path: Path) -> Units:
     """The units of a score log: a list of responses with `source_id` and `scores`, as ReDeEP writes it.
 
     Each score has `prompt_attention_score` by head, `parameter_knowledge_scores` by layer, `r_span` in tokens and
-    `hallucination_label`. All must name the same heads and layers. `InputError` names the response that is wrong.
+    `hallucination_label`. All must name the same heads and layers; `InputError` names the first response that does not.
     """
     rows = read_json(path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):

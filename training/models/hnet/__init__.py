@@ -1,4 +1,4 @@
-"""H-Net: a byte language model that learns where its segments begin."""
+"""H-Net: a byte language model with learned segments."""
 
 from training.models.hnet.spec import SPECS
 

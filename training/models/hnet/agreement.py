@@ -1,7 +1,7 @@
-"""Does a converted H-Net divide and predict as the original does?
+"""Agreement of the boundaries and predictions of a converted H-Net with the original's.
 
-Where p of a boundary is closer to one half than rounding can tell, both answers are right, and what follows in that row
-differs with them: such a row is compared up to there. Boundaries and bits per byte are compared everywhere.
+Where p of a boundary is closer to one half than the rounding, both decisions are right, and the rest of that row
+depends on the decision: such a row is compared up to there. Boundaries and bits per byte are compared everywhere.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from runtimes.artifact import Check
 from runtimes.tensors import Tensors
 from training.spec import Tolerance
 
-SAME_LIMIT, SAME_POSITIONS = 0.99, 200  # share of all boundaries; told where there are enough to speak of a share
+SAME_LIMIT, SAME_POSITIONS = 0.99, 200  # share of all boundaries; no check for fewer positions
 BITS_LIMIT = 0.01  # bits per byte
 
 
 def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
-    """`got`, with `want` in its place in each row from where a near-tie was decided otherwise."""
+    """`got`, replaced by `want` in each row from the first near-tie that was decided differently."""
     if got["boundary"].shape != want["boundary"].shape:
         return got
     after_BT = np.logical_or.accumulate(_flipped(got, want) & _near(want, tolerance), 1)
@@ -32,8 +32,8 @@ def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
     """`clear`: share of rows in which no boundary differs, or the first that does is a near-tie of the original.
 
-    `boundaries`: share of equal boundaries. `bits`: how far bits per byte are apart, on average over the text; for a
-    step, by how many bits its distribution lies from the original's (Kullback-Leibler).
+    `boundaries`: share of equal boundaries. `bits`: the difference of bits per byte, on average over the text; for a
+    step, the Kullback-Leibler divergence of its distribution from the original's in bits.
     """
     flipped_BT, near_BT = _flipped(got, want), _near(want, tolerance)
     first_B = flipped_BT.argmax(1)
@@ -64,13 +64,13 @@ def _bits(got: Tensors, want: Tensors) -> dict[str, Check]:
 
 
 def _flipped(got: Tensors, want: Tensors) -> np.ndarray:
-    """bool [batch, time]: where any stage decides otherwise; a p that is no number decides nothing."""
+    """bool [batch, time]: where any stage decides differently; a p that is not finite is no decision."""
     differs = (got["boundary"] != want["boundary"]) | ~np.isfinite(got["boundary_prob"])
     return np.asarray(differs.any(-1))
 
 
 def _near(want: Tensors, tolerance: Tolerance) -> np.ndarray:
-    """bool [batch, time]: where p of any stage lies within twice the tolerance of one half."""
+    """bool [batch, time]: where p of any stage is within twice the tolerance of one half."""
     margin = 2 * (tolerance.absolute + tolerance.relative / 2)
     near = np.abs(want["boundary_prob"].astype(np.float64) - 0.5) <= margin
     return np.asarray(near.any(-1))

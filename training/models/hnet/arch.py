@@ -1,6 +1,6 @@
-"""The written form of an H-Net, what follows from it, and the state its layers carry. Nothing here imports torch.
+"""The notation of an H-Net's architecture, its derived sizes, and the state of its layers. Nothing here imports torch.
 
-`m2 T4` is an encoder and a decoder of two Mamba-2 layers around four Transformer layers; every further word goes one
+`m2 T4` is an encoder and a decoder of two Mamba-2 layers around four Transformer layers; every further word is one
 stage deeper, `m4 T1m4 T26`. A decoder is its encoder mirrored. The nested form of the public checkpoints,
 `["m4", ["T1m4", ["T26"], "m4T1"], "m4"]`, is read as well. m is Mamba-2, t attention; a capital is followed by an MLP.
 """
@@ -91,7 +91,7 @@ def _letters(word: str, text: str) -> str:
 
 
 def parse_numbers(name: str, text: str) -> list[int]:
-    """`256 512` as [256, 512]; `InputError` for what is no whole number above 0."""
+    """`256 512` as [256, 512]; `InputError` unless all are whole numbers above 0."""
     try:
         numbers = [int(word) for word in text.replace(",", " ").split()]
     except ValueError as error:
@@ -127,16 +127,16 @@ def mlp_width(width: int) -> int:
 
 
 def residual_branches(layers: str) -> int:
-    """How many branches these layers add to the residual stream."""
+    """The number of branches that these layers add to the residual stream."""
     return len(layers) + sum(letter.isupper() for letter in layers)
 
 
 def state_shapes(config: Mapping[str, Any]) -> StateShapes:
-    """The state of one row while bytes are read one by one, in the order a step takes and gives it.
+    """The state of one row while bytes are read one by one, in the order of a step's arguments and results.
 
     `conv` and `ssm` of every Mamba-2 layer, `keys` and `values` of every attention layer as rings, each with the number
-    of the layer before it; `count` of the positions that attention has seen (chunks, not bytes). All by part:
-    `encoder_`, `decoder_`, `main_` for what lies inside. `router` is what the router keeps of the last position,
+    of the layer before it; `count` of the positions that attention has read (chunks, not bytes). All by part:
+    `encoder_`, `decoder_`, `main_` for the inner stages. `router` is the router's projection of the last position,
     `started` whether there was one, `average` the smoothed chunk.
     """
     arch, widths = check(config)
@@ -149,7 +149,7 @@ def integer_states(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def is_ring(state: str) -> bool:
-    """Whether a step changes just one place of this state, and reads nothing there once it has written it."""
+    """Whether a step changes one place of this state only, and does not read it after writing it."""
     return state.endswith(("keys", "values"))
 
 

@@ -47,11 +47,11 @@ class Attention(nn.Module):
     def step(
         self, x_B1D: Tensor, keys_BHRP: Tensor, values_BHRP: Tensor, count_B1: Tensor, moved_B: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One position, the `count`-th of its row, and the rings with it; those of rows not `moved` stay as they are.
+        """One position, the `count`-th of its row, and the rings with it; those of rows not `moved` are unchanged.
 
-        The place it takes in a ring holds nothing yet, or what is out of reach now, so a ring is read as it was:
-        whether it is written before or after it was read changes nothing, and it may be written where it lies.
-        Written out: in an ONNX If, shape inference of onnx 1.23 fails on what the exporter makes of torch's own.
+        Its place in a ring is empty or out of reach, so that a ring may be written in place: the result does not
+        depend on whether it is written before or after it is read.
+        Not torch's own attention: in an ONNX If, shape inference of onnx 1.23 fails on its exported form.
         """
         query, key, value = (
             self._heads(part).transpose(1, 2) for part in self.Wqkv(x_B1D).chunk(3, -1)
@@ -102,7 +102,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """What one letter stands for: a mixer behind a norm, and behind another an MLP if the letter is a capital."""
+    """The layer of one letter: a norm and a mixer, then for a capital a norm and an MLP."""
 
     def __init__(self, letter: str, width: int, state_size: int, reach: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Isotropic(nn.Module):
 
 
 def _written(ring_BHRP: Tensor, here: Tensor, new_BH1P: Tensor, moved_B: Tensor | None) -> Tensor:
-    """The ring with what is new at the place `here` [B, H, 1, P], for rows that have moved."""
+    """The ring with the new values at the place `here` [B, H, 1, P], for rows that have moved."""
     if moved_B is not None:
         new_BH1P = torch.where(moved_B[:, None, None, None], new_BH1P, ring_BHRP.gather(2, here))
     return ring_BHRP.scatter(2, here, new_BH1P)

@@ -1,6 +1,6 @@
-"""Text to learn from: documents of UTF-8 bytes, and pieces of them that fit a step.
+"""Training text: documents of UTF-8 bytes, and their pieces, of the size of a step.
 
-Every piece is read after BOS, so that no state need be kept between pieces and memory does not grow with a document.
+Every piece is read after BOS, so that no state is kept between pieces and memory does not grow with a document.
 No piece begins inside a code point.
 """
 
@@ -39,7 +39,7 @@ class Corpus:
 
     @cached_property
     def code_point_starts(self) -> np.ndarray:
-        """bool [N + 1]: where a code point, or the end, lies."""
+        """bool [N + 1]: where a code point begins, or the text ends."""
         return np.append((self.text & 0xC0) != 0x80, True)
 
     def pieces(self, max_bytes: int, phases: np.ndarray | None = None) -> np.ndarray:
@@ -63,7 +63,7 @@ class Corpus:
 def read_corpora(folder: Path, unit: str) -> tuple[Corpus, Corpus, list[str]]:
     """Training and validation text of a folder, and lines about what was read.
 
-    `train*.*` and `valid*.*` or `dev*.*` where there are such; else all `*.txt`, of whose texts 80 % train, 10 % are
+    `train*.*` and `valid*.*` or `dev*.*` where these exist; else all `*.txt`, of whose texts 80 % train, 10 % are
     held out to validate and 10 % to test, drawn with seed 42. `InputError` for no UTF-8 and for too little text.
     """
     existing_folder(folder, "texts")

@@ -10,7 +10,7 @@ Changes = Mapping[str, Mapping[str, str]]
 
 
 def guide(config: Config, training: Config) -> Changes:
-    """Each changes one thing of the guide's start: patience 2, alpha 1, and batch and widths as they are set."""
+    """Each changes one setting of the guide's start: patience 2, alpha 1, and the given batch and widths."""
     _, widths = check(config)
     start, twice = {"patience": "2", "alpha": "1.0"}, 2 * training["batch"]
     wider = " ".join(map(str, [*widths[:-1], 2 * widths[-1]]))
@@ -32,7 +32,7 @@ def guide(config: Config, training: Config) -> Changes:
 
 
 def same_size_layers(config: Config) -> int:
-    """How many Transformer layers of the innermost width have about as many parameters as this model."""
+    """The number of Transformer layers of the innermost width with about as many parameters as this model."""
     _, widths = check(config)
     width = widths[-1]
     layer = 4 * width**2 + 3 * width * mlp_width(width) + 2 * width
@@ -40,7 +40,7 @@ def same_size_layers(config: Config) -> int:
 
 
 def parameters(config: Config) -> int:
-    """How many parameters a model of this config has."""
+    """The number of parameters of a model of this config."""
     arch, widths = check(config)
     count = 2 * 256 * widths[0]
     for encoder, decoder, width in zip(arch.encoders, arch.decoders, widths, strict=False):

@@ -1,6 +1,7 @@
-"""What an H-Net is for, in process: score a text, divide it, go on with it: python -m training.models.hnet.inference"""
+"""Score a text, divide it into segments, or continue it: python -m training.models.hnet.inference"""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
     from training.models.hnet.module import HNetForCausalLM
 
-BYTES_MAX = 65_536  # of a text that is read at once
+BYTES_MAX = 65_536  # of a text
 Text = str | bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next byte is chosen: the likeliest at temperature 0, else drawn among the `top_k` likeliest (0: all)."""
+    """The choice of the next byte: the likeliest at temperature 0, else a draw from the `top_k` likeliest (0: all)."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -45,13 +46,11 @@ def score(module: "HNetForCausalLM", texts: Sequence[Text]) -> list[dict[str, fl
     """The information of every text in `bits`, its `bytes`, and `bits_per_byte`."""
     from torch.nn import functional as F
 
-    from training.models.hnet.metrics import NATS_A_BIT
-
     rows, ids, logits, _ = _read(module, texts)
     nats = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
     result = []
     for row, data in enumerate(rows):
-        bits = float(nats[row, : len(data)].double().sum()) / NATS_A_BIT
+        bits = float(nats[row, : len(data)].double().sum()) / math.log(2)
         result.append({"bits": bits, "bytes": len(data), "bits_per_byte": bits / len(data)})
     return result
 
@@ -81,10 +80,10 @@ def _read(module: "HNetForCausalLM", texts: Sequence[Text]) -> "tuple[list[bytes
 def generate(
     module: "HNetForCausalLM", prompts: Sequence[Text], max_bytes: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, str]]:
-    """(row, code point) as each is complete, until a row said BOS or no more fits into `max_bytes`; valid UTF-8.
+    """(row, code point) as each is complete, until the row generates BOS or `max_bytes` are full; valid UTF-8.
 
-    Every row reads its own prompt, which may be empty, and draws from its own random numbers: what it says does not
-    hang on the rows beside it. A byte costs the same wherever it stands.
+    Every row has its own prompt, which may be empty, and its own random numbers, so that its text does not depend on
+    the other rows. The cost of a byte does not depend on its position.
     """
     if max_bytes < 1:
         raise InputError(f"max_bytes: expected 1 or more, found {max_bytes}")
@@ -129,22 +128,31 @@ def open_hnet(folder: Path) -> "HNetForCausalLM":
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Score, divide or go on with a text."""
+    """Score, divide or continue a text."""
     result = parser(
         "training.models.hnet.inference",
-        "Score a text, divide it into segments, or go on with it.",
+        "Score a text, divide it into segments, or continue it.",
         "segment --checkpoint checkpoints/hnet --text 'తెలుగు ఒక భాష.'",
         "generate --checkpoint checkpoints/hnet --text 'తెలుగు' --max-bytes 300 --temperature 0.8",
     )
-    result.add_argument("act", choices=("score", "segment", "generate"))
-    result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
+    result.add_argument("act", choices=("score", "segment", "generate"), help="what to do with the text")
+    result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint (required)")
     given = result.add_mutually_exclusive_group(required=True)
-    given.add_argument("--text")
-    given.add_argument("--file", type=Path, help="a file that holds the text")
-    result.add_argument("--max-bytes", type=int, default=300, help="bytes to write at most (default: 300)")
-    result.add_argument("--temperature", type=float, default=1.0, help="0 is the likeliest byte (default: 1)")
-    result.add_argument("--top-k", type=int, default=0, help="among how many bytes to draw; 0 is all (default: 0)")
-    result.add_argument("--seed", type=int, default=0)
+    given.add_argument("--text", help="the text")
+    given.add_argument("--file", type=Path, help="file with the text")
+    result.add_argument(
+        "--max-bytes", type=int, default=300, help="largest number of bytes to generate (default: %(default)s)"
+    )
+    result.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest byte (default: %(default)s)"
+    )
+    result.add_argument(
+        "--top-k",
+        type=int,
+        default=0,
+        help="number of the likeliest bytes to draw from; 0 is all (default: %(default)s)",
+    )
+    result.add_argument("--seed", type=int, default=0, help="seed of the draws (default: %(default)s)")
     arguments = result.parse_args(argv)
     text: Text = arguments.text if arguments.file is None else arguments.file.read_bytes()
     module = open_hnet(arguments.checkpoint)

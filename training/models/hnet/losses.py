@@ -1,4 +1,4 @@
-"""What an H-Net is trained on beside the next byte, and how fast each of its stages learns.
+"""The ratio loss, which controls compression, and the learning rates of the stages.
 
 Source: Hwang, Wang and Gu (2025), sections 2.3 (ratio loss) and 2.3.3 (learning rates by stage).
 """
@@ -14,7 +14,7 @@ LAMBDA_SCALE = 4.6  # bytes a token of a subword model has on average
 def ratio_loss(chosen: Tensor | float, likely: Tensor | float, ratio: float) -> Tensor | float:
     """N / (N - 1) * ((N - 1) F G + (1 - F) (1 - G)): 1 where `chosen` F and `likely` G are both 1 / N.
 
-    F is the share of positions that begin a chunk, G their mean probability, N the wanted positions a chunk.
+    F is the share of positions that begin a chunk, G their mean probability, N the target positions a chunk.
     """
     return ratio / (ratio - 1) * ((ratio - 1) * chosen * likely + (1 - chosen) * (1 - likely))
 
@@ -30,7 +30,7 @@ def stage_ratios(n_compress: Sequence[int]) -> list[float]:
 
 
 def learning_rate_multipliers(n_compress: Sequence[int], widths: Sequence[int]) -> list[float]:
-    """lambda_s of every stage: what lies outside sees more positions and is narrower, and so learns faster."""
+    """lambda_s of every stage: an outer stage has more positions and less width, and so a larger rate."""
     return [
         (LAMBDA_SCALE / bytes_a_position * widths[-1] / width) ** 0.5
         for bytes_a_position, width in zip(n_compress, widths, strict=True)
@@ -38,7 +38,7 @@ def learning_rate_multipliers(n_compress: Sequence[int], widths: Sequence[int]) 
 
 
 def stage_of(parameter: str, stages: int) -> int:
-    """The stage a parameter of this name belongs to; the innermost layers lie in two `main_network`s."""
+    """The stage a parameter of this name belongs to; the innermost layers are in two nested `main_network`s."""
     return min(parameter.split(".").count("main_network"), stages)
 
 

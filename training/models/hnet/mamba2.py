@@ -60,7 +60,7 @@ class Mamba2(nn.Module):
     def step(self, x_B1D: Tensor, conv_BKC: Tensor, ssm_BNI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One position, from the state given to the next.
 
-        Every channel lies in the last axis, also in the state: nothing is transposed, and heads are never cut apart.
+        All channels are in the last axis, also in the state, so that nothing is transposed and heads are not split.
         """
         gate_B1I, mixed_B1C, step_B1H = self._project(x_B1D)
         seen_BSC = torch.cat([conv_BKC.to(mixed_B1C.dtype), mixed_B1C], 1)
@@ -79,7 +79,7 @@ class Mamba2(nn.Module):
         return [self.inner, self.state_size, self.state_size]
 
     def _by_channel(self, by_head: Tensor) -> Tensor:
-        """[..., H] as [..., I]: every channel has what its head has."""
+        """[..., H] as [..., I]: every channel has the value of its head."""
         # TensorRT-RTX 1.7 fails on a product with ones and zeros in its place.
         return by_head.index_select(-1, self.head_of_I)
 

@@ -20,7 +20,7 @@ NATS_A_BIT = float(np.log(2))
 
 @dataclass(kw_only=True)
 class Tally:
-    """Sums over bytes, from which every number follows. A stage sees only what begins a chunk in the one around it."""
+    """Sums over bytes, from which all metrics follow. A stage has only the positions that begin a chunk around it."""
 
     stages: int
     bytes: int = 0
@@ -35,7 +35,7 @@ class Tally:
         self.seen, self.begun, self.likely = (torch.zeros(self.stages, dtype=torch.float64) for _ in range(3))
 
     def add(self, batch: Batch, nats: Tensor, p_BTS: Tensor, b_BTS: Tensor) -> None:
-        """Count a batch whose bytes cost `nats` in all."""
+        """Count a batch whose bytes have `nats` in total."""
         real_BT = batch["labels"] != IGNORED
         continued_BT = is_continuation(batch["byte_ids"])
         self.bytes += int(real_BT.sum())
@@ -48,10 +48,10 @@ class Tally:
             self.seen += positions(real_BT, b_BTS).sum((0, 1)).double().cpu()
 
     def metrics(self) -> Metrics:
-        """Cross-entropy in nats, bits per byte, and how the text is divided.
+        """Cross-entropy in nats, bits per byte, and metrics of the segmentation.
 
         Of every stage the share of its positions that begin a chunk (F), their mean probability (G), and bytes and code
-        points a chunk; of the first the share of boundaries that lie inside a code point.
+        points a chunk; of the first the share of boundaries inside a code point.
         """
         result = {
             "cross_entropy": self.nats / self.bytes,
@@ -69,12 +69,12 @@ class Tally:
 
     @property
     def code_points_per_chunk(self) -> float | None:
-        """Of the innermost stage; None where nothing is divided."""
+        """Of the innermost stage; None without segments."""
         return self.code_points / float(self.begun[-1]) if self.stages else None
 
 
 def positions(real_BT: Tensor, b_BTS: Tensor) -> Tensor:
-    """bool [B, T, S]: the positions that each stage sees."""
+    """bool [B, T, S]: the positions of each stage."""
     return torch.cat([real_BT[..., None], b_BTS[..., :-1]], -1)
 
 
@@ -86,7 +86,7 @@ def next_byte_nats(logits_BTV: Tensor, labels_BT: Tensor, reduction: str = "sum"
 
 
 def measure(module: nn.Module, corpus: Corpus, pieces: np.ndarray, rows: int) -> Tally:
-    """The tally of `module` over these pieces of a corpus, `rows` at a time; its mode is left as it was."""
+    """The tally of `module` over these pieces of a corpus, `rows` at a time; its mode is unchanged."""
     was_training, device = module.training, next(module.parameters()).device
     module.eval()
     tally = Tally(stages=module.backbone.stages)  # type: ignore[union-attr, arg-type]

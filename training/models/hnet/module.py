@@ -1,4 +1,4 @@
-"""H-Net: bytes in, what comes next and where segments begin out; for whole texts and one byte after another.
+"""H-Net: bytes in, predictions of the next byte and boundaries of segments out; for whole texts and single bytes.
 
 Module names are those of the public checkpoints (goombalab/hnet), so that their weights load.
 Shapes: B batch, T bytes, K chunks, D width, S stages, V vocabulary (256).
@@ -25,14 +25,14 @@ from training.models.hnet.routing import (
     upsample,
 )
 
-INNER = "main_"  # before the names of the states of what lies inside a stage
+INNER = "main_"  # prefix of the states of the inner stages
 Decisions = tuple[list[Tensor], list[Tensor]]  # p and b of every stage, the outermost first
 
 
 class HNet(nn.Module):
-    """A stage: an encoder, a router, a narrower view of the sequence for what lies inside, and a decoder.
+    """A stage: an encoder, a router, the inner stages on a shorter sequence, and a decoder.
 
-    The innermost is its layers alone. A stage wider than the one around it fills up with `pad_dimension`.
+    The innermost stage is its layers alone. A stage wider than the one around it fills up with `pad_dimension`.
     """
 
     pad_dimension: nn.Parameter | None
@@ -65,9 +65,9 @@ class HNet(nn.Module):
         self.main_network.draw_weights(branches)
 
     def forward(self, x_BTD: Tensor, real_BT: Tensor, closed_BT: Tensor | None) -> tuple[Tensor, Decisions]:
-        """What the stage says at every position, and the decisions of it and all inside, for its own positions.
+        """The outputs of the stage at every position, and its decisions and those of the inner stages at its positions.
 
-        Nothing begins where a position is not `real` or is `closed`, but the first of a row.
+        No chunk begins where a position is not `real` or is `closed`, except the first of a row.
         """
         around = x_BTD.shape[-1]
         x_BTD = self._widen(x_BTD)
@@ -89,9 +89,9 @@ class HNet(nn.Module):
     def step(
         self, x_B1D: Tensor, closed_B1: Tensor | None, state: State, moved_B: Tensor | None = None
     ) -> tuple[Tensor, Decisions, State]:
-        """One position of `forward` for every row, wherever each of them stands.
+        """One position of `forward` for every row, each at its own place.
 
-        Of rows that have not `moved`, nothing is said that counts, and the rings stay as they are.
+        Rows that have not `moved` have no valid outputs, and their rings are unchanged.
         """
         around = x_B1D.shape[-1]
         x_B1D = self._widen(x_B1D)
@@ -117,10 +117,10 @@ class HNet(nn.Module):
     def _advance(
         self, x_B1D: Tensor, p_B1: Tensor, b_B1: Tensor, average_B1D: Tensor, state: State
     ) -> tuple[Tensor, Decisions, State]:
-        """The average of chunks, what is decided inside and its state; those of rows where no chunk begins are kept.
+        """The average of chunks, the inner decisions and the inner state; unchanged for rows where no chunk begins.
 
-        What lies inside runs for the rows where a chunk begins and for no others. While a model is traced, it runs for
-        all rows where a chunk begins in any of them, and else is skipped.
+        The inner stages run for the rows where a chunk begins only. While a model is traced, they run for all rows if a
+        chunk begins in any of them, and are skipped otherwise.
         """
         assert isinstance(self.main_network, HNet)
         if torch.compiler.is_compiling() or current_form():
@@ -129,7 +129,7 @@ class HNet(nn.Module):
         p, b = self._nothing(p_B1, b_B1)
         if not len(rows):
             return average_B1D, (p, b), state
-        if len(rows) == len(b_B1):  # nothing has to be picked out
+        if len(rows) == len(b_B1):  # all rows are selected
             z_B1D, decisions, state = self.main_network.step(x_B1D, None, state)
             return smooth_step(z_B1D, p_B1, average_B1D), decisions, state
         now = {name: tensor[rows] for name, tensor in state.items()}
@@ -163,7 +163,7 @@ class HNet(nn.Module):
         return average_B1D, (rest[:stages], rest[stages : 2 * stages]), after
 
     def _nothing(self, p_B1: Tensor, b_B1: Tensor) -> Decisions:
-        """What is decided inside where no chunk begins."""
+        """The inner decisions where no chunk begins."""
         stages = self.stages - 1
         return [torch.zeros_like(p_B1) for _ in range(stages)], [torch.zeros_like(b_B1) for _ in range(stages)]
 
@@ -183,7 +183,7 @@ class HNet(nn.Module):
 
 
 def _open(p: Tensor, closed: Tensor | None, started: Tensor | None = None) -> Tensor:
-    """p with nothing beginning where `closed`, but at the first position of a row."""
+    """p, with 0 where `closed` except at the first position of a row."""
     if closed is None:
         return p
     if started is not None:
@@ -198,7 +198,7 @@ def _wide(b_B: Tensor, like: Tensor) -> Tensor:
 
 
 def part(state: State, prefix: str) -> State:
-    """The states whose names begin so, without the beginning."""
+    """The states whose names have this prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
@@ -223,8 +223,8 @@ class HNetForCausalLM(nn.Module):
     def forward(self, byte_ids_BT: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits float32 [B, T, V]; of every stage p float32 and b bool [B, T, S], both at bytes.
 
-        A row's first `lengths` bytes are its own; what follows changes nothing before it and begins nothing. A byte
-        that begins no chunk of a stage begins none of those inside.
+        The first `lengths` bytes of a row are real; padding changes nothing before it and begins no chunk. A byte
+        that begins no chunk of a stage begins none of an inner stage.
         """
         place_T = torch.arange(byte_ids_BT.shape[1], device=byte_ids_BT.device)
         closed = is_continuation(byte_ids_BT) if self.align else None
@@ -233,7 +233,7 @@ class HNetForCausalLM(nn.Module):
         return self.lm_head(x_BTD).float(), p_BTS, torch.stack(b, -1) if b else p_BTS > 0
 
     def step(self, byte_ids_B: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor, State]:
-        """One byte of every row: logits [B, V], p and b [B, S], and the next state; the one given is not written to."""
+        """One byte of every row: logits [B, V], p and b [B, S], and the next state; the given state is not changed."""
         logits_B1V, p_B1S, b_B1S, state = self.read(byte_ids_B[:, None], state)
         return logits_B1V[:, 0], p_B1S[:, 0], b_B1S[:, 0], state
 
@@ -245,7 +245,7 @@ class HNetForCausalLM(nn.Module):
         return self.lm_head(x_B1D).float(), p_B1S, torch.stack(b, -1) if b else p_B1S > 0, state
 
     def zero_state(self, rows: int) -> State:
-        """The state of rows that have read nothing."""
+        """The state before the first byte."""
         device = self.embeddings.weight.device
         return {
             name: torch.zeros(

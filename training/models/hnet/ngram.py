@@ -14,7 +14,7 @@ from training.models.hnet.data import Corpus
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Level:
-    """One order: discounted shares of n-grams, and what each context leaves to the order below.
+    """One order: discounted shares of n-grams, and the rest of each context for the order below.
 
     An n-gram is its bytes as one number, the last byte lowest.
     """
@@ -36,7 +36,7 @@ class KneserNey:
         grams, counts = np.unique(_grams(corpus, order), return_counts=True)
         levels = [_level(grams, counts)]
         for shorter in range(order - 1, 0, -1):
-            # A shorter n-gram counts the bytes that stand before it in the text.
+            # A shorter n-gram counts the different bytes before it in the text.
             grams, counts = np.unique(grams & ((1 << 8 * shorter) - 1), return_counts=True)
             levels.append(_level(grams, counts))
         return cls(levels=tuple(reversed(levels)))
@@ -56,7 +56,7 @@ class KneserNey:
 
 
 def _grams(corpus: Corpus, order: int) -> np.ndarray:
-    """uint64 [bytes]: every byte with the order - 1 before it; before a document lie BOS."""
+    """uint64 [bytes]: every byte with the order - 1 before it; before a document there are BOS."""
     starts = np.repeat(corpus.offsets[:-1], np.diff(corpus.offsets))
     place = np.arange(len(corpus.text))
     grams = np.zeros(len(corpus.text), np.uint64)
@@ -90,7 +90,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, otherwise
 
 
 def unigram_bits(train: Corpus, judged: Corpus) -> np.ndarray:
-    """float64 [bytes] of one who knows only how often each byte comes, each once more than it does."""
+    """float64 [bytes]: the information of each byte by its frequency, with add-one smoothing."""
     counts = np.bincount(train.text, minlength=VOCABULARY) + 1
     bits: np.ndarray = -np.log2(counts / counts.sum())[judged.text]
     return bits

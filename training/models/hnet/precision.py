@@ -1,4 +1,4 @@
-"""What stays in float32 whatever the precision of the rest: norms, recurrences, the residual stream."""
+"""The parts that stay in float32 in every precision: norms, recurrences, the residual stream."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,7 +9,7 @@ EPSILON = 1e-5
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times a weight; computed in float32, given in the weight's precision."""
+    """x over its root mean square, times a weight; computed in float32, returned in the weight's precision."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Dynamic chunking: where segments begin, what stands for them, and how what was said about them comes back to bytes.
+"""Dynamic chunking: boundaries of segments, the vectors of segments, and their way back to the bytes.
 
 Shapes: B batch, T positions, K chunks (the most of any row), D width.
 Source: Hwang, Wang and Gu, Dynamic Chunking for End-to-End Hierarchical Sequence Modeling (2025), section 2.2.
@@ -18,10 +18,10 @@ LENGTH_MIN = 1e-12  # of a vector, where it is divided by its length
 
 
 class Router(nn.Module):
-    """How likely a segment begins at a position: half of one minus the cosine between it and the position before.
+    """The probability that a segment begins at a position: half of one minus the cosine of it and the position before.
 
-    As in the public weights, `q_proj_layer` sees the earlier position and `k_proj_layer` the later; the paper has it
-    the other way round. Both begin as the identity.
+    As in the public weights, `q_proj_layer` takes the earlier position and `k_proj_layer` the later; the paper swaps
+    them. Both are initialized as the identity.
     """
 
     def __init__(self, width: int) -> None:
@@ -34,17 +34,17 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """p [B, T] in float32; 1 at the first position."""
         time = x_BTD.shape[1]
-        # Cut after padding: cut before it, torch.export 2.13 asks for a time other than 2.
+        # Cut after padding: cut before it, torch.export 2.13 requires a time other than 2.
         earlier_BTD = F.pad(self.earlier(x_BTD), (0, 0, 1, 0))[:, :time]
         first_T = torch.arange(time, device=x_BTD.device) == 0
         return torch.where(first_T, 1.0, self._unlikeness(earlier_BTD, x_BTD))
 
     def step(self, x_B1D: Tensor, earlier_B1D: Tensor, started_B1: Tensor) -> Tensor:
-        """p [B, 1] of a position after what `earlier` says of the one before; 1 for a row that has not `started`."""
+        """p [B, 1] of a position, from the projection `earlier` of the one before; 1 for a row not `started`."""
         return torch.where(started_B1 > 0, self._unlikeness(earlier_B1D, x_B1D), 1.0)
 
     def earlier(self, x: Tensor) -> Tensor:
-        """What the position after `x` is compared with: a direction in float32."""
+        """The projection of `x` for the comparison with the next position: a direction in float32."""
         return _direction(self.q_proj_layer(x))
 
     def _unlikeness(self, earlier: Tensor, x: Tensor) -> Tensor:
@@ -61,12 +61,12 @@ def _direction(x: Tensor) -> Tensor:
 
 
 def begins(p: Tensor) -> Tensor:
-    """Where a segment begins. A tie begins one, as in the paper; goombalab's argmax says no."""
+    """Where a segment begins. A tie begins one, as in the paper; goombalab's argmax does not."""
     return p >= 0.5
 
 
 def confidence_gate(p: Tensor, boundary: Tensor) -> Tensor:
-    """1, through which the gradient reaches the probability of what was chosen (the straight-through estimator)."""
+    """1, with the gradient of the probability of the decision (the straight-through estimator)."""
     chosen = torch.where(boundary, p, 1 - p)
     return 1 + (chosen - chosen.detach())
 
@@ -83,7 +83,7 @@ class Chunks(NamedTuple):
 
 
 class ChunkMatrices(NamedTuple):
-    """Chunks for which there is always room for T, with matrices of zeros and ones in place of what cannot be sized.
+    """Chunks in tensors of fixed size T, with matrices of zeros and ones in place of data-dependent sizes.
 
     starts [B, K, T] is one where a chunk starts, places [B, T, K] where a position belongs; real is bool [B, K].
     """
@@ -94,9 +94,9 @@ class ChunkMatrices(NamedTuple):
 
 
 def divide(boundary_BT: Tensor) -> Chunks | ChunkMatrices:
-    """The chunks that begin where `boundary` says; every row has one at its first position.
+    """The chunks that begin where `boundary` is true; every row has one at its first position.
 
-    In the form that has no loops, for TensorRT, their number is not read out of the data.
+    In the form without loops, for TensorRT, their number does not depend on the data.
     """
     form = current_form()
     return _matrices(boundary_BT) if form and form.kind == "doubling" else _chunks(boundary_BT)
@@ -107,11 +107,11 @@ def _chunks(boundary_BT: Tensor) -> Chunks:
     number_BT = boundary_BT.long().cumsum(1)
     chunks = _most(number_BT[:, -1], time)
     position_BT = torch.arange(time, device=boundary_BT.device).expand_as(number_BT)
-    nowhere = torch.full_like(number_BT, time)  # a column for positions that begin nothing, cut off below
+    nowhere = torch.full_like(number_BT, time)  # a column for positions that begin no chunk, cut off below
     starts_BS = number_BT.new_zeros(number_BT.shape[0], time + 1)
     starts_BS = starts_BS.scatter(1, torch.where(boundary_BT, number_BT - 1, nowhere), position_BT)
     chunk_K = torch.arange(chunks, device=boundary_BT.device)
-    # Gathered and not sliced: the tracer would know the size of a slice only as a minimum of two others.
+    # Gathered and not sliced: for the tracer the size of a slice is a minimum of two others.
     starts_BK = starts_BS.gather(1, chunk_K.expand(number_BT.shape[0], -1))
     return Chunks(starts_BK, number_BT - 1, chunk_K < number_BT[:, -1:])
 
@@ -125,7 +125,7 @@ def _matrices(boundary_BT: Tensor) -> ChunkMatrices:
 
 
 def _most(count_B: Tensor, time: int) -> int:
-    """The most chunks of any row, at least 2: torch.export 2.13 asks of a size it cannot see whether it is 1."""
+    """The largest number of chunks of a row, at least 2: torch.export 2.13 guards on whether an unknown size is 1."""
     most = count_B.max().clamp_min(2).item()
     torch._check(most >= 2)
     torch._check(most <= time + 1)
@@ -133,12 +133,12 @@ def _most(count_B: Tensor, time: int) -> int:
 
 
 def downsample(x_BTD: Tensor, chunks: Chunks | ChunkMatrices) -> Tensor:
-    """What stands for each chunk [B, K, D]: the position that begins it."""
+    """The vector of each chunk [B, K, D]: that of the position that begins it."""
     return _taken(x_BTD, chunks.starts)
 
 
 def upsample(z_BKD: Tensor, chunks: Chunks | ChunkMatrices) -> Tensor:
-    """To each position [B, T, D], what belongs to its chunk."""
+    """For each position the vector of its chunk [B, T, D]."""
     return _taken(z_BKD, chunks.places)
 
 

@@ -1,4 +1,4 @@
-"""What is exported of an H-Net: the whole text with what its bytes cost, and one byte with all state as tensors.
+"""The exported modules of an H-Net: whole texts with the cost of their bytes, and one byte with its state as tensors.
 
 Shapes: B batch, T bytes, S stages, V vocabulary (256).
 """
@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from training.models.hnet.module import HNetForCausalLM
 
-NOTHING = -1  # in place of padding
+NOTHING = -1  # the byte of padding
 
 
 class HNetScorer(nn.Module):
-    """Whole texts: what `hnet` says, and of every byte what it cost."""
+    """Whole texts: the outputs of `hnet`, and the cost of every byte."""
 
     def __init__(self, hnet: HNetForCausalLM) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class HNetScorer(nn.Module):
         real_BT = place_T < lengths_B[:, None]
         following_BT1 = F.pad(byte_ids_BT, (0, 1))[:, 1:, None]
         nats_BT = -torch.log_softmax(logits_BTV, -1).gather(-1, following_BT1)[..., 0]
-        # Cut after padding: cut before it, torch.export 2.13 asks for a time other than 2.
+        # Cut after padding: cut before it, torch.export 2.13 requires a time other than 2.
         nats_BT = torch.where(real_BT & (place_T > 0), F.pad(nats_BT, (1, 0))[:, :time], 0.0)
         return logits_BTV, p_BTS, b_BTS, nats_BT, torch.where(real_BT, byte_ids_BT, NOTHING)
 
@@ -46,7 +46,7 @@ class HNetStep(nn.Module):
         return *printed, *(after[name] for name in self.hnet.shapes)
 
     def whole(self, byte_ids_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, p and b of whole texts, by the forward pass that reads them at once."""
+        """Logits, p and b of whole texts, by the forward pass over a whole text."""
         printed: tuple[Tensor, Tensor, Tensor] = self.hnet(
             byte_ids_BT, torch.full((len(byte_ids_BT),), byte_ids_BT.shape[1])
         )

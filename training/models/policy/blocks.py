@@ -1,4 +1,4 @@
-"""The layers policies are built of. Each takes a state and gives the next: one function for windows and for steps.
+"""The layers of the policies. Each maps a state to the next: one function for windows and for steps.
 
 Shapes: B batch, T time, H hidden, D inner channels, N state size, K convolution taps, W attention window.
 """
@@ -68,8 +68,8 @@ class WindowAttention(nn.Module):
     """Causal attention over the last W positions, with a cache of the W - 1 before this piece.
 
     State: unrotated keys and values [B, W-1, H], the newest last, and how many of them are real, int64 [B, 1].
-    Rotary angles count from the cache's first place; only differences matter to them, so that a stream of any
-    length stays within the distances seen in training. Source: Su et al., RoFormer (2021), section 3.2.2.
+    Rotary angles count from the cache's first place; they depend on differences only, so that a stream of any
+    length stays within the distances of the training. Source: Su et al., RoFormer (2021), section 3.2.2.
     """
 
     frequency: Tensor

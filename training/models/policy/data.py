@@ -1,8 +1,8 @@
-"""Games to learn from: Slippi replays, or synthetic ones with the same layout and a rule worth remembering.
+"""Training games: Slippi replays, or synthetic ones of the same layout with a rule that needs memory.
 
 Row t of a game holds the state after frame t together with the controller that led to it; its label is the controller
-of frame t + 1 + delay. A replay stores each input with the state it produced, so pairing them as they stand would let
-a model read the answer off the question.
+of frame t + 1 + delay. A replay stores each input with the state it produced, so that pairing them unchanged would put
+the label into the input.
 
 Shapes: F frames, D = 287 columns, 6 label bytes.
 """
@@ -16,15 +16,16 @@ import numpy as np
 
 from runtimes.errors import InputError, one_line, require
 from runtimes.pipelines.policy.melee import BUTTONS, PROJECTILE_COUNT, STAGES, encode_frames, pack_labels
+from runtimes.tensors import is_finite
 
 BUTTON_BITS = {"A": 8, "B": 9, "X": 10, "Y": 11, "Z": 4, "L": 6, "R": 5, "D_UP": 3}  # of the physical controller
-WAIT, DASH, ATTACK, SHIELD = 14, 20, 50, 179  # what a synthetic opponent does
+WAIT, DASH, ATTACK, SHIELD = 14, 20, 50, 179  # the actions of a synthetic opponent
 
 Raw = dict[str, np.ndarray]
 
 
 class Unusable(InputError):
-    """A replay that cannot be learned from; the text says why."""
+    """A replay that cannot be used; the text has the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -66,7 +67,7 @@ def read_replays(
 
 
 def read_replay(path: str | Path, *, perspectives: Sequence[int] = (0, 1), delay: int = 0) -> list[Game]:
-    """One game per perspective: 0 is the player on the lower port. `Unusable` says what is wrong with the file."""
+    """One game per perspective: 0 is the player on the lower port. `Unusable` with the reason for another file."""
     path = Path(path)
     replay = _parse(path)
     players = replay.start["players"]
@@ -98,10 +99,10 @@ def split_by_game(games: Sequence[Game], valid_share: float, seed: int) -> tuple
 
 
 def synthetic_games(seed: int, games: int, frames: int) -> list[Game]:
-    """Games whose next controller follows from the state now and from what the opponent did last, some frames ago.
+    """Games whose next controller follows from the current state and from the opponent's last action, some frames ago.
 
-    To a dash the player answers with B if an attack came last, and with the shoulder if a shield did: only a model
-    with memory can tell which. A memoryless one can learn the rest.
+    After a dash the player presses B if the last action was an attack, and the shoulder if it was a shield: only a
+    model with memory can predict which. The rest needs no memory.
     """
     if frames < 2:
         raise InputError(f"expected 2 or more frames in a synthetic game, found {frames}")
@@ -117,7 +118,7 @@ def _game(name: str, group: str, raw: Raw, delay: int) -> Game:
     if count <= ahead:
         raise Unusable(f"expected more than {ahead} frames, found {count}")
     frames_FD = encode_frames({column: values[:-ahead] for column, values in raw.items()})
-    if not np.isfinite(frames_FD).all():
+    if not is_finite(frames_FD):
         raise Unusable("expected finite numbers, found NaN")
     return Game(name=name, group=group, frames=frames_FD, labels=pack_labels(raw)[ahead:])
 
@@ -160,8 +161,8 @@ def _raw(frames: Any, own: str, opponent: str, stage: int) -> Raw:
     return raw | _projectiles(frames, int(own.removeprefix("P")) - 1)
 
 
-# Where each raw value of a player stands in a post-frame event, and how it is read. Hitstun shares its word with other
-# counters, which `encode_frames` tells apart.
+# The place of each raw value of a player in a post-frame event, and its type. Hitstun shares its word with other
+# counters, which `encode_frames` separates.
 _POST: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray] | None]] = {
     "action": ("state", None),
     "character": ("character", None),

@@ -19,8 +19,8 @@ HEAD_WIDTHS = {"shoulder": 32}  # the other heads are 64 wide
 class FrameInput(nn.Module):
     """Frames with their ids as learned embeddings: float [B, T, 287] becomes [B, T, 283 + 4 * width].
 
-    With `previous_controller` off, the controller that led to a frame is hidden from the model, so that it cannot
-    copy the last action instead of reading the game.
+    With `previous_controller` off, the controller that led to a frame is not an input, so that the model cannot
+    copy the last action instead of using the state of the game.
     """
 
     shown: Tensor
@@ -60,7 +60,7 @@ class Recurrent(nn.Module):
 
 
 class Residual(nn.Module):
-    """Pre-norm residual layers: a mixer ("mamba" or "attention") each, with a feed-forward behind it if asked for.
+    """Pre-norm residual layers: a mixer ("mamba" or "attention") each, followed by an optional feed-forward part.
 
     State: conv and ssm [B, mamba layers, ...], keys and values [B, attention layers, W-1, H], seen [B, 1].
     """

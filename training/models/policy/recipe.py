@@ -130,7 +130,7 @@ class PolicyWithLoss(nn.Module):
 
 
 def split_outputs(outputs: tuple[Tensor, ...]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-    """(logits by head, state) of what a policy returns."""
+    """(logits by head, state) from the outputs of a policy."""
     return dict(zip(HEADS, outputs[: len(HEADS)], strict=True)), outputs[len(HEADS) :]
 
 

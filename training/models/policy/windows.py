@@ -47,7 +47,7 @@ class FrameTable:
 
     @classmethod
     def from_games(cls, games: list[Game], dtype: torch.dtype = torch.float32) -> "FrameTable":
-        """The table of `games`, which is left empty: each game is let go once copied, so none is held twice."""
+        """The table of `games`, which is left empty: a game is released once copied, and never in memory twice."""
         if not games:
             raise InputError("expected at least one game, found none")
         bounds = np.cumsum([0, *(len(game.frames) for game in games)])
@@ -67,7 +67,7 @@ class Windows:
     """The windows of a table, none across two games; `batch` returns any of them by index.
 
     `lazy` cuts a batch from the table; `eager` keeps a copy of every window, the same bit for bit; `auto` is eager if
-    the copy fits in half of the memory available. `mode` then says which it is.
+    the copy fits in half of the memory available. `mode` then has the choice.
     """
 
     def __init__(self, table: FrameTable, length: int, *, stride: int = 1, mode: Mode = "lazy") -> None:
@@ -90,7 +90,7 @@ class Windows:
 
     @property
     def nbytes(self) -> int:
-        """What a copy of every window takes."""
+        """The size of a copy of every window."""
         row_bytes = self.table.nbytes // len(self.table.frames)
         return len(self) * self.length * row_bytes
 
@@ -125,12 +125,12 @@ class Windows:
         views = self._overlapping(self.table.frames), self._overlapping(self.table.labels)
         if self.mode == "lazy":
             return views
-        self._frames = self._labels = np.empty(0)  # the copy of an earlier shift: let go before the next
+        self._frames = self._labels = np.empty(0)  # the copy of an earlier shift, released before the next
         rows = self.starts(np.arange(len(self)))
         return views[0][rows], views[1][rows]
 
     def _overlapping(self, table: np.ndarray) -> np.ndarray:
-        """[F - W + 1, W * D]: row i is the window that starts at row i. A view: it takes no memory."""
+        """[F - W + 1, W * D]: row i is the window that starts at row i. A view, without memory of its own."""
         rows, width = table.shape
         shape, strides = (rows - self.length + 1, self.length * width), (table.strides[0], table.itemsize)
         return np.lib.stride_tricks.as_strided(table, shape, strides, writeable=False)
@@ -139,7 +139,7 @@ class Windows:
 class Permutation:
     """A bijection of range(n) that costs no memory: a keyed Feistel network over the next power of two.
 
-    Four rounds: Luby and Rackoff 1988; results outside range(n) go round again (cycle walking, Black and Rogaway 2002).
+    Four rounds: Luby and Rackoff 1988; results outside range(n) are mapped again (Black and Rogaway 2002).
     """
 
     ROUNDS = 4
@@ -173,9 +173,9 @@ class WindowDataset(Dataset[Batch]):
 
     Sample i of an epoch: batches are `lanes` wide (batch size times world size) and step t takes the window t % carry
     of the segments permutation[t // carry * lanes + lane]; a segment is `carry` consecutive windows. So a row of
-    successive batches goes on in the same game, and `carried` bool [B] says where the state of the row before holds:
-    false where a segment or a game begins. The last segment ends with the last window; the last batches are filled
-    with segments from the front. `carry=1` is independent windows in shuffled order.
+    successive batches continues in the same game, and `carried` bool [B] is true where the state of the row before is
+    valid, and false where a segment or a game begins. The last segment ends with the last window; the last batches are
+    filled with segments from the front. `carry=1` is independent windows in shuffled order.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ def _gather(source: np.ndarray, rows: np.ndarray) -> torch.Tensor:
     cut = torch.from_numpy(source[rows])
     if cut.dtype == torch.float32:
         return cut
-    # Memory from NumPy: what torch.empty takes, glibc gives back late, and ten batches stay resident.
+    # Memory from NumPy: glibc releases that of torch.empty late, and ten batches stay resident.
     result = torch.from_numpy(np.empty(cut.shape, np.float32))
     for to, piece in zip(result.view(-1).split(SERIAL), cut.view(-1).split(SERIAL), strict=True):
         to.copy_(piece)

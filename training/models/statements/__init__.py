@@ -1,4 +1,4 @@
-"""Statement embeddings: theorem-like statements of a paper lie close (contrastive LoRA, frozen language model)."""
+"""Statement embeddings: those of one paper have similar vectors (contrastive LoRA, frozen language model)."""
 
 from training.models.statements.spec import SPECS
 

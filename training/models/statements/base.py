@@ -9,31 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from training.frozen import MASKED, load_frozen
+from training.models.statements.settings import GEOMETRIES
 from training.random_init import geometry, is_random
 
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 128, "vocab_size": 1024, "max_position_embeddings": 512,
-    },
-    "small": {
-        "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 1536, "vocab_size": 30_522, "max_position_embeddings": 1024,
-    },
-    "base": {
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 3072, "vocab_size": 30_522, "max_position_embeddings": 1024,
-    },
-    "1.5b": {
-        "hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
-        "intermediate_size": 8960, "vocab_size": 151_936, "max_position_embeddings": 131_072,
-    },
-    "7b": {
-        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-        "intermediate_size": 18_944, "vocab_size": 152_064, "max_position_embeddings": 131_072,
-    },
-}  # fmt: skip
-ENCODERS = ("electra", "mpnet")  # besides all whose name has "bert" in it
+ENCODERS = ("electra", "mpnet")  # and all with "bert" in their name
 
 
 def load_base(source: str, revision: str) -> Any:

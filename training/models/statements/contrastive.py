@@ -1,8 +1,8 @@
-"""Symmetric InfoNCE over large batches on little memory: gradients in closed form, activations made again.
+"""Symmetric InfoNCE over large batches in little memory: gradients in closed form, recomputed activations.
 
 Scores S_ij = x_i . y_j / temperature; with P the softmax of its rows and Q that of its columns,
 dL/dx = ((P + Q) y - 2 y) / (2 N temperature), and the same for y with S transposed. Statements of the same paper are no
-negatives of each other: their scores, but for those of the pairs, are left out.
+negatives of each other: their scores are masked, except those of the pairs.
 
 Shapes: N pairs of the batch on all devices, n on this one, C of a chunk, D width.
 """
@@ -96,7 +96,7 @@ def rank() -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A micro-batch: rows of the batch, their tokens, and the seed of the dropout they meet whenever they are read."""
+    """A micro-batch: rows of the batch, their tokens, and the seed of their dropout in every pass."""
 
     rows: Tensor
     ids: Tensor
@@ -118,10 +118,10 @@ def cut(ids_BT: Tensor, mask_BT: Tensor, size: int) -> list[Piece]:
 class CachedContrast(torch.autograd.Function):
     """The loss of a batch of pairs whose activations are never in memory for more than one piece of it.
 
-    Forward embeds without gradients and finds the gradients of the vectors; backward embeds each piece again, meeting
-    the same dropout, and gives the gradients of the parameters (GradCache: Gao et al., 2021). Only the first piece, the
-    longest, is embedded once, last and with gradients: a batch of a single piece costs what it always does. The
-    gradients of all pieces come out of one function once, so that DDP, which counts them, is content.
+    Forward embeds without gradients and computes the gradients of the vectors; backward embeds each piece again with
+    the same dropout and returns the gradients of the parameters (GradCache: Gao et al., 2021). Only the longest
+    piece, the first, is embedded once, last and with gradients: a batch of a single piece costs nothing more. The
+    gradients of all pieces are returned by one function once, as DDP requires.
     """
 
     @staticmethod
@@ -162,7 +162,7 @@ def _embed(embed: Embed, piece: Piece) -> Tensor:
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, random numbers are those of `seed`; outside, they go on as if nothing had been."""
+    """In this context random numbers are those of `seed`; the generator's state is restored afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""Texts become vectors in batches of like length, as many tokens at a time as the memory holds."""
+"""Embeddings of texts in batches of similar length, of a size that fits the memory."""
 
 import os
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from training.spec import ModelSpec
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_A_CPU = 1024  # tokens of a batch with its padding: on a CPU, larger ones are slower
-SHARE = 0.5  # of the memory there is that a batch may take
+SHARE = 0.5  # of the available memory, for a batch
 
 
 class Embedder:
     """A module with its tokenizer on a device; `precision` is that of its matrix products.
 
-    padded_size  tokens of a batch with its padding; 0 finds it from the memory there is
+    padded_size  tokens of a batch with its padding; 0 derives it from the available memory
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Embedder:
         if device == "cuda" != here:
             raise EngineError("expected a GPU that torch can use, found none; give --device cpu")
         self.device = torch.device(here if device == "auto" else device)
-        if self.device.type == "cuda":  # of several, the one that torchrun means
+        if self.device.type == "cuda":  # of several, the one that torchrun assigns
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         self.module = module.to(self.device).eval()
         self.tokens = tokens
@@ -58,7 +58,7 @@ class Embedder:
         return np.stack(found)
 
     def _vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """The vectors of a batch; one that is too much for the device is halved, and so are those to come."""
+        """The vectors of a batch; one that does not fit the device is halved, and so are later ones."""
         ids, mask = (torch.from_numpy(each).to(self.device) for each in padded(rows, self.tokens.pad))
         try:
             with self.cast:
@@ -81,7 +81,7 @@ def open_embedder(checkpoint: Checkpoint, spec: ModelSpec, **options: Any) -> Em
 def fitting(module: nn.Module, device: torch.device) -> int:
     """Tokens of a batch that fit into half of the memory that is free, a power of two.
 
-    An estimate from above: of a layer's activations and, as if no kernel saved them, its attention scores.
+    An upper estimate: a layer's activations and its attention scores, which some kernels do not store.
     """
     config: Any = module.base.config  # type: ignore[union-attr]
     wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size

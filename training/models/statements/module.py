@@ -14,14 +14,14 @@ from training.models.statements.base import hidden_states, load_base, pool
 
 BASE, ADAPTERS = "base.", "adapters."
 WRAPPED, LORA = ".base_layer.", (".lora_A.", ".lora_B.")
-NAME = "default."  # what peft puts into the names of the only adapter
+NAME = "default."  # in peft's names of the only adapter
 
 
 class StatementEmbedder(nn.Module):
     """Token ids and mask int64 [B, T] become unit vectors float32 [B, W].
 
-    In its state dict the base has the names of its own files, under `base.`, as if there were no adapters in it; those
-    are under `adapters.`. What is frozen and what is trained are thus told apart by their prefix.
+    In its state dict the base has the names of its own files under `base.`, without the adapters, which are under
+    `adapters.`, so that frozen and trained parameters have different prefixes.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ def with_adapters(base: Any, config: Mapping[str, Any]) -> Any:
 
 
 def merged(module: nn.Module) -> nn.Module:
-    """`module` with its adapters added to the base's weights, W + (alpha / r) B A, and gone; changed in place."""
+    """`module` with its adapters added to the base's weights, W + (alpha / r) B A, and removed; changed in place."""
     for parent, name, layer in list(adapted_layers(module)):
         layer.merge()
         setattr(parent, name, layer.base_layer)

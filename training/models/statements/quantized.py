@@ -11,8 +11,8 @@ from training.models.statements.module import adapted_layers
 def four_bit_twin(module: nn.Module) -> nn.Module:
     """A module that trains the adapters and the projection of `module` itself, over a base in four bits.
 
-    Every tensor but the weights of the base's linear layers is shared; those stay in `module` as they are, on the CPU,
-    so that its checkpoint names the base by the digests of the real one.
+    Every tensor but the weights of the base's linear layers is shared; those stay in `module`, on the CPU,
+    so that its checkpoint has the digests of the real base.
     """
     bitsandbytes = require("bitsandbytes", extra="qlora")
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}

@@ -77,7 +77,7 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
 
 
 def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Real statements or made-up ones; the first row is full, the last padded on the left, the others on the right."""
+    """Real or random statements; the first row is full, the last padded on the left, the others on the right."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     if "input_ids" in sample_inputs:
         rows = rng.integers(0, len(sample_inputs["input_ids"]), batch)

@@ -6,7 +6,7 @@ import numpy as np
 
 from runtimes.search.papers import Paper, Statement
 
-TOPICS = 16  # words of the synthetic language belong to one of so many topics
+TOPICS = 16  # of the words of the synthetic language
 WORDS = 12  # in each topic
 COMMON = ("let", "be", "a", "of", "the", "then", "is", "for", "every", "such", "that", "and", "if", "with", "in", "$x$")
 
@@ -19,7 +19,7 @@ def flatten(papers: Sequence[Paper]) -> tuple[list[str], np.ndarray]:
 
 
 def synthetic_papers(seed: int, count: int) -> list[Paper]:
-    """Made-up papers: each has two topics, from whose words its statements are made."""
+    """Synthetic papers: the words of a paper's statements come from its two topics."""
     rng = np.random.default_rng(seed)
     syllables = ("ba", "co", "di", "fu", "ge", "lo", "mi", "ra", "se", "tu")
     words = ["".join(syllables[int(digit)] for digit in f"{i:03d}") for i in range(TOPICS * WORDS)]

@@ -3,8 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from training.frozen import stored_tokenizer
-from training.models.statements.base import GEOMETRIES
+from training.models.statements.settings import GEOMETRIES
 from training.models.statements.synthetic import flatten, synthetic_papers
 from training.random_init import is_random, train_tokenizer
 
@@ -14,6 +13,8 @@ PAD, END = "<pad>", "<end>"
 @lru_cache(maxsize=4)
 def tokenizer_json(source: str, revision: str) -> bytes:
     """The tokenizer of `source` as a tokenizer.json; that of a random base was trained on synthetic statements."""
+    from training.frozen import stored_tokenizer
+
     if not is_random(source):
         return stored_tokenizer(source, revision)
     texts, _ = flatten(synthetic_papers(seed=0, count=300))

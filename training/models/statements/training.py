@@ -25,7 +25,7 @@ def embedder(checkpoint: "Checkpoint", **options: Any) -> TextEmbedder:
 SETTINGS: Config = {
     "lr": 1e-3,
     "weight_decay": 1e-2,
-    "batch": 1024,  # pairs on each device; all of them are negatives of each other
+    "batch": 1024,  # pairs on each device; all are negatives of each other
     "micro": 8,  # statements whose activations are in memory at once
     "epochs": 10.0,
     "warmup": 100.0,

@@ -1,4 +1,4 @@
-"""Dialogues as samples: the history before a supporter's turn, and the strategy that the turn then took.
+"""Dialogues as samples: the history before a supporter's turn, and the strategy of that turn.
 
 Three forms are read: ESConv's JSON, its variant with Telugu keys, and JSON lines of prepared samples.
 """
@@ -16,7 +16,7 @@ from runtimes.artifact import read_json
 from runtimes.errors import InputError, one_line
 from runtimes.pipelines.strategy.dialogue import EMOTIONS, ROOT, STRATEGIES, Dialogue, Turn, read_dialogue, strategy_id
 
-# What the keys and speakers of the Telugu variant mean.
+# English names of the keys and speakers of the Telugu variant.
 TELUGU = {
     "సంభాషణ": "dialog",
     "వక్త": "speaker",
@@ -34,7 +34,7 @@ START = "<START>"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """A history and the id of the strategy that follows it; `group` tells which dialogue it was cut from."""
+    """A history and the id of the strategy that follows it; `group` names the dialogue that it was cut from."""
 
     dialogue: Dialogue
     label: int
@@ -42,7 +42,7 @@ class Sample:
 
 
 def read_samples(path: Path, labels: str, history: int) -> list[Sample]:
-    """The samples of a .json or .jsonl file with their newest `history` turns; `InputError` names what is wrong."""
+    """The samples of a .json or .jsonl file with their newest `history` turns; `InputError` for another form."""
     samples = list(_json_lines(path, labels) if path.suffix == ".jsonl" else _esconv(path, labels))
     if not samples:
         raise InputError(f"{path}: expected dialogues with supporter strategies, found none")
@@ -81,7 +81,7 @@ def split_by_dialogue(samples: Sequence[Sample], share: float, seed: int) -> tup
 
 
 def synthetic_samples(seed: int, dialogues: int, labels: str) -> list[Sample]:
-    """Made-up dialogues in which the seeker's last emotion decides the next strategy, nine times in ten."""
+    """Synthetic dialogues in which the seeker's last emotion determines the next strategy in nine cases of ten."""
     rng = np.random.default_rng(seed)
     count = len(STRATEGIES[labels])
     samples = []

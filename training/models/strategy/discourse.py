@@ -22,7 +22,7 @@ from training.random_init import is_random, with_seed
 
 CLASSES = len(DISCOURSE) + 1
 WEIGHTS = "model.safetensors"
-# Of the two bidirectional LSTMs of the public weights only the backward halves are read.
+# Only the backward halves of the two bidirectional LSTMs in the public weights are used.
 PUBLIC_NAMES = {
     "struct_attention.rnn_b.": "from_diagonal.",
     "struct_attention.rnn_f.": "to_diagonal.",
@@ -145,6 +145,6 @@ def own_name(name: str) -> str:
 
 
 def _is_unread(name: str) -> bool:
-    """Whether public weights hold this, and nothing that the parser says depends on it."""
+    """Whether this is a tensor of the public weights on which no output of the parser depends."""
     forward = "struct_attention.rnn_" in name and not name.endswith(BACKWARD)
     return forward or name.startswith(UNREAD)

@@ -8,23 +8,23 @@ from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, OTHER, SEE
 from runtimes.tensors import Tensors
 from training.config import Config
 
-BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
+BYTE_IDS = (4, 260)  # ids of the smallest vocabulary that are not special
 
 
 def context_inputs(
     config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
 ) -> Tensors:
-    """Contexts of the sample inputs as token ids, or made-up ones."""
+    """Contexts of the sample inputs as token ids, or random ones."""
     return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), sample_inputs.get("context_ids"))}
 
 
 def turn_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Turns of the sample inputs as the emotion classifier's token ids, or made-up ones."""
+    """Turns of the sample inputs as the emotion classifier's token ids, or random ones."""
     return {"token_ids": _ids(rng, (sizes["batch"], sizes["tokens"]), sample_inputs.get("newest_turn_ids"))}
 
 
 def graph_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Sample dialogues, or made-up ones, repeated in time; the first row is full, the others may be padded."""
+    """Sample dialogues, or random ones, repeated in time; the first row is full, the others may be padded."""
     batch, turns = sizes["batch"], sizes["turns"]
     rows = rng.integers(0, len(sample_inputs["context"]), batch) if "context" in sample_inputs else None
     contexts = rng.normal(size=(batch, config["context_width"])) if rows is None else sample_inputs["context"][rows]
@@ -66,7 +66,7 @@ def fused_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, i
 def parser_inputs(
     config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors
 ) -> Tensors:
-    """Pairs made of the sample turns, or made-up ones; the first dialogue is full, the others may be shorter."""
+    """Pairs made of the sample turns, or random ones; the first dialogue is full, the others may be shorter."""
     kinds = graph_inputs(config, rng, sizes, {})["kinds"]
     inputs = _unparsed(rng, sizes, kinds, sample_inputs)
     return {name: inputs[name] for name in ("pair_ids", "pair_places")}

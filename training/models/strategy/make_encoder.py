@@ -11,7 +11,6 @@ from runtimes.errors import InputError
 from runtimes.host.cli import command, parser
 from runtimes.pipelines.strategy.dialogue import STRATEGIES
 from training.models.strategy.data import read_samples
-from training.models.strategy.frozen import PAIR, SINGLE
 from training.random_folder import size_arguments, write_folder
 from training.random_init import SPECIAL, train_tokenizer
 
@@ -25,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.width < HEADS or arguments.width % HEADS:
         raise InputError(f"--width: expected a multiple of {HEADS}, found {arguments.width}")
+    from training.models.strategy.frozen import PAIR, SINGLE
+
     samples = read_samples(arguments.data, arguments.labels, 1000)
     texts = sorted({turn.text for sample in samples for turn in sample.dialogue.turns})
     tokenizer = train_tokenizer(texts, arguments.vocabulary, SPECIAL, single=SINGLE, pair=PAIR, normalizer=_one_form())

@@ -71,7 +71,7 @@ class StrategyGraph(nn.Module):
         super().__init__()
         count, width = len(STRATEGIES[config["labels"]]), config["hg_dim"]
         self.mixed = config["emotion"] == "mixed"
-        # The logarithm: the temperature itself, learned as the paper's code does, crosses zero within a few steps.
+        # The logarithm: the temperature itself, as trained by the paper's code, crosses zero within a few steps.
         self.log_temperature = nn.Parameter(torch.tensor(config["temperature"]).log())
         self.emotion_prototypes = nn.Parameter(torch.randn(len(EMOTIONS), width))
         self.strategy_embedding = nn.Embedding(count + 1, width)  # the last row: no strategy
@@ -109,7 +109,7 @@ class StrategyGraph(nn.Module):
         return torch.cat([self.emotion_prototypes, self.strategy_embedding.weight, self.dummy.unsqueeze(0)])
 
     def shares(self, emotion_logits: Tensor, kinds: Tensor, strategies: Tensor) -> Tensor:
-        """How much of each vector of the basis there is in each node, [B, N, K]."""
+        """The share of each vector of the basis in each node, [B, N, K]."""
         is_seeker_BT1 = (kinds == SEEKER).unsqueeze(-1)
         emotion_BTE = torch.where(is_seeker_BT1, self.mixture(emotion_logits), 0.0)
         strategy_BTC = torch.where(is_seeker_BT1, 0.0, one_hot(strategies, self.strategy_embedding.num_embeddings))
@@ -119,7 +119,7 @@ class StrategyGraph(nn.Module):
         return shares_BNK.to(self.emotion_prototypes.dtype)
 
     def mixture(self, logits_BTE: Tensor) -> Tensor:
-        """The share of each prototype: by a softmax with the learned temperature, or all of the likeliest."""
+        """The share of each prototype: by a softmax with the learned temperature, or 1 for the likeliest."""
         if self.mixed:
             return torch.softmax(logits_BTE / self.log_temperature.float().exp(), -1)
         return one_hot(logits_BTE.argmax(-1), len(EMOTIONS))

@@ -1,7 +1,7 @@
 """Relational graph attention across relations, additive, one head (Busbridge et al. 2019), in plain matrix products.
 
 The form for export; `sparse` has the same on the same parameters, for training. Shapes: B batch, M nodes that receive,
-N nodes that send, R relations, W width, K in what nodes are given: the vectors of a basis, or W itself.
+N nodes that send, R relations, W width, K the form of the nodes: shares of a basis, or W itself.
 """
 
 import torch
@@ -35,12 +35,12 @@ class RelationalAttention(nn.Module):
         relations: slice = slice(None),
         basis_KW: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the receivers receive, and their attention [B, M, N], for all their edges: 1 at [b, r, i, j] for j -> i.
+        """The sums at the receivers and their attention [B, M, N] over all edges: 1 at [b, r, i, j] for j -> i.
 
-        `relations` says which ones these R are. With a basis, nodes are given by their share of each vector in it.
+        `relations` selects these R relations. With a basis, nodes are their shares of each vector in it.
 
-        What is sent is summed up before it is multiplied: each matrix is then read once, as a part of one product with
-        a constant, and the scores need none. Export computes ahead what depends on parameters alone.
+        Vectors are summed before they are multiplied: each matrix is then read once, as a part of one product with
+        a constant, and the scores need none. Export computes ahead all that depends on parameters only.
         """
         weight_RKW = self.weight[relations]
         if basis_KW is not None:

@@ -16,7 +16,7 @@ CONFIG: Config = {
     "encoder": "FacebookAI/xlm-roberta-large",
     "encoder_revision": "main",
     "pooling": "cls",
-    "emotion_model": "seeded:base",  # no seven-way classifier for Telugu is public: give your own
+    "emotion_model": "seeded:base",  # no seven-way classifier for Telugu is public: name your own
     "emotion_revision": "main",
     "emotion": "mixed",
     "parser": "none",

@@ -61,7 +61,7 @@ def _rgat_conv(layer: RelationalAttention) -> GroupedRGATConv:
     relations, width, _ = layer.weight.shape
     conv = GroupedRGATConv(width, width, relations, negative_slope=SLOPE)
     conv.weight, conv.q, conv.k, conv.bias = layer.weight, layer.query, layer.key, layer.bias
-    # What RGATConv allocates for other modes than this one is not trained.
+    # Parameters of RGATConv for other modes are not trained.
     for name in ("w", "l1", "b1", "l2", "b2"):
         getattr(conv, name).requires_grad_(False)
     return conv

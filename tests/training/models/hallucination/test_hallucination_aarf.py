@@ -107,7 +107,7 @@ def reweighted(model: Any, mitigation: Mitigation) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_a_past_it_says_what_reading_everything_anew_says(family: str) -> None:
+def test_a_step_with_a_past_equals_a_pass_over_the_whole_text(family: str) -> None:
     generator, module = opened(family)
     watched = literal_score(module, IDS, ALWAYS)
     for tau in (-1e9, watched + 1e-3, 1e9):  # always, for some of the tokens, never
@@ -119,7 +119,7 @@ def test_with_a_past_it_says_what_reading_everything_anew_says(family: str) -> N
         assert found.reweighted == again
 
 
-def test_reweighting_changes_what_is_said() -> None:
+def test_reweighting_changes_the_generated_text() -> None:
     generator, _ = opened()
     plain = generator.generate(IDS.tolist(), PROMPT, max_new_tokens=8)
     changed = generator.generate(IDS.tolist(), PROMPT, max_new_tokens=8, mitigation=ALWAYS)
@@ -251,7 +251,7 @@ def test_a_prompt_is_answered_on_the_command_line(
         (["hallucination_aarf", "--seed", "1"], "expected options of hallucination_aarf"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_in_one_line(
+def test_an_impossible_generation_is_refused_in_one_line(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     request = tmp_path / "request.json"
@@ -264,7 +264,7 @@ def test_what_cannot_be_generated_is_refused_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_runtime_says_what_it_does_not_generate(
+def test_a_runtime_without_generation_is_refused(
     repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_runtime(find(repository, "hallucination_scorer_torch")) as runtime:

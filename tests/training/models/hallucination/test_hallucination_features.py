@@ -142,7 +142,7 @@ def test_blocks_of_rows_give_what_all_rows_at_once_give(monkeypatch: pytest.Monk
             torch.testing.assert_close(whole, pieces, atol=1e-5, rtol=1e-5)
 
 
-def test_what_follows_the_answer_changes_nothing() -> None:
+def test_tokens_after_the_answer_change_nothing() -> None:
     given = inputs(TINY)
     detector = ChunkDetector(TINY).eval()
     longer = {**given, "token_ids": F.pad(given["token_ids"], (0, 40), value=9)}

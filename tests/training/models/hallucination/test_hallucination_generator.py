@@ -1,4 +1,4 @@
-"""The detector's generator alone: what it says to every token, and as the language model that others run."""
+"""The detector's generator alone: its log-probabilities, and its language model for other engines."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,7 +69,7 @@ def test_a_perplexity_is_that_of_all_tokens_but_the_first() -> None:
     assert long["perplexity"] == pytest.approx(np.exp(3))
 
 
-def test_what_is_judged_by_is_not_quantized_on(module: torch.nn.Module, sample_inputs: Tensors) -> None:
+def test_parity_texts_are_not_calibration_texts(module: torch.nn.Module, sample_inputs: Tensors) -> None:
     assert SPEC.export.language_model
     seen = SPEC.export.language_model(CONFIG, module, sample_inputs).texts
     held_out = np.concatenate([rows["input_ids"] for rows in SPEC.parity.parity_inputs(CONFIG, sample_inputs)])
@@ -77,7 +77,7 @@ def test_what_is_judged_by_is_not_quantized_on(module: torch.nn.Module, sample_i
     assert all(not np.array_equal(ids[:30], text[:30]) for ids in held_out for text in seen)
 
 
-def test_the_gate_sees_worse_scores_other_tokens_and_nan() -> None:
+def test_agreement_fails_for_worse_scores_other_tokens_and_nan() -> None:
     rng, tolerance = np.random.default_rng(0), Tolerance(absolute=1.0, relative=0.2)
     own: Tensors = {
         TOKEN_LOGPROBS: rng.normal(-3, 1, (4, 50)).astype(np.float32),
@@ -103,7 +103,7 @@ def test_a_vocabulary_that_does_not_fit_is_refused(module: torch.nn.Module, samp
 
 
 class Writer:
-    """A runtime that writes what it was asked for."""
+    """A runtime that generates the requested tokens."""
 
     engine = "writer"
 
@@ -117,17 +117,17 @@ def pipeline(tmp_path: Path) -> GeneratorPipeline:
     return GeneratorPipeline({"max_tokens": 16}, tmp_path)
 
 
-def test_a_request_with_a_length_is_written_on(pipeline: GeneratorPipeline) -> None:
+def test_a_request_with_a_length_is_continued(pipeline: GeneratorPipeline) -> None:
     answers = pipeline.respond(Writer(), [{"text": "a", "max_tokens": 2, "seed": None}])  # type: ignore[arg-type]
     assert answers == [{"text": "a {'temperature': 0, 'max_tokens': 2}", "finish_reason": "length"}]
 
 
 @pytest.mark.parametrize("request_", [{"text": "a", "max_tokens": 2, "n": 3}, {"max_tokens": 2}])
-def test_a_request_to_write_on_says_no_more_than_it_may(pipeline: GeneratorPipeline, request_: dict[str, Any]) -> None:
+def test_a_generation_request_stops_at_its_length(pipeline: GeneratorPipeline, request_: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         pipeline.respond(Writer(), [request_])  # type: ignore[arg-type]
 
 
-def test_an_engine_that_only_scores_does_not_write(pipeline: GeneratorPipeline) -> None:
+def test_an_engine_that_only_scores_does_not_generate(pipeline: GeneratorPipeline) -> None:
     with pytest.raises(InputError, match=r"expected an engine that generates .* found scorer; use --target vllm"):
         pipeline.respond(SimpleNamespace(engine="scorer"), [{"text": "a", "max_tokens": 2}])  # type: ignore[arg-type]

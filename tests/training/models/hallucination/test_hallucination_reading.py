@@ -1,4 +1,4 @@
-"""How the decoder is held: quantised, compiled, spread out, by profile."""
+"""The decoder while features are read: quantised, compiled, spread over devices, by profile."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def features(config: Config = TINY, **settings: Any) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("loading", "far"), [("fp16", 1e-2), ("bf16", 5e-2), ("int8", 5e-2), ("nf4", 0.5)])
-def test_a_smaller_decoder_says_nearly_the_same(loading: str, far: float) -> None:
+def test_a_quantized_decoder_has_nearly_the_same_outputs(loading: str, far: float) -> None:
     pytest.importorskip("bitsandbytes")
     heads = len(TINY["heads"].split())
     exact, near = features()[:, heads:], features(loading=loading)[:, heads:]
@@ -45,7 +45,7 @@ def test_a_smaller_decoder_says_nearly_the_same(loading: str, far: float) -> Non
 
 
 @pytest.mark.slow
-def test_quantised_weights_take_the_memory_they_promise() -> None:
+def test_quantised_weights_take_the_expected_memory() -> None:
     pytest.importorskip("bitsandbytes")
     sizes = {}
     for loading in ("fp32", "int8", "nf4"):
@@ -57,12 +57,12 @@ def test_quantised_weights_take_the_memory_they_promise() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_say_the_same() -> None:
+def test_compiled_layers_have_the_same_outputs() -> None:
     np.testing.assert_allclose(features(compile=True), features(), atol=1e-5)
 
 
 @pytest.mark.slow
-def test_layers_that_lie_on_the_disk_say_the_same(tmp_path: Path) -> None:
+def test_offloaded_layers_have_the_same_outputs(tmp_path: Path) -> None:
     load_decoder("seeded:tiny", "main").save_pretrained(tmp_path)
     config = {**TINY, "base": "seeded:tiny"}
     spread = features(config, device_map="auto", max_memory="cpu:300KiB", loading="fp32")
@@ -96,7 +96,7 @@ def test_a_setting_that_cannot_be_is_refused(settings: Config, message: str) -> 
 # Profiles ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_profile_sets_what_there_is_to_set() -> None:
+def test_every_profile_sets_known_settings() -> None:
     for name, settings in PROFILES.items():
         assert settings.keys() <= TRAINING.keys()
         chosen = with_profile({**PLAIN, "profile": name}, TINY)
@@ -114,7 +114,7 @@ def test_the_automatic_profile_fits_the_memory_that_is_found() -> None:
     assert found[0]["padded_size"] > found[3]["padded_size"] >= 512
 
 
-def test_what_is_set_by_hand_wins_over_a_profile() -> None:
+def test_settings_of_the_user_win_over_a_profile() -> None:
     _, training = configure(find_spec("hallucination"), "tiny", {"profile": "rtx-4090", "loading": "fp32"})
     assert training["loading"] == "fp32"
     assert training["padded_size"] == PROFILES["rtx-4090"]["padded_size"]

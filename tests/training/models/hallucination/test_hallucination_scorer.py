@@ -1,4 +1,4 @@
-"""The scorer: its numbers against sklearn's and the published ones, what it refuses, and what of it is kept."""
+"""The scorer: its numbers against sklearn's and the published ones, its errors, and its checkpoint."""
 
 import cProfile
 import json
@@ -68,7 +68,7 @@ def test_the_published_settings_give_the_published_numbers(data: Path, capsys: p
     assert printed["metrics"]["auc_low"] < printed["metrics"]["auc"] < printed["metrics"]["auc_high"]
 
 
-def test_chosen_on_folds_without_its_noise_the_log_gives_more(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_selection_on_folds_without_noise_has_a_higher_auc(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = evaluated(capsys, "--scores", str(data / LOG))
     assert printed["baselines"]["held_out"]["auc"] > 0.70, "on sources that nothing was chosen by"
     units = read_log(data / LOG)
@@ -102,7 +102,7 @@ def test_the_work_of_scoring_does_not_grow_with_the_number_of_chunks(data: Path)
     units = read_log(data / LOG)
     few = units.take(np.arange(len(units.sources)) < 50)
     scorer = fitting.fit_published(units, SETTINGS)
-    calls = [calls_of(lambda part=part: scorer.judge(part)) for part in (few, units)]
+    calls = [calls_of(lambda part=part: scorer.responses(part)) for part in (few, units)]
     assert len(units.labels) == 1159
     assert calls[0] == calls[1]
 
@@ -114,8 +114,8 @@ def calls_of(act: Callable[[], Any]) -> int:
     return sum(entry.callcount for entry in profile.getstats())
 
 
-def test_what_is_called_is_what_would_be_served() -> None:
-    """A served score ends at 0 and at 1; a threshold of 0 then calls everything, on held-out answers as well."""
+def test_called_responses_are_those_of_serving() -> None:
+    """A served score ends at 0 and at 1; a threshold of 0 then calls all responses, held-out ones as well."""
     units = synthetic_units(TINY, 0, 40)
     scorer = replace(fitting.fit_published(units, SETTINGS), threshold=0.0)
     assert scorer.calls(np.array([-0.3, 0.0, 1.4])).all()
@@ -156,12 +156,12 @@ def test_the_score_is_the_published_formula(units: Units) -> None:
     chunks = scale[0] - 0.6 * scale[1]
     responses = np.array([chunks[units.responses == i].mean() for i in range(len(units.sources))])
     want = (responses - responses.min()) / (responses.max() - responses.min())
-    np.testing.assert_allclose(scorer.judge(units), want, atol=1e-12)
+    np.testing.assert_allclose(scorer.responses(units), want, atol=1e-12)
     assert (len(member.heads), len(member.layers)) == (3, 4)
 
 
 @pytest.mark.parametrize("select", ["auc", "mi"])
-def test_heads_and_layers_that_tell_nothing_come_last(units: Units, select: str) -> None:
+def test_uninformative_heads_and_layers_come_last(units: Units, select: str) -> None:
     rng = np.random.default_rng(0)
     ecs, pks = units.ecs.copy(), units.pks.copy()
     ecs[:, 5], pks[:, 2] = rng.random(len(ecs)), rng.random(len(pks))
@@ -182,7 +182,7 @@ def test_no_source_is_on_both_sides_of_a_fold(units: Units) -> None:
     assert sum((~train).sum() for train in parts) == len(units.sources)
 
 
-def test_held_out_scores_know_nothing_of_their_own_labels() -> None:
+def test_held_out_scores_do_not_depend_on_their_own_labels() -> None:
     areas = []
     for seed in range(6):
         units = synthetic_units(TINY, seed=seed, count=200)
@@ -221,10 +221,10 @@ def test_the_module_scores_as_the_table_does(tmp_path: Path) -> None:
         given = (torch.from_numpy(values[rows][None]) for values in (own.ecs, own.pks))
         scores, response = module(*(values.float() for values in given), torch.from_numpy(own.lengths[rows][None]))
         np.testing.assert_allclose(scores[0].numpy(), fitted.score(units)[rows], atol=1e-4)
-        assert float(response[0]) == pytest.approx(min(1, max(0, fitted.judge(units)[i])), abs=1e-4)
+        assert float(response[0]) == pytest.approx(min(1, max(0, fitted.responses(units)[i])), abs=1e-4)
 
 
-def test_a_checkpoint_is_a_few_kilobytes_and_says_what_training_said(
+def test_a_checkpoint_is_a_few_kilobytes_and_has_the_outputs_of_training(
     tmp_path: Path, units: Units, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = str(write_log(tmp_path / "log.json", units))
@@ -334,7 +334,7 @@ def test_a_wrong_setting_is_refused_in_one_line(
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_model_that_needs_a_checkpoint_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_needs_a_checkpoint_is_refused_without_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["policy_gru"]) == 2
     assert capsys.readouterr().err.splitlines() == ["error: expected --checkpoint DIR, found none"]
 

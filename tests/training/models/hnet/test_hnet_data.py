@@ -30,7 +30,7 @@ def test_texts_end_at_blank_lines_or_lines_and_empty_ones_are_left_out(tmp_path:
     assert documents(read_corpora(tmp_path, "line")[1]) == ["ఐదు", "ఆరు"]
 
 
-def test_plain_texts_are_divided_80_10_10_and_alike_every_time(tmp_path: Path) -> None:
+def test_plain_texts_are_divided_80_10_10_deterministically(tmp_path: Path) -> None:
     write(tmp_path, a_txt="\n\n".join(f"a{i}" for i in range(60)), b_txt="\n\n".join(f"b{i}" for i in range(40)))
     train, valid, _ = read_corpora(tmp_path, "document")
     assert (len(documents(train)), len(documents(valid))) == (80, 10)
@@ -74,7 +74,7 @@ def test_pieces_hold_every_byte_once_and_begin_no_code_point_in_its_middle(phase
         assert np.searchsorted(corpus.offsets, begin, "right") == np.searchsorted(corpus.offsets, end, "left")
 
 
-def test_a_batch_reads_bos_and_then_what_it_has_to_say() -> None:
+def test_a_batch_reads_bos_before_its_bytes() -> None:
     corpus = Corpus.of([b"hello", b"you"])
     batch = batch_of(corpus, corpus.pieces(8), epoch=3)
     assert batch["byte_ids"].tolist() == [[BOS, *b"hell"], [BOS, *b"yo", 0, 0]]

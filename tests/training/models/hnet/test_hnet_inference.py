@@ -29,7 +29,7 @@ def model(align: str = "none", arch: str = "m1 T1", dim: str = "64 64") -> HNetF
 
 
 class Says(HNetForCausalLM):
-    """Says a written text, byte by byte, whatever it reads; then BOS. Its state counts the steps."""
+    """Predicts a given text, byte by byte, for any input; then BOS. Its state counts the steps."""
 
     def __init__(self, text: bytes, after: int) -> None:
         super().__init__({**CONFIG, "model_arch": "T1", "model_dim": "64"})
@@ -81,7 +81,7 @@ def test_segments_of_an_inner_stage_are_joined_ones_of_the_outer() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
-def test_what_is_generated_is_always_text(temperature: float) -> None:
+def test_generated_bytes_are_always_text(temperature: float) -> None:
     for seed in range(3):
         text = written(model(), ["తె"], 120, sampling=Sampling(temperature=temperature, seed=seed))
         assert len(text.encode()) <= 120
@@ -99,7 +99,7 @@ def test_a_code_point_that_does_not_fit_is_not_begun() -> None:
     assert written(module, [""], 5, Sampling(temperature=0)) == "a😀"
 
 
-def test_rows_with_other_prompts_say_what_they_say_alone() -> None:
+def test_rows_do_not_depend_on_the_prompts_beside_them() -> None:
     prompts = ["", "తెలుగు భాష", "a"]
     printed = ["", "", ""]
     for row, text in generate(model(), prompts, 60, Sampling(temperature=0)):
@@ -136,7 +136,7 @@ def test_an_impossible_sampling_is_refused(name: str, value: float) -> None:
         generate(model(), ["a"], 0)
 
 
-def test_the_command_scores_divides_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_divides_and_continues_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_untrained(SPECS[0], tmp_path / "hnet", {})
     (tmp_path / "cut.txt").write_bytes(TELUGU.encode()[:4])
     common = ["--checkpoint", str(tmp_path / "hnet")]

@@ -1,4 +1,4 @@
-"""The layers of an H-Net are what their papers and the public code say: Mamba-2, attention, routing, smoothing."""
+"""The layers of an H-Net agree with their papers and the public code: Mamba-2, attention, routing, smoothing."""
 
 import numpy as np
 import pytest
@@ -101,7 +101,7 @@ def test_the_mlp_multiplies_its_first_half_by_the_silu_of_its_second() -> None:
     assert [SwiGLU(width).fc2.in_features for width in (256, 512, 768)] == [640, 1408, 2048]
 
 
-def test_a_boundary_is_half_of_one_minus_the_cosine_with_the_roles_of_the_public_code() -> None:
+def test_a_boundary_is_half_of_one_minus_the_cosine_with_the_projections_of_the_public_code() -> None:
     torch.manual_seed(0)
     router = routing.Router(64).requires_grad_(False)
     nn.init.normal_(router.q_proj_layer.weight)
@@ -128,7 +128,7 @@ def test_the_gate_is_one_and_lets_the_gradient_of_the_choice_through() -> None:
     assert p.grad.tolist() == [1.0, -1.0, 1.0]  # type: ignore[union-attr]
 
 
-def test_what_stands_for_a_chunk_comes_back_to_its_positions() -> None:
+def test_the_vector_of_a_chunk_comes_back_to_its_positions() -> None:
     boundary = torch.tensor([[1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0]]).bool()
     chunks = routing.divide(boundary)
     assert chunks.places.tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]]

@@ -1,4 +1,4 @@
-"""H-Net: public names and sizes, and a stream that says what the whole text says."""
+"""H-Net: public names and sizes, and a stream that equals a pass over the whole text."""
 
 from functools import cache
 from typing import Any
@@ -170,7 +170,7 @@ def test_a_stage_list_that_does_not_fit_is_refused(change: dict[str, Any], messa
         check({**CONFIG, **change})
 
 
-def test_what_begins_at_zero_and_at_the_identity_does() -> None:
+def test_zero_and_identity_initializations_hold() -> None:
     torch.manual_seed(0)
     module = HNetForCausalLM({**SMALL, **ARCHS["one stage"]})
     stage = module.backbone
@@ -204,8 +204,8 @@ def test_300_streamed_bytes_are_one_full_forward(name: str) -> None:
 
 
 @every_arch
-def test_rows_at_different_positions_do_not_meet(name: str) -> None:
-    """One row is 40 bytes ahead of the other; each says what it says alone."""
+def test_rows_at_different_positions_do_not_mix(name: str) -> None:
+    """One row is 40 bytes ahead of the other; each has the outputs that it has alone."""
     module, ids = model(name), texts(2, 100)
     ahead = module.zero_state(1)
     for t in range(40):
@@ -267,7 +267,7 @@ def test_rows_and_padding_do_not_leak(name: str) -> None:
 
 
 @every_arch
-def test_no_position_sees_the_future_and_each_sees_the_past(name: str) -> None:
+def test_no_position_depends_on_the_future_and_each_on_the_past(name: str) -> None:
     module, ids = model(name), texts(1, 80)
     other = ids.clone()
     other[0, 40] = (other[0, 40] + 1) % 128

@@ -1,4 +1,4 @@
-"""How an H-Net learns: golden losses, text in pieces, every setting of the guide, and a judge that sees compression."""
+"""Training of an H-Net: golden losses, text in pieces, every setting of the guide, and the selection criterion."""
 
 import math
 from collections import Counter
@@ -78,7 +78,9 @@ def test_its_gradient_is_zero_just_where_the_wanted_share_is_chosen() -> None:
         ([1, 3, 9], [1024, 1024, 1536], [2.627, 1.517, 0.715]),
     ],
 )
-def test_stages_learn_at_the_papers_rates(n_compress: list[int], widths: list[int], multipliers: list[float]) -> None:
+def test_stages_have_the_papers_learning_rates(
+    n_compress: list[int], widths: list[int], multipliers: list[float]
+) -> None:
     assert learning_rate_multipliers(n_compress, widths) == pytest.approx(multipliers, abs=1e-3)
 
 
@@ -113,7 +115,7 @@ def test_the_stage_of_a_parameter_is_in_its_name() -> None:
     assert not decays("A_log", torch.nn.Parameter(torch.ones(3)))
 
 
-# Baselines and the judge
+# Baselines and the selection criterion
 
 
 def test_an_ngram_model_is_kneser_ney_with_three_discounts() -> None:
@@ -151,7 +153,7 @@ def test_an_ngram_model_is_kneser_ney_with_three_discounts() -> None:
     np.testing.assert_allclose(model.bits(Corpus.of([text])), want, rtol=1e-9)
 
 
-def test_more_context_helps_and_no_baseline_knows_the_future() -> None:
+def test_more_context_helps_and_no_baseline_reads_the_future() -> None:
     train, valid = recipe(texts=200).corpora
     bits = [float(KneserNey.fit(train, order).bits(valid).mean()) for order in (1, 3, 5)]
     assert bits[0] > bits[1] > bits[2]
@@ -177,7 +179,7 @@ def test_the_tally_counts_bytes_code_points_and_boundaries_by_hand() -> None:
     assert metrics["inside_code_point"] == pytest.approx(1 / 3)
 
 
-def test_judging_in_any_batch_is_the_same() -> None:
+def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     learned = recipe()
     torch.manual_seed(0)
     module, corpus = SPEC.interface.build(learned.config), learned.corpora[1]
@@ -186,7 +188,7 @@ def test_judging_in_any_batch_is_the_same() -> None:
     assert module.training
 
 
-def test_the_judge_sees_compression() -> None:
+def test_the_selection_criterion_depends_on_compression() -> None:
     """Of two checkpoints the one that predicts a little worse but divides as wanted is the better."""
     judge, loose = recipe(least_code_points=1.5), recipe(least_code_points=0.0)
 

@@ -84,7 +84,7 @@ def controller_of(replay: Any, t: int, own: int) -> dict[str, Any]:
 @needs_replays
 @pytest.mark.parametrize("own", [0, 1])
 @pytest.mark.parametrize("path", [FOX, MEWTWO], ids=lambda path: path.stem)
-def test_a_replay_says_what_a_live_feed_of_it_says(path: Path, own: int) -> None:
+def test_a_replay_equals_a_live_feed_of_it(path: Path, own: int) -> None:
     replay = peppi_py.read_slippi(str(path))
     items = peppi_py._peppi.read_slippi(str(path), False).frames.field("item")
     game = read_replay(path)[own]
@@ -249,7 +249,7 @@ def test_a_synthetic_label_follows_from_the_state_and_from_a_memory() -> None:
         assert heads["buttons"][t, 0] == (abs(dx) < 15)
 
 
-def test_no_column_of_a_row_tells_what_must_be_remembered() -> None:
+def test_no_column_of_a_row_has_the_information_that_needs_memory() -> None:
     game = synthetic_games(0, 1, 8000)[0]
     dash = game.frames[:, 284] == data.DASH
     rows = np.flatnonzero(dash[1:] & ~dash[:-1]) + 1  # after two dashes the previous controller does tell

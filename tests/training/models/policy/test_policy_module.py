@@ -1,4 +1,4 @@
-"""Policies: a window is its steps, layers are what the papers say, and nobody sees the future."""
+"""Policies: a window equals its steps, layers agree with the papers, and no output depends on the future."""
 
 import itertools
 import math
@@ -120,7 +120,7 @@ def test_the_state_given_is_not_written_to(spec: ModelSpec) -> None:
 
 @every_tiny
 @pytest.mark.parametrize("place", [0, 17, 59])
-def test_no_position_sees_the_future(spec: ModelSpec, place: int) -> None:
+def test_no_position_depends_on_the_future(spec: ModelSpec, place: int) -> None:
     module, x, zero = policy(spec.name), frames(1, 60), zero_state(spec, "tiny", 1)
     other = x.clone()
     other[:, place, :ID_COLUMNS] += 1
@@ -164,7 +164,7 @@ def test_each_of_the_four_ids_is_looked_up_in_its_own_table_and_place(column: in
 
 @pytest.mark.parametrize("previous_controller", [False, True])
 @every_tiny
-def test_the_previous_controller_is_heard_only_if_asked_for(spec: ModelSpec, previous_controller: bool) -> None:
+def test_the_previous_controller_is_an_input_only_with_its_setting(spec: ModelSpec, previous_controller: bool) -> None:
     module = policy(spec.name, previous_controller=previous_controller)
     x, zero = frames(1, 8), zero_state(spec, "tiny", 1)
     other = x.clone()
@@ -335,14 +335,14 @@ def attend(layer: WindowAttention, x: Tensor, pieces: Iterable[int]) -> Tensor:
 @pytest.mark.parametrize("window", [1, 2, 5, 30])
 @pytest.mark.parametrize("first", [0, 1000])
 def test_attention_is_that_of_a_loop_over_positions(window: int, normalise: bool, first: int) -> None:
-    """Wherever the reference begins to count: rotary angles know differences only."""
+    """Wherever the reference begins to count: rotary angles depend on differences only."""
     layer, x = attention(window, normalise), torch.randn(2, 41, 24)
     want = np.stack([naive_attention(layer, row.numpy(), first) for row in x])
     for pieces in ([41], [1] * 41, [3, 30, 8]):
         np.testing.assert_allclose(attend(layer, x, pieces), want, rtol=2e-4, atol=2e-5)
 
 
-def test_attention_knows_order() -> None:
+def test_attention_depends_on_order() -> None:
     layer, x = attention(30), torch.randn(1, 20, 24)
     swapped = x[:, [1, 0, *range(2, 20)]]
     assert (attend(layer, x, [20])[:, -1] - attend(layer, swapped, [20])[:, -1]).abs().max() > 1e-3
@@ -350,7 +350,7 @@ def test_attention_knows_order() -> None:
 
 @pytest.mark.parametrize("window", [1, 5, 30])
 @pytest.mark.parametrize("pieces", [[60], [1] * 60])
-def test_attention_sees_its_window_and_nothing_else(window: int, pieces: list[int]) -> None:
+def test_attention_reads_its_window_only(window: int, pieces: list[int]) -> None:
     layer, x, place = attention(window), torch.randn(1, 60, 24), 20
     other = x.clone()
     other[:, place] += 1

@@ -1,4 +1,4 @@
-"""What a policy learns from: a loss at every position, a state from the batch before, metrics that a loop confirms."""
+"""Training of a policy: a loss at every position, a state from the batch before, metrics that a loop confirms."""
 
 import math
 from typing import Any
@@ -89,7 +89,7 @@ def test_the_state_carried_is_what_the_batch_before_left_and_zero_where_it_is_no
     assert abs(loss.item() - all_fresh.item()) > 1e-5
 
 
-def test_gradients_end_at_the_batch_and_judging_leaves_the_state_alone() -> None:
+def test_gradients_end_at_the_batch_and_evaluation_keeps_the_state() -> None:
     model, _ = with_loss()
     x, labels = torch.from_numpy(synthetic_games(0, 1, 31)[0].frames[None]), some_labels(1, 30)
     model.train()
@@ -105,7 +105,7 @@ def test_gradients_end_at_the_batch_and_judging_leaves_the_state_alone() -> None
     assert all(torch.equal(one, other) for one, other in zip(model.state, before, strict=True))
 
 
-def test_a_diverged_row_does_not_poison_the_row_that_begins_after_it() -> None:
+def test_a_diverged_row_does_not_reach_the_next_game() -> None:
     model, _ = with_loss()
     x, labels = torch.from_numpy(synthetic_games(0, 1, 31)[0].frames[None]), some_labels(1, 30)
     model.train()
@@ -114,7 +114,7 @@ def test_a_diverged_row_does_not_poison_the_row_that_begins_after_it() -> None:
 
 
 @pytest.mark.parametrize("piece", [1, 30, 300, 1000, 5000])
-def test_a_game_is_judged_once_however_it_is_cut(piece: int) -> None:
+def test_every_frame_of_a_game_is_evaluated_once_for_any_piece_length(piece: int) -> None:
     model, config = with_loss()
     game = synthetic_games(0, 1, 1300)[0]
     model.eval()
@@ -144,7 +144,7 @@ def test_metrics_are_those_of_a_loop() -> None:
     assert metrics["buttons_accuracy"] == pytest.approx(sum(map(bool, right)) / 320)
 
 
-def test_the_majority_says_the_commonest_class_with_its_frequency() -> None:
+def test_the_majority_baseline_is_the_frequency_of_each_class() -> None:
     labels = np.zeros((100, 6), np.uint8)
     labels[:70, 1], labels[70:, 1] = 16, 3
     labels[:60, 0] = 0b101

@@ -1,4 +1,4 @@
-"""Windows against a plain loop over games, and the order of training against what it promises."""
+"""Windows against a plain loop over games, and the documented order of training."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ SIZES = (50, 7, 8, 3, 31, 64)
 
 
 def numbered_games(sizes: tuple[int, ...] = SIZES) -> list[Game]:
-    """Games whose every row says which game and which row it is, in the frames and in the labels."""
+    """Games whose every row has the numbers of its game and row, in the frames and in the labels."""
     games = []
     for game, size in enumerate(sizes):
         frames = np.random.default_rng(game).random((size, FRAME_WIDTH), np.float32)

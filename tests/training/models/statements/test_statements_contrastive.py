@@ -1,4 +1,4 @@
-"""The contrastive loss: closed-form gradients, chunks, pieces and processes all give what autograd gives."""
+"""The contrastive loss: closed-form gradients, chunks, pieces and processes all agree with autograd."""
 
 import math
 import socket
@@ -50,7 +50,7 @@ def test_loss_and_gradients_in_closed_form_are_those_of_autograd(
     torch.testing.assert_close(y_gradient, y.grad, atol=1e-5, rtol=1e-5)
 
 
-def test_one_pair_alone_and_pairs_of_one_paper_have_nothing_to_learn() -> None:
+def test_one_pair_and_pairs_of_one_paper_have_a_loss_of_zero() -> None:
     for papers in ([7], [3, 3, 3]):
         x, y = unit_rows(len(papers), 8), unit_rows(len(papers), 8)
         loss, x_gradient, _ = info_nce(x, y, torch.tensor(papers), TEMPERATURE)
@@ -100,7 +100,7 @@ def test_pieces_give_the_gradient_of_the_whole_batch_with_the_dropout_that_its_l
     torch.testing.assert_close(got, words.table.weight.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_dropout_met_a_second_time_at_random_would_give_another_gradient() -> None:
+def test_a_second_random_dropout_would_change_the_gradient() -> None:
     ids, mask, papers = batch_of(8)
     words = Words(0.5).train()
     gradients = []
@@ -169,7 +169,7 @@ def test_a_setting_that_cannot_be_trained_with_is_refused(name: str, value: str)
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
+def test_two_processes_train_the_same_model_as_one(tmp_path: Path) -> None:
     """Half the batch each: the same steps over the same pairs, and so the same weights."""
     from safetensors.numpy import load_file
 

@@ -1,4 +1,4 @@
-"""Papers are read in both published forms, told apart before they are filtered, and paired without self-pairs."""
+"""Papers are read in both published forms, split before they are filtered, and paired without self-pairs."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_a_filter_moves_no_paper_across_the_split() -> None:
     assert [p.arxiv_id for p in again[1]] == [p.arxiv_id for p in valid]
 
 
-def test_a_folder_gives_both_parts_and_says_what_it_lacks(tmp_path: Path) -> None:
+def test_a_folder_has_both_parts_or_is_refused_with_the_missing_one(tmp_path: Path) -> None:
     written(tmp_path / "a_train.jsonl", NEW)
     with pytest.raises(InputError, match=r"\*valid.jsonl, found 0"):
         train_and_valid(tmp_path, 0.2, 0)
@@ -99,7 +99,7 @@ def test_a_folder_gives_both_parts_and_says_what_it_lacks(tmp_path: Path) -> Non
     assert (len(train), len(valid)) == (1, 2)
 
 
-def test_pairs_are_of_one_paper_never_with_itself_and_leave_nobody_out() -> None:
+def test_pairs_are_of_one_paper_never_with_itself_and_include_every_row() -> None:
     papers = np.repeat(np.arange(6), [1, 2, 3, 5, 8, 1])
     for seed in range(50):
         pairs = draw_pairs(papers, np.random.default_rng(seed))
@@ -115,12 +115,12 @@ def test_pairs_differ_from_draw_to_draw_and_repeat_with_the_seed() -> None:
     assert draws[0] == draws[2] != draws[1]
 
 
-def test_papers_with_a_single_statement_alone_cannot_be_learned_from() -> None:
+def test_papers_of_single_statements_are_refused() -> None:
     with pytest.raises(InputError, match="two or more statements"):
         draw_pairs(np.arange(5), np.random.default_rng(0))
 
 
-def test_flattened_statements_know_their_papers() -> None:
+def test_flattened_statements_have_the_numbers_of_their_papers() -> None:
     papers = synthetic_papers(1, 5)
     texts, numbers = flatten(papers)
     assert [(papers[n].statements[0].text, n) for n in range(5)] == [

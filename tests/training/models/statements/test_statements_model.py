@@ -16,7 +16,7 @@ from benchmarks.statements.padding import main as padding_bench
 from runtimes.errors import ArtifactError, InputError
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint, restore
-from training.models.statements import base, metrics, tokenizer
+from training.models.statements import metrics, settings, tokenizer
 from training.models.statements.make_base import main as make_base
 from training.models.statements.module import StatementEmbedder, adapted_layers, merged
 from training.run import main as run
@@ -27,7 +27,7 @@ TINY = SPEC.preset("tiny")
 
 
 def embedder(**changes: Any) -> nn.Module:
-    """A tiny embedder whose adapters say something."""
+    """A tiny embedder whose adapters are not zero."""
     torch.manual_seed(0)
     module = SPEC.interface.build({**TINY, **changes}).eval()
     for name, parameter in module.named_parameters():
@@ -102,7 +102,7 @@ def test_merged_adapters_are_the_formula_and_leave_no_adapter() -> None:
 
 
 def saved_base(folder: Path, model: Any) -> str:
-    """A Hugging Face folder with this model and the tokenizer of the seeded base."""
+    """A Hugging Face folder with this model and the tokenizer of the random base."""
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer.tokenizer_json("seeded:tiny", "main"))
     return str(folder)
@@ -181,13 +181,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_base_has_the_sizes_it_is_asked_for_and_length_buckets_are_measured_over_it(
+def test_a_base_has_the_requested_sizes_and_length_buckets_are_measured_over_it(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = str(trained / "data.jsonl"), trained / "tiny base"
     assert make_base(["--data", data, "--out", str(out), "--geometry", "tiny", "--vocabulary", "300"]) == 0
     sizes = json.loads((out / "config.json").read_text())
-    wanted = {name: size for name, size in base.GEOMETRIES["tiny"].items() if name != "vocab_size"}
+    wanted = {name: size for name, size in settings.GEOMETRIES["tiny"].items() if name != "vocab_size"}
     assert {name: sizes[name] for name in wanted} == wanted
     capsys.readouterr()
     assert padding_bench(["--base", str(out), "--data", data, "--statements", "36", "--rounds", "1"]) == 0
@@ -207,7 +207,7 @@ def test_a_checkpoint_holds_adapters_and_projection_and_names_every_tensor_of_th
     assert set(checkpoint.frozen["base"]["tensors"]) == {f"base.{name}" for name in files}
 
 
-def test_a_restored_model_says_what_the_trained_one_said(trained: Path) -> None:
+def test_a_restored_model_has_the_outputs_of_the_trained_one(trained: Path) -> None:
     checkpoint = Checkpoint.load(trained / "statements")
     weights = load_file(checkpoint.folder / "weights.safetensors")
     module = SPEC.interface.build(checkpoint.config).eval()

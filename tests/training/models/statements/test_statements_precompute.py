@@ -1,4 +1,4 @@
-"""Training learns, and a trained model embeds collections: aligned, resumed after a kill, alike whoever embeds."""
+"""Training learns, and a trained model embeds collections: aligned, resumed after a kill, equal for all processes."""
 
 import json
 import os
@@ -87,7 +87,7 @@ def test_every_row_is_the_vector_of_its_own_statement(whole: Path, trained: Path
         np.testing.assert_allclose(collection.embeddings[row], want[0].numpy(), atol=1e-3)
 
 
-def test_a_collection_says_what_made_it(whole: Path, trained: Path, file: Path) -> None:
+def test_a_collection_records_its_model_and_settings(whole: Path, trained: Path, file: Path) -> None:
     info, checkpoint = Collection.open(whole).info, Checkpoint.load(trained)
     assert (info.model, info.size, info.dtype) == (checkpoint.digest, "full", "float16")
     assert (info.pooling, info.max_tokens) == (checkpoint.config["pooling"], checkpoint.config["max_tokens"])
@@ -97,7 +97,7 @@ def test_a_collection_says_what_made_it(whole: Path, trained: Path, file: Path) 
     assert all(papers[entry.paper]["arxiv_id"] == entry.arxiv_id for entry in entries)
 
 
-def test_what_is_done_is_not_done_again(
+def test_finished_shards_are_not_embedded_again(
     whole: Path, file: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: Any) -> Any:
@@ -108,7 +108,7 @@ def test_what_is_done_is_not_done_again(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_repeats_no_shard(whole: Path, file: Path, trained: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_and_repeats_no_shard(whole: Path, file: Path, trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     slow = (
         "import sys, time\n"
@@ -187,7 +187,7 @@ def test_a_size_is_the_first_so_many_statements(size: str, rows: int, trained: P
     assert collection.entry(98).text == "c"
 
 
-def test_a_batch_that_is_too_much_is_halved_and_the_rows_stay_in_order(trained: Path) -> None:
+def test_a_batch_that_exceeds_the_memory_is_halved_and_the_rows_stay_in_order(trained: Path) -> None:
     embedder = open_embedder(Checkpoint.load(trained), SPEC)
     texts = [f"a ring {'x ' * (i % 7)}" for i in range(40)]
     want = embedder.embed(texts)
@@ -265,7 +265,9 @@ def test_another_model_does_not_go_on_in_the_folder_of_the_first(
     assert "model" in line
 
 
-def test_a_model_that_embeds_no_collections_says_so(checkpoints: Path, file: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_model_that_embeds_no_collections_is_refused(
+    checkpoints: Path, file: Path, tmp_path: Path, capsys: Any
+) -> None:
     assert precompute(["policy_gru", "--data", str(file), "--out", str(tmp_path / "out")]) == 2
     assert "embeds collections" in capsys.readouterr().err
 
@@ -276,7 +278,7 @@ def test_a_job_of_no_size_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_what_can_be_learned_is_learned_and_judged_beside_its_baselines(tmp_path: Path, capsys: Any) -> None:
+def test_training_beats_its_baselines_on_synthetic_data(tmp_path: Path, capsys: Any) -> None:
     assert run(["statements", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert evaluate(["statements", "--checkpoint", str(tmp_path / "statements"), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""Dialogues: three formats become the same samples, dialogues are not torn apart, and what is wrong is named."""
+"""Dialogues: three formats become the same samples, dialogues are not torn apart, and errors name the place."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_metrics_agree_with_scikit_learn() -> None:
         assert found[f"{average}_f1"] == pytest.approx(want)
 
 
-def test_a_model_that_always_says_the_same_has_a_finite_bias() -> None:
+def test_a_model_with_one_constant_prediction_has_a_finite_bias() -> None:
     always = confusion([0, 1, 2, 2], [2, 2, 2, 2], 3)
     assert measure(always)["preference_bias"] == pytest.approx(np.std([0, 0, 3]))
 

@@ -189,7 +189,7 @@ def public_parser(tmp_path: Path) -> tuple[Path, PublicLayout]:
     return tmp_path, module
 
 
-def test_public_weights_say_what_they_say_in_their_own_layout(public_parser: tuple[Path, PublicLayout]) -> None:
+def test_public_weights_have_the_outputs_of_their_own_layout(public_parser: tuple[Path, PublicLayout]) -> None:
     folder, public = public_parser
     tokens = pair_tokens((folder / "tokenizer.json").read_bytes())
     tensors = [torch.from_numpy(array) for array in pair_tensors([dialogue_of(3)], tokens).values()]
@@ -282,7 +282,7 @@ def test_served_edges_are_those_of_training(parsing: tuple[Path, Path, Path]) ->
 
 
 @pytest.mark.slow
-def test_the_fused_model_parses_what_has_no_edges_and_heeds_edges_that_are_given(
+def test_the_fused_model_parses_dialogues_without_edges_and_uses_given_edges(
     parsing: tuple[Path, Path, Path],
 ) -> None:
     path, _, repository = parsing
@@ -300,7 +300,7 @@ def test_the_fused_model_parses_what_has_no_edges_and_heeds_edges_that_are_given
 
 
 @pytest.mark.slow
-def test_the_parts_say_what_they_do_without_and_with_edges(parsing: tuple[Path, Path, Path]) -> None:
+def test_the_parts_agree_with_and_without_edges(parsing: tuple[Path, Path, Path]) -> None:
     parser, graph = (pipeline_of(part, parsing[2]) for part in ("strategy_parser", "strategy_graph"))
     without = {name: value for name, value in graph.example().items() if name != "edges"}
     with pytest.raises(InputError, match="ask strategy_parser"):
@@ -314,7 +314,7 @@ def test_the_parts_say_what_they_do_without_and_with_edges(parsing: tuple[Path, 
 
 
 @pytest.mark.slow
-def test_the_ensemble_parses_what_has_no_edges(parsing: tuple[Path, Path, Path]) -> None:
+def test_the_ensemble_parses_dialogues_without_edges(parsing: tuple[Path, Path, Path]) -> None:
     http = pytest.importorskip("tritonclient.http")
     try:
         find_bundle()

@@ -113,7 +113,7 @@ def random_edges(nodes: int, edges: int, kinds: int) -> tuple[torch.Tensor, torc
 
 
 @pytest.mark.parametrize(("edges", "kinds"), [(40, 19), (40, 2), (0, 1)])
-def test_grouping_edges_changes_neither_what_rgatconv_says_nor_how_it_learns(edges: int, kinds: int) -> None:
+def test_grouping_edges_changes_neither_outputs_nor_gradients_of_rgatconv(edges: int, kinds: int) -> None:
     torch.manual_seed(0)
     layers = RGATConv(32, 32, 19), GroupedRGATConv(32, 32, 19)
     layers[1].load_state_dict(layers[0].state_dict())
@@ -194,7 +194,7 @@ def test_a_discourse_edge_is_the_only_one_that_enters_its_turn_so_its_attention_
     torch.testing.assert_close(attention[:, 1:][discourse], torch.ones(int(discourse.sum())))
 
 
-def test_every_turn_tells_the_dummy_who_speaks() -> None:
+def test_every_turn_has_an_edge_to_the_dummy_by_its_speaker() -> None:
     kinds = torch.tensor([[SEEKER, OTHER, 0]])
     typed = typed_edges(kinds, torch.full((1, 3, 3), -1))
     assert typed[0, 0].tolist() == [-1, INTER, SELF, -1]
