@@ -31,7 +31,7 @@ def bench_reading(arguments: Any) -> str:
     for name, settings in ways.items():
         reader = FeatureReader(config, {**SETTINGS, **settings})
         reading = reader.reading(examples)
-        reader.ask(reading.texts[:2])
+        reader.run(reading.texts[:2])
         with Store(memory_entries=1 << 30) as store:
             started = time.process_time()
             fill(store, reading, reader.training["padded_size"])

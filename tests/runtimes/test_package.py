@@ -32,11 +32,10 @@ def test_importing_the_package_imports_no_library() -> None:
 FOLDER = Path(runtimes.__file__).parent
 PREVIOUS = sorted(path.stem for path in Path(previous_names.__file__).parent.glob("[a-z]*.py"))
 COMMANDS = {"approximate", "search_bench", "vllm_bench", "write"}
-WORKERS = {"worker"}
 
 
 def test_the_modules_of_the_version_before_are_known() -> None:
-    assert set(PREVIOUS) == {"base", "waiting_line", "writing"} | COMMANDS | WORKERS
+    assert set(PREVIOUS) == {"base", "waiting_line", "writing"} | COMMANDS
 
 
 @pytest.mark.parametrize("name", PREVIOUS)
