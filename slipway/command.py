@@ -36,6 +36,7 @@ GROUPS = {
         "soak": ("runtimes.soak", "Run a server under load and check answers and memory."),
     },
 }
+LAYERS = ("training", "export")  # packages of this distribution that an image for serving leaves out
 MODULES = {name: module for group in GROUPS.values() for name, (module, _) in group.items()}
 
 
@@ -80,14 +81,12 @@ def help_text() -> str:
 
 
 def _import(name: str) -> ModuleType:
-    module = MODULES[name]
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(MODULES[name])
     except ModuleNotFoundError as error:
-        package = module.partition(".")[0]
-        if error.name != package:
+        if error.name not in LAYERS:
             raise
         raise InputError(
-            f"expected package '{package}' for slipway {name}, found none: this installation has a part of slipway; "
-            "install all of it from a checkout: pip install ."
+            f"expected package '{error.name}' for slipway {name}, found none: a part of slipway is installed; "
+            "install all of it in a checkout: pip install ."
         ) from error

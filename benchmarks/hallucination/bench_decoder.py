@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.models.hallucination.config import TINY, TRAINING, resolve_config
+from training.config import Config
+from training.models.hallucination.settings import TINY, resolve_config
 from training.models.hallucination.spec import draw_inputs
-from training.spec import Config
+from training.models.hallucination.training import SETTINGS as TRAINING
 
 SIZES = {"batch": 1, "chunks": 4, "prompt_chunks": 12, "chunk_tokens": 32, "prompt_chunk_tokens": 48}
 TOP_PERCENT = TINY["top_percent"]

@@ -6,11 +6,11 @@ from typing import Any
 from benchmarks.hallucination.bench_decoder import SETTINGS
 from runtimes.errors import InputError
 from runtimes.host.cli import table
+from training.config import Config
 from training.models.hallucination import fitting
 from training.models.hallucination.metrics import at_threshold
 from training.models.hallucination.recipe import length_for_pks
 from training.models.hallucination.units import read_log
-from training.spec import Config
 
 
 def bench_fitting(arguments: Any) -> str:

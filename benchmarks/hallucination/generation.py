@@ -16,11 +16,11 @@ from benchmarks.hallucination.bench_decoder import decoder_config
 from runtimes.errors import EngineError
 from runtimes.host.cli import command, parser, table
 from runtimes.pipelines.hallucination.decoding import Generated, Generator, Mitigation
-from training.models.hallucination import mitigated
-from training.models.hallucination.config import heads_of, layers_of
-from training.models.hallucination.mitigation import MitigatedDecoder
+from training.config import Config
+from training.models.hallucination import aarf_spec
+from training.models.hallucination.aarf import MitigatedDecoder
 from training.models.hallucination.module import ChunkDetector
-from training.spec import Config
+from training.models.hallucination.settings import heads_of, layers_of
 
 LENGTHS = (128, 512, 1024, 2048)
 MAX_TOKENS = 4096
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def generator_settings(config: Config) -> dict[str, Any]:
     module = MitigatedDecoder(ChunkDetector(config).eval())
-    signature = mitigated.signature(config)
+    signature = aarf_spec.signature(config)
 
     def step(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():

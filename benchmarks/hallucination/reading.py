@@ -8,10 +8,10 @@ import numpy as np
 from benchmarks.hallucination.bench_decoder import SETTINGS, decoder_config
 from runtimes.cache.store import Store
 from runtimes.host.cli import table
+from training.config import Config
+from training.frozen_store import fill
 from training.models.hallucination.data import synthetic_examples
 from training.models.hallucination.reading import FeatureReader
-from training.precompute import fill
-from training.spec import Config
 
 
 def bench_reading(arguments: Any) -> str:

@@ -18,7 +18,7 @@ from runtimes.host.cli import command, parser, table
 from runtimes.search.papers import read_papers
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint
-from training.models.statements.data import flatten
+from training.models.statements.synthetic import flatten
 from training.spec import find_spec
 
 

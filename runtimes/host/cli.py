@@ -2,7 +2,6 @@
 
 import argparse
 import ast
-import difflib
 import functools
 import itertools
 import os
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from runtimes.errors import InputError, MissingPackage, SlipwayError, one_line, require
+from runtimes.errors import nearest as nearest
+from runtimes.errors import unknown_name as unknown_name
 from runtimes.host.gpu import DEVICES
 
 Main = Callable[..., int]
 Arguments = argparse._ActionsContainer  # a parser or a group of its arguments
 INTERRUPTED = 130
 REPOSITORY = Path("model_repository")
+TAKES_SETTINGS = "_takes_settings"  # a default of parsers whose undeclared options are settings
 
 # The extra of each package that the commands import without `require`.
 EXTRAS = {
@@ -85,8 +87,6 @@ def _missing_package(error: ModuleNotFoundError, main: Main) -> MissingPackage:
 class Parser(argparse.ArgumentParser):
     """An argument parser for models at any place, for free settings (`--NAME VALUE`), and with errors of one line."""
 
-    takes_settings = False
-
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         found, more = self.parse_known_args(args, namespace)
         if more:
@@ -97,8 +97,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
-        given, free = self._split_settings(given) if self.takes_settings else (given, [])
+        given, free = self._split_settings(given) if self.get_default(TAKES_SETTINGS) else (given, [])
         found, more = super().parse_known_args(given, namespace)
+        found.__dict__.pop(TAKES_SETTINGS, None)
         if hasattr(found, "models_option"):
             stray = list(itertools.takewhile(lambda each: not each.startswith("-"), more))  # models behind an option
             more = more[len(stray) :]
@@ -194,7 +195,7 @@ def models_argument(to: argparse.ArgumentParser, help: str, *, least: int = 0, m
     to.set_defaults(_models_least=least, _models_most=most)
 
 
-def settings_argument(to: argparse.ArgumentParser, help: str = "change one setting") -> None:
+def settings_argument(to: Arguments, help: str = "change one setting") -> None:
     """--set NAME=VALUE, repeated; and --NAME VALUE for every option that is not declared, wherever it stands.
 
     `arguments.set` holds the former and `parse_known_args` returns the latter, for `settings` and `flags`.
@@ -202,8 +203,7 @@ def settings_argument(to: argparse.ArgumentParser, help: str = "change one setti
     to.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help=f"{help}; --NAME VALUE has the same effect"
     )
-    if isinstance(to, Parser):
-        to.takes_settings = True
+    to.set_defaults(**{TAKES_SETTINGS: True})
 
 
 def target_argument(to: Arguments, help: str, **options: Any) -> None:
@@ -266,20 +266,6 @@ def json_argument(to: Arguments) -> None:
 def hidden_alias(to: Arguments, old: str, new: str) -> None:
     """The option `new` also by its name in the version before, which the help does not show."""
     to._option_string_actions[old] = to._option_string_actions[new]
-
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, or None if none is like it."""
-    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
-def unknown_name(kind: str, name: str, known: Collection[str], remedy: str) -> InputError:
-    """The error for a name that is not known: the nearest one, else all if they are few, and the remedy."""
-    if close := nearest(name, known):
-        return InputError(f"expected a known {kind}, found '{name}'; did you mean '{close}'? {remedy}")
-    listed = f" of {', '.join(sorted(known))}" if 0 < len(known) <= 8 else ""
-    return InputError(f"expected a known {kind}{listed}, found '{name}'; {remedy}")
 
 
 def settings(pairs: Iterable[str]) -> dict[str, str]:

@@ -293,8 +293,20 @@ def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys:
         bar.advance()
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 2
+    assert len(lines) >= 3
     assert lines[0].startswith("export: 1 of 2, ")
+    assert [line.endswith(", ended") for line in lines] == [*[False] * (len(lines) - 1), True]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("export", 2, every_s=0.01) as bar:
+        bar.advance()
+        bar.describe("verify")
+        time.sleep(0.05)
+    text = capsys.readouterr().err
+    assert "verify:  50%" in text
+    assert "1 of 2" not in text
 
 
 def test_progress_goes_on_where_the_bars_of_a_library_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
