@@ -134,4 +134,5 @@ peer-optimum: .venv/ready .venv-peers-optimum/ready ## export the encoder with o
 	touch $@
 
 clean: ## remove environments, checkpoints and published artifacts
-	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository
+	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints .model_repository
+	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
