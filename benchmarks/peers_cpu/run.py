@@ -46,7 +46,7 @@ class Process:
             env=environment,
         )
 
-    def ask(self, task: str) -> float | None:
+    def seconds_of(self, task: str) -> float | None:
         """Seconds of the task, or None if the process has died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -75,7 +75,7 @@ def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict
             started = Process(folder, name, threads, repository)
             alive.append(started)
             answers = folder / f"{started.process.pid}.npy"
-            if started.ask(f"embed {answers}") is None:
+            if started.seconds_of(f"embed {answers}") is None:
                 alive.remove(started)
                 print(f"left out: {name} failed, see {started.log.name}", file=sys.stderr)
                 continue
@@ -83,7 +83,7 @@ def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict
         for repeat in range(repeats + 1):
             for task in ("b1", "b32"):
                 for process in alive:
-                    taken = process.ask(task)
+                    taken = process.seconds_of(task)
                     if repeat and taken:  # the first is a warm-up
                         seconds[process.name][task].append(taken)
     finally:
