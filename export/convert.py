@@ -108,7 +108,7 @@ def _fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
     if reason := why_skipped(cell, options.checkpoints):
         return without_artifact(cell, "skipped", reason)
     checkpoint = Checkpoint.load(options.checkpoints / cell.spec.checkpoint)
-    if reason := cell.spec.absent(checkpoint.config):
+    if reason := cell.spec.interface.absent(checkpoint.config):
         return without_artifact(cell, "skipped", reason)
     key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint, options.texts)
     found = newest(options.repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
@@ -123,11 +123,11 @@ def _fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
 def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
     """Why the cell is skipped, or None."""
     spec, target = cell.spec, cell.target
-    if reason := spec.skips.get(target.name) or target.refuse(spec):
+    if reason := spec.export.skips.get(target.name) or target.refuse(spec):
         return reason
     if cell.precision not in target.precisions:
         return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
-    if cell.precision not in spec.tolerance:
+    if cell.precision not in spec.parity.tolerance:
         return f"no tolerance is stated for {spec.name} in {cell.precision}"
     if not exists(checkpoints / spec.checkpoint):
         return f"no checkpoint in {checkpoints / spec.checkpoint}; make one: python -m training.run {spec.checkpoint}"
@@ -161,7 +161,7 @@ def _export(cell: Cell, source: Source, key: str, options: Options) -> tuple[Art
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = verify_artifact(artifact, source, draft, built)
-        served = built.served and artifact.proved
+        served = built.served and artifact.verified
         folder = publish(
             draft,
             artifact,

@@ -94,7 +94,7 @@ class BatchingPipeline(GeneratingPipeline):
 
     @abstractmethod
     def begin(self, request: Any, where: str) -> Any:
-        """A text that begins as the request says; `InputError` for a wrong request."""
+        """A text that begins with the prompt of the request; `InputError` for a wrong request."""
 
     @abstractmethod
     def batcher(self, runtime: Runtime) -> Batcher:

@@ -38,7 +38,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def encode(self, requests: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Tensors for a batch of requests, one row each. `InputError` says which request is wrong and how."""
+        """Tensors for a batch of requests, one row each. `InputError` names the wrong request and its fault."""
 
     @abstractmethod
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
@@ -53,7 +53,7 @@ class Pipeline(ABC):
         """A valid request, short enough to read."""
 
     def schema(self) -> Schema:
-        """The JSON Schema (2020-12) that every right request satisfies; what else it must be, `encode` says."""
+        """The JSON Schema (2020-12) that every valid request satisfies; `encode` checks the rest."""
         return {"type": "object"}
 
 

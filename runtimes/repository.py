@@ -1,17 +1,16 @@
-"""Where artifacts lie in a Triton model repository, and how the newest is found. Who publishes is above: export.
+"""The places of artifacts in a Triton model repository, and how the newest is found; `export` publishes them.
 
-    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves; beside what takes JSON, the schema of a request
-    .model_repository/unserved/NAME/{1/, 2/}         artifacts that are kept, but that no Triton here can serve
+    model_repository/NAME/{config.pbtxt, 1/, 2/}     served by Triton; entries that take JSON have its schema
+    .model_repository/unserved/NAME/{1/, 2/}         artifacts that Triton cannot serve here
 
-The second folder lies beside the first and not in it, because Triton takes every folder in a repository for a model,
-also one whose name begins with a dot, and does not start when it is none.
+The second folder is next to the first and not inside it, because Triton takes every folder in a repository for a
+model, also one whose name begins with a dot, and does not start when it is none.
 """
 
 from pathlib import Path
 
 from runtimes.artifact import MANIFEST, artifact_name
-from runtimes.errors import InputError
-from runtimes.host.cli import nearest
+from runtimes.errors import InputError, nearest
 
 STEP_FILE = "model.py"
 REQUEST_SCHEMA = "request.schema.json"
@@ -65,16 +64,16 @@ def number_of(version: Path) -> int:
 
 
 def holds_artifact(version: Path) -> bool:
-    """False for the steps of an ensemble, which have a manifest too: that of the artifact they were made for."""
+    """False for the steps of an ensemble, which have the manifest of the artifact that they were made for."""
     return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
 
 
 def artifacts_root(repository: Path, served: bool) -> Path:
-    """The folder that holds what is served, or what is not."""
+    """The folder of the artifacts that are served, or of those that are not."""
     return repository if served else workspace(repository) / "unserved"
 
 
 def workspace(repository: Path) -> Path:
-    """The folder next to the repository that Triton does not look into."""
+    """The folder next to the repository, which Triton does not read."""
     repository = repository.absolute()
     return repository.with_name(f".{repository.name}")

@@ -1,4 +1,4 @@
-"""Runtime: one way to open, run and close a converted model, whatever engine runs it."""
+"""Runtime: one way to open, run and close a converted model, with any engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -70,7 +70,7 @@ class Runtime(ABC):
         """Free what `open` allocated. Closing twice is allowed."""
 
     def refuse_device(self, cuda: bool = True) -> None:
-        """`EngineError` if the engine does not run on `device`; `cuda` says whether it can use a GPU here."""
+        """`EngineError` if the engine does not run on `device`; `cuda`: whether it can use a GPU here."""
         allowed = [each for each in self.devices if cuda or each != "cuda"]
         if self.device not in allowed:
             raise EngineError(

@@ -17,9 +17,9 @@ from runtimes.pipeline import open_pipeline
 from runtimes.repository import published
 from runtimes.runtime import open_runtime
 from runtimes.search.papers import read_papers
-from training.models.statements.data import flatten
 from training.models.statements.metrics import cosine, measure
 from training.models.statements.spec import same_neighbours
+from training.models.statements.synthetic import flatten
 
 ROWS = 8  # of a batch
 

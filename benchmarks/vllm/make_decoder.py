@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runtimes.host.cli import command, parser
 from runtimes.search.papers import read_papers
-from training.models.statements.data import flatten
+from training.models.statements.synthetic import flatten
 from training.random_init import train_tokenizer
 
 VOCABULARY, END = 8000, "<end>"

@@ -15,7 +15,7 @@ from export.hugging_face import store_as
 from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from runtimes.host.cli import command, parser
 from runtimes.search.papers import read_papers
-from training.models.statements.data import flatten
+from training.models.statements.synthetic import flatten
 
 
 @command

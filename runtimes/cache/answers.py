@@ -49,9 +49,9 @@ class AnswerCache:
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """One answer per request; only requests that are not stored run."""
         texts = list(map(WRITE, requests))
-        return [json.loads(str(entry.data, "utf-8")) for entry in self._namespace.complete(texts, self._ask)]
+        return [json.loads(str(entry.data, "utf-8")) for entry in self._namespace.complete(texts, self._compute)]
 
-    def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _compute(self, texts: Sequence[str]) -> list[np.ndarray]:
         result = []
         for text in texts:  # one at a time: an answer must not depend on the other requests of a batch
             inputs = self._pipeline.encode([json.loads(text)])

@@ -22,7 +22,7 @@ class OpenVinoRuntime(Runtime):
     devices = ("cpu",)
     compiled: Any = None
     request: Any = None
-    turn: Lock
+    lock: Lock
 
     def open(self) -> None:
         openvino = require("openvino", extra="openvino")
@@ -31,18 +31,18 @@ class OpenVinoRuntime(Runtime):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",  # else a CPU that has bfloat16 computes in it unasked
+            "INFERENCE_PRECISION_HINT": "f32",  # else a CPU with bfloat16 computes in it
         }
         try:
             model = openvino.Core().read_model(self.root / MODEL_FILE)
             self.compiled = openvino.Core().compile_model(model, "CPU", settings)
             self.request = self.compiled.create_infer_request()
-            self.turn = Lock()
+            self.lock = Lock()
         except openvino_errors() as error:
             raise EngineError(f"openvino cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        with self.turn:  # the answer lies in the request's own memory: the next call, of any thread, overwrites it
+        with self.lock:  # the outputs lie in the request's memory: the next call, of any thread, overwrites them
             try:
                 answered = self.request.infer(dict(inputs), share_inputs=True)
             except RuntimeError as error:
@@ -58,7 +58,7 @@ class OpenVinoRuntime(Runtime):
 
 
 def openvino_errors() -> tuple[type[Exception], ...]:
-    """What OpenVINO raises; its frontends' failures are no RuntimeError."""
+    """The exceptions of OpenVINO; failures of its frontends are no RuntimeError."""
     frontend = require("openvino.frontend", extra="openvino")
     return (RuntimeError, *(getattr(frontend, name) for name in dir(frontend) if name.endswith("Failure")))
 

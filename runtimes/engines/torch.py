@@ -1,4 +1,4 @@
-"""Exported programs of torch, eager or compiled, on CPU or CUDA: what the other engines are measured against."""
+"""Exported programs of torch, eager or compiled, on CPU or CUDA: the baseline of the other engines."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +20,7 @@ SIZES_COMPILED = 64
 class Torch(Runtime):
     """Runs `program.pt2`, and `step.pt2` instead where there is one and the time axis is 1.
 
-    `compiled` puts torch.compile before it, with static shapes: the best that torch does.
+    `compiled` uses torch.compile with static shapes, the fastest mode of torch.
     """
 
     engine = "torch"
@@ -82,7 +82,7 @@ class Torch(Runtime):
         )
 
     def _check_compiled(self, torch: Any) -> None:
-        """`EngineError` where torch.compile gave up without a word and the program runs as it did before."""
+        """`EngineError` where torch.compile gave up silently, so that the program runs eagerly."""
         frames = torch._dynamo.utils.counters["frames"]
         if not frames["ok"]:
             raise EngineError(

@@ -1,4 +1,4 @@
-"""A model behind a Triton server, over gRPC or HTTP: what a client of the deployment gets."""
+"""A model on a Triton server over gRPC or HTTP, as a client of the deployment uses it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -62,9 +62,9 @@ class TritonRuntime(RemoteModel):
         return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
 
     def repeated(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
-        """As the base class says; a request that starts no sequence is checked and built once.
+        """As in the base class; a request that starts no sequence is checked and built once.
 
-        What comes back is not held against the signature again: `open` has compared that with the server's.
+        Answers are not compared with the signature: `open` has compared it with the server's.
         """
         if self.recurrent:
             return super().repeated(inputs)
@@ -75,8 +75,8 @@ class TritonRuntime(RemoteModel):
         return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
 
     def send(self, inputs: Mapping[str, np.ndarray], *, alone: bool = False, **sequence: Any) -> Answer:
-        """A call that waits for the visible outputs of a request that is on its way, or sends it if it is `alone`."""
-        # One number per row travels as [batch, 1]: Triton has no tensor without dims.
+        """A call that waits for the visible outputs of a sent request, or sends it if it is `alone`."""
+        # One number per row is sent as [batch, 1]: Triton has no tensor without dims.
         wide = {name: array[:, None] if array.ndim == 1 else array for name, array in inputs.items()}
         specs = self.signature.outputs
         wait = self.client.send(self.model, wide, [spec.name for spec in specs], alone=alone, **sequence)
@@ -112,7 +112,7 @@ class SequenceStream(Stream):
         self.starting.update(self.sequences[row] for row in rows)
 
     def close(self) -> None:
-        # Only a request can end a sequence, so the last one is sent again. What the server has forgotten is ended.
+        # Only a request can end a sequence, so the last one is sent again. A dropped sequence has ended.
         with suppress(SlipwayError):
             if self.last:
                 self._send(self.last, sequence_end=True)
@@ -135,18 +135,18 @@ def rows(inputs: Mapping[str, np.ndarray]) -> Iterator[Tensors]:
 
 
 def joined(answers: Sequence[Answer]) -> Tensors:
-    """The rows that are on their way, as one batch."""
+    """The answers of rows that were sent, as one batch."""
     arrived = [answer() for answer in answers]
     return {name: np.concatenate([row[name] for row in arrived]) for name in arrived[0]}
 
 
 def narrowed(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """A number per row as the signature has it, [batch]; it travelled as [batch, 1]."""
+    """A number per row as in the signature, [batch]; it was sent as [batch, 1]."""
     return array[:, 0] if len(spec.shape) == 1 else array
 
 
 def described(spec: TensorSpec) -> tuple[str | int, ...]:
-    """The datatype and shape that Triton's metadata should give for a tensor."""
+    """The datatype and shape of a tensor in Triton's metadata."""
     dims = [size if isinstance(size, int) else -1 for size in spec.shape[1:]] or [1]
     return (TYPES[spec.dtype], -1, *dims)
 

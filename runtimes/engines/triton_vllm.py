@@ -1,4 +1,4 @@
-"""A language model behind a Triton server, ours or NVIDIA's, whose vllm backend speaks in texts."""
+"""A language model on a Triton server, ours or NVIDIA's, whose vllm backend takes and returns texts."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ EXPECTED = {"inputs": {"text_input", "stream", "sampling_parameters"}, "outputs"
 
 
 class TritonVllmRuntime(RemoteModel):
-    """Asks the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
+    """Sends requests to the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
 
     engine = "triton_vllm"
     protocols = ("grpc",)  # answers arrive as a stream
@@ -40,17 +40,16 @@ class TritonVllmRuntime(RemoteModel):
         if self.task != "embed":
             raise InputError(
                 f"{self.model} at {self.url}: expected a request to generate, found one for scores, which Triton's "
-                "vllm backend does not tell; give max_tokens, or open the artifact itself"
+                "vllm backend does not return; give max_tokens, or open the artifact itself"
             )
         return {self.signature.outputs[0].name: self.embed(real_rows(inputs))}
 
     def complete(self, prompts: Sequence[str], **sampling: Any) -> list[Completion]:
-        """What the model writes after each text; the ids of its tokens are not told."""
-        asked = [list(self._generate(prompt, sampling, stream=False)) for prompt in prompts]
-        return [completion for completions in asked for completion in completions]
+        """The completion of each text, without the ids of its tokens."""
+        return [each for prompt in prompts for each in self._generate(prompt, sampling, stream=False)]
 
     def complete_stream(self, prompt: str, **sampling: Any) -> Iterator[Completion]:
-        """What the model writes after a text, piece by piece."""
+        """The completion of a text, piece by piece."""
         return self._generate(prompt, sampling, stream=True)
 
     def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -71,8 +70,8 @@ class TritonVllmRuntime(RemoteModel):
                 yield Completion(text=written.decode(), token_ids=(), finish_reason=finished)
 
     def _embed(self, prompt: Prompt) -> list[float]:
-        asked = {"input": prompt if isinstance(prompt, str) else list(map(int, prompt))}
-        (response,) = self._responses({"text_input": text(""), "embedding_request": text(json.dumps(asked))})
+        request = {"input": prompt if isinstance(prompt, str) else list(map(int, prompt))}
+        (response,) = self._responses({"text_input": text(""), "embedding_request": text(json.dumps(request))})
         vector: list[float] = json.loads(response["text_output"].item())
         return vector
 

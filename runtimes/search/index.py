@@ -92,11 +92,11 @@ def build_index(collection: Collection, *, threads: int = 2) -> None:
 
 
 def _verify(path: Path, found: dict[str, Any]) -> None:
-    """The file is the one that its manifest names, which then knows its size and time."""
+    """The file is the one of its manifest, which then has its size and time."""
     stamp = _stamp(path) if path.is_file() else None
     if stamp is None or sha256_file(path) != found["file"]:
         raise ArtifactError(f"{path}: expected the index that its manifest names, found another or none; {REMEDY}")
-    with suppress(OSError):  # where nothing may be written, the bytes are read again next time
+    with suppress(OSError):  # in a read-only folder, the bytes are read again next time
         write_manifest(path.with_name(MANIFEST), FORMAT, {**found, "stamp": stamp})
 
 

@@ -70,7 +70,7 @@ class Writer:
         return [(start, stop) for start, stop in ranges if not written[start:stop].all()]
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Rows start, start + 1, ... are on the disk, and a record says so. Float [rows, width], each of length 1."""
+        """Rows start, start + 1, ... are on the disk, with a record. Float [rows, width], each of length 1."""
         stop = start + len(rows)
         if rows.ndim != 2 or rows.shape[1] != self.info.width or not 0 <= start < stop <= self.info.rows:
             expected = f"[n, {self.info.width}] within 0..{self.info.rows}"
@@ -94,7 +94,7 @@ class Writer:
             try:
                 self._refuse_missing()
             except SlipwayError:
-                if not self.finished:  # another worker was faster, and takes the records away
+                if not self.finished:  # another worker finished first and removes the records
                     raise
             with suppress(FileNotFoundError):  # as above
                 os.replace(self.folder / UNFINISHED, self.folder / INFO)
@@ -159,7 +159,7 @@ def _metadata_lines(entries: Iterable[Entry], rows: int) -> Iterator[bytes]:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """The file has this size, and its blocks where the system can promise them: a full disk is noticed now."""
+    """The file has this size, with its blocks reserved where the system can: a full disk is an error now."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     os.ftruncate(descriptor, size)

@@ -1,4 +1,4 @@
-"""Starts a real Triton Inference Server on a model repository, and leaves nothing behind when it stops.
+"""Starts a real Triton Inference Server on a model repository, and removes its files when it stops.
 
 The server is NVIDIA's own when `tritonserver` is on PATH, as in NVIDIA's container, with that server's backends. Else
 it is the unmodified core inside the PyPI package nvidia-pytriton, which has the `python` backend only: the folders of
@@ -34,11 +34,11 @@ from runtimes.runtime import Backend
 
 BACKEND = re.compile(r'^\s*backend\s*:\s*"([^"]+)"', re.MULTILINE)
 USUAL = Backend(proxy="")  # the times of a server without a slower backend
-# What would let a client change the server, write to its disk or map memory of other processes.
+# Interfaces by which a client could change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
 EVERY_MODEL = "*"
-# Of one request over HTTP, where the server can be told; 2.51 cannot; deploy/nginx.conf bounds gRPC too.
+# Limit of one request over HTTP, where the server has the option; 2.51 has not; deploy/nginx.conf limits gRPC too.
 HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
@@ -109,15 +109,15 @@ def find_bundle() -> Bundle:
 
 def inspect_bundle(venv: Path) -> Bundle:
     """The bundle in `venv`, as its interpreter reports it."""
-    asked = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise EngineError(f"{venv}: expected an environment with numpy, found {asked.stderr[-200:]}; run: make triton")
-    version, site, libraries = asked.stdout.splitlines()
+    ran = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise EngineError(f"{venv}: expected an environment with numpy, found {ran.stderr[-200:]}; run: make triton")
+    version, site, libraries = ran.stdout.splitlines()
     python_version, _, numpy_major = version.rpartition(".")
     bundle = Bundle(venv=venv, site=Path(site), python_libraries=libraries, python_version=python_version)
     if not bundle.server.is_file():
         raise MissingPackage(f"{venv}: expected nvidia-pytriton in this environment, found none; run: make triton")
-    # With numpy 2 this core's stub loads, says READY, and reads zeros from every tensor.
+    # With numpy 2 this core's stub loads, reports READY, and reads zeros from every tensor.
     if int(numpy_major) >= 2:
         raise EngineError(f"{venv}: expected numpy 1 for Triton's Python stub, found {numpy_major}; run: make triton")
     return bundle
@@ -126,10 +126,10 @@ def inspect_bundle(venv: Path) -> Bundle:
 class TritonServer(BackgroundServer):
     """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
 
-    Ports that are None are chosen among the free ones. `models` loads only these (and what they need, or EVERY_MODEL)
-    and later what it is told to `load`; `poll_s` looks for changed models that often by itself; with `strict` a model
+    Ports that are None are chosen among the free ones. `models` loads only these (and their parts, or EVERY_MODEL) and
+    later those of `load`; with `poll_s` the server looks for changed models that often; with `strict` a model
     that fails to load fails the start, without it the others are served. `log`, a file or a stream, gets the server's
-    output. The control interfaces answer only who knows `control_key`, which is drawn at random, unless they are
+    output. The control interfaces need the random `control_key`, unless they are
     `open_to_all`. `EngineError` if the server does not get ready.
     """
 
@@ -166,7 +166,7 @@ class TritonServer(BackgroundServer):
 
     @property
     def shared_memory_prefix(self) -> str:
-        """How the names of the shared memory between the server and its Python stubs begin."""
+        """The prefix of the names of the shared memory between the server and its Python stubs."""
         return self.folder.name if self.folder else ""
 
     @property
@@ -174,20 +174,20 @@ class TritonServer(BackgroundServer):
         return str(self.repository)
 
     def index(self) -> list[dict[str, str]]:
-        """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
+        """Every model of the server: name and, if it tried to load it, version, state, reason."""
         models: list[dict[str, str]] = json.loads(self._control("index", timeout_s=10))
         return models
 
     def load(self, model: str) -> None:
-        """The server has loaded the model as it lies in the repository; if it cannot, `index` says why."""
+        """The server has loaded the model of the repository; if it cannot, `index` has the reason."""
         self._control(f"models/{quote(model, safe='')}/load", self.start_timeout_s)
 
     def unload(self, model: str) -> None:
-        """The server no longer answers for the model."""
+        """The server no longer serves the model."""
         self._control(f"models/{quote(model, safe='')}/unload", self.start_timeout_s)
 
     def _control(self, path: str, timeout_s: float) -> bytes:
-        """What the server answers to an empty request at this path of its repository interface."""
+        """The answer to an empty request at this path of the server's repository interface."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=timeout_s)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 crashes on a body of 5 MiB.
             headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
@@ -238,9 +238,9 @@ class TritonServer(BackgroundServer):
 
 
 def knows_option(server: str, option: str, environment: Mapping[str, str]) -> bool:
-    """Whether the server's help names the option; one that it does not know would keep it from starting."""
-    asked = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
-    return re.search(rf"{option}\b", asked.stdout + asked.stderr) is not None  # 2.51 prints it on stderr
+    """Whether the server's help names the option; with an unknown one it would not start."""
+    ran = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return re.search(rf"{option}\b", ran.stdout + ran.stderr) is not None  # 2.51 prints it on stderr
 
 
 def all_backends() -> dict[str, Backend]:

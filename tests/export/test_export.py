@@ -92,11 +92,11 @@ def test_another_checkpoint_gives_another_key(
 
     shutil.copytree(gru_repository, tmp_path / "repository")
     spec = find_spec(MODEL)
-    config = spec.preset("tiny").config
+    config = spec.preset("tiny")
     torch.manual_seed(1)
     sample_inputs = Checkpoint.load(checkpoints / MODEL).sample_inputs()
     other = tmp_path / "other"
-    module = spec.build(config)
+    module = spec.interface.build(config)
     save_checkpoint(
         other / MODEL,
         spec,
@@ -178,8 +178,8 @@ def test_a_dry_run_touches_nothing(run: Any, tmp_path: Path) -> None:
 def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
     vllm = plugins.load("export.targets", "vllm", "TARGET")
     for spec in all_specs().values():
-        refused, own = vllm.refuse(spec), spec.skips.get("vllm")
-        assert (refused is None) == (spec.language_model is not None)
+        refused, own = vllm.refuse(spec), spec.export.skips.get("vllm")
+        assert (refused is None) == (spec.export.language_model is not None)
         if refused:
             cell = Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
             assert own != refused
@@ -333,7 +333,7 @@ def halves(answer: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
 def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing: str) -> None:
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 2, "time": 5})
     got = Echo(source, change).fresh(inputs)
-    checks = parity.compare(source, got, source.answer(inputs), source.spec.tolerance["fp32"])
+    checks = parity.compare(source, got, source.answer(inputs), source.spec.parity.tolerance["fp32"])
     assert not checks[failing].passed
     with pytest.raises(ParityError, match=failing):
         parity.require_passed(checks)
@@ -345,7 +345,7 @@ def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(sour
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 8, "time": 30})
     want = source.answer(inputs)
     got = {**want, "main_x": want["main_x"][..., ::-1]}
-    checks = source.spec.agreement(got, want, source.spec.tolerance["fp32"])
+    checks = source.spec.parity.agreement(got, want, source.spec.parity.tolerance["fp32"])
     assert not checks["same_main_x"].passed
     assert not checks["clear_main_x"].passed
     assert checks["same_main_y"].passed
@@ -394,4 +394,4 @@ def test_an_artifact_names_its_checkpoint_and_libraries(gru_repository: Path, ch
     assert artifact.checkpoint == Checkpoint.load(checkpoints / MODEL).digest
     assert artifact.built_with["opset"] == "20"
     assert {"torch", "onnx", "onnxruntime"} <= set(artifact.built_with)
-    assert artifact.proved
+    assert artifact.verified

@@ -89,11 +89,11 @@ class MitigatedPipeline(GeneratingPipeline):
 
     def answer(self, generated: Generated) -> Any:
         tokens = self._tokens(self.config["max_tokens"])
-        told = zip(generated.ids, generated.scores, generated.reweighted, strict=True)
+        rows = zip(generated.ids, generated.scores, generated.reweighted, strict=True)
         return {
             "text": tokens.text(generated.ids),
             "tokens": [
-                {"text": tokens.text([token]), "score": score, "reweighted": again} for token, score, again in told
+                {"text": tokens.text([token]), "score": score, "reweighted": again} for token, score, again in rows
             ],
         }
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 Head = tuple[int, int]
 Step = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
 INPUTS = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
-KEPT = {"keys": 3, "values": 3, "finals": 1}  # what is kept of every token, and the axis of the tokens in it
+KEPT = {"keys": 3, "values": 3, "finals": 1}  # cached tensors, and the axis of the tokens in each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mitigation:
-    """What AARF does, with the paper's numbers for Llama-2 7B on RAGTruth.
+    """The settings of AARF; defaults are the paper's for Llama-2 7B on RAGTruth.
 
     tau          scores above it are those of hallucinations
     attend       factor of the chosen heads, know of the chosen layers' feed-forward parts
@@ -91,7 +91,7 @@ class Generator:
         ends: Sequence[int] = (),
         choose: Callable[[np.ndarray], int] = likeliest,
     ) -> Generated:
-        """What follows `ids`, whose places `prompt` hold the context, up to one of `ends`.
+        """The tokens after `ids`, whose places `prompt` hold the context, up to one of `ends`.
 
         Every token is scored; none is reweighted without a mitigation. `choose` takes the next token from the logits.
         """
@@ -119,7 +119,7 @@ class Generator:
         return result
 
     def _factors(self, mitigation: Mitigation, *, weighted: bool = True) -> dict[str, "Tensor"]:
-        """What heads and feed-forward parts are multiplied by: 1, or for the chosen ones the mitigation's factors."""
+        """Factors of heads and feed-forward parts: 1, or for the chosen ones those of the mitigation."""
         torch = require("torch", extra="export")
         shapes = {tensor.name: tensor.resolve({"batch": 1}) for tensor in self.signature.inputs[-2:]}
         result = {name: torch.ones(shape, device=self.device) for name, shape in shapes.items()}
@@ -131,7 +131,7 @@ class Generator:
         return result
 
     def _weights(self, mitigation: Mitigation) -> dict[str, "Tensor"]:
-        """What each feature counts in a token's score."""
+        """The weight of each feature in a token's score."""
         torch = require("torch", extra="export")
         heads = self._chosen("head", mitigation.heads, self.heads)
         layers = self._chosen("layer", mitigation.layers, self.layers)
@@ -181,7 +181,7 @@ def open_generator(runtime: Runtime) -> Generator:
 
 
 class KVCache:
-    """Keys, values and final states of the tokens so far, behind a row that nobody looks at."""
+    """Keys, values and final states of the tokens so far, behind one row that is never attended to."""
 
     def __init__(self, signature: Signature, tokens: int, device: str) -> None:
         torch = require("torch", extra="export")
@@ -194,11 +194,11 @@ class KVCache:
         }
 
     def rows(self, *, but: int = 0) -> dict[str, "Tensor"]:
-        """What is kept, without its last `but` tokens."""
+        """The cache without its last `but` tokens."""
         return {name: held.narrow(KEPT[name], 0, self.length - but) for name, held in self.held.items()}
 
     def add(self, printed: Mapping[str, "Tensor"]) -> None:
-        """Keep what a step said of its new tokens."""
+        """Append the keys, values and final states of a step's new tokens."""
         new = printed["new_finals"].shape[1]
         for name, held in self.held.items():
             held.narrow(KEPT[name], self.length, new).copy_(printed[f"new_{name}"])

@@ -1,4 +1,4 @@
-"""One byte of an H-Net after another: a byte in, whether a segment begins there and what may follow out."""
+"""One step of an H-Net: a byte in; whether a segment begins there, and the likeliest next bytes, out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ LIKELIEST = 8
 
 
 class HNetStepPipeline(BatchingPipeline):
-    """A request is `{"byte": 0..255}`, the next of a text that 254 begins; what came before, the server knows.
+    """A request is `{"byte": 0..255}`, the next of a text that begins with 254; the server keeps the state.
 
     An answer has p and decision of every stage, and the likeliest next bytes with their probabilities. Many such steps
     generate a text (`runtimes.generate`).

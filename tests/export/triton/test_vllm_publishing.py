@@ -15,7 +15,7 @@ from export.triton.schema import CONFIG
 from runtimes.artifact import Artifact, Facts, digests, read_json, write_json
 from runtimes.repository import versions
 from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER, engine_arguments
-from training.models.hallucination.generator import signature
+from training.models.hallucination.generator_spec import signature
 
 NAME = "writer_vllm_w4a16_awq"
 

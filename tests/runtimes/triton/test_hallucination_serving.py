@@ -194,7 +194,7 @@ def test_labels_of_one_class_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     source = Source(find_spec("hallucination"), Checkpoint.load(trained / "hallucination"))
-    spec, tolerance = source.spec, source.spec.tolerance["fp32"]
+    spec, tolerance = source.spec, source.spec.parity.tolerance["fp32"]
     want = source.answer(source.draw_inputs(np.random.default_rng(0), source.signature.sizes("opt")))
     want["gaps"] = np.ones_like(want["gaps"])
     want["gaps"][0, 0, 0] = 1e-7
@@ -215,7 +215,7 @@ def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     want["gaps"][:] = 1e-7
     limit = parity.compare(source, want, want, tolerance)["near_ties"]
     assert limit == Check(value=1.0, limit=0.05), "a model all of whose choices are ties is not proved"
-    assert spec.exact == ("encoder", "scorer")
+    assert spec.export.fp32_modules == ("encoder", "scorer")
 
 
 def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> N
 
     path = tmp_path / "model.onnx"
     path.write_bytes((find(repository, "hallucination_onnx") / "model.onnx").read_bytes())
-    quantize_weights(path, find_spec("hallucination").exact)
+    quantize_weights(path, find_spec("hallucination").export.fp32_modules)
     model = onnx.load(path)
     products = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
     assert len(products) >= 7, "at least a layer's"
@@ -244,13 +244,13 @@ def test_a_repeated_request_runs_nothing_and_answers_the_same(
     with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
         first = cache.answer([LONG])
         close(first[0], answers(opened, [LONG])[0])
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the model ran again"))
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the model ran again"))
         for work in ("encode", "decode"):
             monkeypatch.setattr(cache._pipeline, work, lambda *_: pytest.fail("a text was read again"))
         monkeypatch.setattr(store, "write", lambda *_: pytest.fail("an answer was kept again"))
         assert cache.answer([LONG, LONG]) == first * 2
     with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the store was not read"))
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the store was not read"))
         assert cache.answer([LONG]) == first
 
 

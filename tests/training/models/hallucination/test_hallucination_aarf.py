@@ -20,11 +20,11 @@ from runtimes.pipelines.hallucination.grounding import EXAMPLE
 from runtimes.predict import main as predict
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
-from training.models.hallucination import mitigated
-from training.models.hallucination.config import TINY, heads_of, layers_of
+from training.models.hallucination import aarf_spec
+from training.models.hallucination.aarf import MitigatedDecoder
 from training.models.hallucination.features import knowledge, resemblance, top_share
-from training.models.hallucination.mitigation import MitigatedDecoder
 from training.models.hallucination.module import ChunkDetector
+from training.models.hallucination.settings import TINY, heads_of, layers_of
 from training.run import main as run
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -37,7 +37,7 @@ ALWAYS = Mitigation(tau=-1e9, **CHOSEN)
 def opened(family: str = "llama", **changes: Any) -> tuple[Generator, MitigatedDecoder]:
     config = {**TINY, "base": f"seeded:tiny:{family}", **changes}
     module = MitigatedDecoder(ChunkDetector(config).eval())
-    signature = mitigated.signature(config)
+    signature = aarf_spec.signature(config)
 
     def step(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
