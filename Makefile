@@ -108,7 +108,7 @@ perf-analyzer: .perf_analyzer/ready ## set up NVIDIA's load generator
 # An artifact of its own, which becomes a row of every later benchmark of the encoder.
 peer-optimum: .venv/ready .venv-peers-optimum/ready ## export the encoder with optimum-onnx, for comparison
 	$(PY) -m training.run strategy --if-missing
-	PYTHONPATH=. $(PY) benchmarks/peers_cpu/optimum_encoder.py
+	$(PY) -m benchmarks.peers_cpu.optimum_encoder
 
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers

@@ -129,7 +129,7 @@ def _artifact(folder: Path, repository: Path, models: dict[str, ListedModel]) ->
         **place,
         target=found.target,
         precision=found.precision,
-        verified=found.proved,
+        verified=found.verified,
         current=found.checkpoint == trained if trained else None,
         bytes=sum((folder / file).stat().st_size for file in found.files if (folder / file).is_file()),
     )
