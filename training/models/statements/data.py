@@ -1,6 +1,8 @@
 """Papers for training and validation, and pairs of statements of the same paper."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +85,12 @@ def synthetic_papers(seed: int, count: int) -> list[Paper]:
             statements.append(Statement(type="lemma", text=" ".join(drawn) + "."))
         papers.append(Paper(arxiv_id=f"synthetic/{number}", title=" ".join(own[:3]), statements=tuple(statements)))
     return papers
+
+
+def write_sample(folder: Path, seed: int) -> list[Path]:
+    """Writes 200 synthetic papers to train.jsonl and valid.jsonl, a paper a line; the paths written."""
+    parts = dict(zip(("train", "valid"), split_by_paper(synthetic_papers(seed, 200), 0.2, seed), strict=True))
+    for part, papers in parts.items():
+        rows = [{name: value for name, value in asdict(paper).items() if name != "empty"} for paper in papers]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [folder / f"{part}.jsonl" for part in parts]
