@@ -1,83 +1,26 @@
-"""Convert checkpoints, prove what comes out, and publish it: python -m export.all --target onnx"""
+"""Convert checkpoints, verify the results and publish them: python -m export.all --target onnx"""
 
 import json
-import shutil
 import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from export import parity
-from export.key import artifact_key, library_versions
+from export.convert import Cell, Options, Outcome, fill
 from export.quantization.calibration_texts import CalibrationTexts, read_texts
-from export.source import LastSource, Source
-from export.target import Built, Target
-from export.triton.config import UNLIMITED, Scheduling
-from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
+from export.source import LastSource
+from export.target import Target
+from export.triton.config import Scheduling
 from runtimes import plugins
-from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
-from runtimes.errors import FOREIGN, InputError, SlipwayError, error_text, one_line
+from runtimes.errors import InputError
 from runtimes.host.cli import command, parser, table
 from runtimes.host.output_capture import native_talk_on_stderr
-from runtimes.repository import artifacts_root, newest, published
-from runtimes.runtime import open_runtime
-from training.checkpoint import Checkpoint, exists
-from training.language_model import NotADecoder
-from training.spec import ModelSpec, all_specs, find_spec
+from training.spec import all_specs, find_spec
 
 TEXTS = CalibrationTexts()
-UNTOUCHED = Facts(built=False, deserialized=False, ran=False, compared=False)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Cell:
-    """One place in the matrix: a model, a target and a precision."""
-
-    spec: ModelSpec
-    target: Target
-    precision: str
-
-    @property
-    def label(self) -> str:
-        return f"{self.spec.name} {self.target.name} {self.precision}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What all cells of a run have in common.
-
-    mounted_at  where the repository lies for the server that reads it; where it lies here, if None
-    """
-
-    checkpoints: Path
-    repository: Path
-    texts: CalibrationTexts
-    scheduling: Scheduling = UNLIMITED
-    mounted_at: Path | None = None
-    force: bool = False
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What became of a cell: ok, reused, skipped or failed, with the reason where there is one to tell."""
-
-    model: str
-    target: str
-    precision: str
-    status: str
-    reason: str = ""
-    artifact: str = ""
-    bytes: int = 0
-    seconds: float = 0.0
-    parity: dict[str, float] = field(default_factory=dict)
-    facts: Facts = UNTOUCHED
 
 
 @command
@@ -115,152 +58,6 @@ def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequ
                 yield Cell(spec=spec, target=target, precision=precision)
 
 
-def fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
-    """What became of one cell. Nothing that was not proved is published; nothing is dropped without a reason."""
-    outcome = Outcome(model=cell.spec.name, target=cell.target.name, precision=cell.precision, status="skipped")
-    started = time.perf_counter()
-    try:
-        if reason := why_skipped(cell, options.checkpoints):
-            return replace(outcome, reason=reason)
-        checkpoint = Checkpoint.load(options.checkpoints / cell.spec.checkpoint)
-        if reason := cell.spec.absent(checkpoint.config):
-            return replace(outcome, reason=reason)
-        key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint, options.texts)
-        found = newest(options.repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
-        if found and not options.force and (artifact := reusable(found, key)):
-            if not options.dry_run:
-                found = publish_again(found, artifact, options.repository, mounted_at=options.mounted_at)
-                reschedule(artifact, options.repository, options.scheduling)
-            return _done(outcome, artifact, found, "reused", started)
-        if options.dry_run:
-            return replace(outcome, reason="dry run: would be exported")
-        artifact, folder = export_one(cell, sources.of(cell.spec, checkpoint, options.texts), key, options)
-        return _done(outcome, artifact, folder, "ok", started)
-    except NotADecoder as error:
-        return replace(outcome, reason=one_line(error))
-    except _conversion_errors() as error:
-        seconds = time.perf_counter() - started
-        if not isinstance(error, SlipwayError | OSError):
-            traceback.print_exception(error)  # nobody's mistake that is known: where it came from is part of the answer
-        return replace(outcome, status="failed", reason=error_text(error), seconds=seconds)
-
-
-def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
-    """The reason why a cell stays empty, or None."""
-    spec, target = cell.spec, cell.target
-    if reason := spec.skips.get(target.name) or target.refuse(spec):
-        return reason
-    if cell.precision not in target.precisions:
-        return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
-    if cell.precision not in spec.tolerance:
-        return f"no tolerance is stated for {spec.name} in {cell.precision}"
-    if not exists(checkpoints / spec.checkpoint):
-        return f"no checkpoint in {checkpoints / spec.checkpoint}; make one: python -m training.run {spec.checkpoint}"
-    return None
-
-
-def reusable(folder: Path, key: str) -> Artifact | None:
-    """The published artifact in `folder` if it has this key and its files are what they were."""
-    try:
-        artifact = Artifact.load(folder)
-        if artifact.key != key:
-            return None
-        artifact.verify_files(folder)
-    except SlipwayError:  # damaged: it is made again
-        return None
-    return artifact
-
-
-def export_one(cell: Cell, source: Source, key: str, options: Options) -> tuple[Artifact, Path]:
-    """Convert, prove and publish one cell; `ParityError` and nothing published if it is not proved."""
-    repository = options.repository
-    with drafting(repository) as draft:
-        artifact, built = convert(cell, source, key, draft)
-        artifact = prove(artifact, source, draft, built)
-        served = built.served and artifact.proved
-        folder = publish(
-            draft,
-            artifact,
-            repository,
-            served=served,
-            scheduling=options.scheduling,
-            mounted_at=options.mounted_at,
-        )
-    if served and built.speaks_tensors and leads(artifact, repository):
-        publish_ensemble(artifact, repository, options.scheduling)
-    return artifact, folder
-
-
-def leads(artifact: Artifact, repository: Path) -> bool:
-    """Whether the ensemble goes through this artifact: onnx before all other targets, and these by name.
-
-    Of each target only its first precision counts, and of all artifacts only those of the same checkpoint: an ensemble
-    is of the newest. What is damaged, or of an earlier format and to be exported again, counts for nothing.
-    """
-    found = [artifact]
-    for root in published(repository):
-        if root.is_relative_to(artifacts_root(repository, True)):
-            with suppress(SlipwayError):
-                found.append(Artifact.load(root))
-    alike = [each for each in found if (each.model, each.checkpoint) == (artifact.model, artifact.checkpoint)]
-    first = {
-        name: plugins.load("export.targets", name, "TARGET").precisions[0] for name in plugins.names("export.targets")
-    }
-    able = [each.target for each in alike if each.precision == first.get(each.target)]
-    best = min(able, key=lambda target: (target != "onnx", target), default=None)
-    return artifact.target == best and artifact.precision == first[best]
-
-
-def convert(cell: Cell, source: Source, key: str, draft: Path) -> tuple[Artifact, Built]:
-    """The artifact that the empty folder `draft` now holds, built and not yet proved."""
-    checkpoint = source.checkpoint
-    if checkpoint.assets.is_dir():
-        shutil.copytree(checkpoint.assets, draft / ASSETS)
-    built = cell.target.convert(source, cell.precision, draft)
-    artifact = Artifact(
-        model=cell.spec.name,
-        target=cell.target.name,
-        runtime=cell.target.runtime,
-        precision=cell.precision,
-        pipeline=cell.spec.pipeline,
-        config=dict(checkpoint.config),
-        signature=source.signature,
-        files=digests(draft),
-        built_with={**library_versions(cell.target.packages), **built.built_with},
-        checkpoint=checkpoint.digest,
-        key=key,
-        facts=replace(UNTOUCHED, built=True),
-        note=built.not_run_reason or "",
-    )
-    artifact.save(draft)
-    return artifact, built
-
-
-def prove(artifact: Artifact, source: Source, draft: Path, built: Built) -> Artifact:
-    """The artifact with its proof, saved; `ParityError` if it does not say what the original says.
-
-    Where this machine cannot run it, an engine that reads the same numbers is compared instead; that is not a proof of
-    the artifact.
-    """
-    parity.require_proof(built.checks)
-    if built.not_run_reason is None:
-        candidate = open_runtime(draft, device=built.device)
-        facts, prefix = Facts(built=True, deserialized=True, ran=True, compared=True), ""
-    elif built.proxy_engine:
-        candidate = open_runtime(draft, engine=built.proxy_engine)
-        facts, prefix = artifact.facts, f"{built.proxy_engine}_"
-        artifact = replace(artifact, note=f"{artifact.note}; what it was made of is proved in {built.proxy_engine}")
-    else:
-        return artifact
-    with candidate:
-        checks = parity.prove(candidate, source, artifact.precision)
-    parity.require_proof(checks)
-    found = {f"{prefix}{name}": check for name, check in checks.items()}
-    proved = replace(artifact, parity={**built.checks, **found}, facts=facts)
-    proved.save(draft)
-    return proved
-
-
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
     """The matrix as text: how far each artifact got, and its worst difference in units of the tolerance."""
     rows = []
@@ -283,31 +80,6 @@ def outcome_table(outcomes: Sequence[Outcome]) -> str:
         )
     header = ["model", "target", "precision", "status", "MB", "seconds", "difference", "facts", "artifact or reason"]
     return table(header, rows) + "\n\ndifference: the largest one, in units of what the tolerance allows"
-
-
-def _done(outcome: Outcome, artifact: Artifact, folder: Path, status: str, started: float) -> Outcome:
-    return replace(
-        outcome,
-        status=status,
-        reason=artifact.note,
-        artifact=str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder),
-        bytes=sum((folder / name).stat().st_size for name in artifact.files),
-        seconds=time.perf_counter() - started,
-        parity={name: check.value for name, check in artifact.parity.items()},
-        facts=artifact.facts,
-    )
-
-
-def _conversion_errors() -> tuple[type[Exception], ...]:
-    """What ends a cell and not the matrix: our errors, a full disk, what torch raises for what it cannot convert."""
-    own = (SlipwayError, OSError)
-    if "torch" not in sys.modules:  # nothing was converted yet, and importing torch takes seconds
-        return own
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._export.verifier import SpecViolationError
-    from torch.onnx import OnnxExporterError
-
-    return (*own, *FOREIGN, TorchDynamoException, SpecViolationError, OnnxExporterError)
 
 
 def read_options(arguments: Any) -> Options:

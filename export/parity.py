@@ -16,12 +16,12 @@ ROLLOUT_BATCH = 3  # no axis is traced at 3
 Checks = dict[str, Check]
 
 
-def prove(candidate: Runtime, source: Source, precision: str) -> Checks:
+def check_parity(candidate: Runtime, source: Source, precision: str) -> Checks:
     """Every check of a candidate against its original; the worst of each over all sizes, real inputs and a rollout."""
     tolerance = source.spec.tolerance[precision]
     rng = np.random.default_rng(0)
     checks: Checks = {}
-    for sizes in sizes_to_prove(source.signature):
+    for sizes in sizes_to_check(source.signature):
         inputs = source.draw_inputs(rng, sizes)
         _keep_worst(checks, compare(source, candidate.fresh(inputs), source.answer(inputs), tolerance))
     if real := list(source.spec.parity_inputs(source.config, source.sample_inputs)):
@@ -35,7 +35,7 @@ def prove(candidate: Runtime, source: Source, precision: str) -> Checks:
     return checks
 
 
-def require_proof(checks: Mapping[str, Check]) -> None:
+def require_passed(checks: Mapping[str, Check]) -> None:
     """`ParityError` naming the first check that failed and how many did."""
     failed = {name: check for name, check in checks.items() if not check.passed}
     if failed:
@@ -47,7 +47,7 @@ def require_proof(checks: Mapping[str, Check]) -> None:
         )
 
 
-def sizes_to_prove(signature: Signature) -> Iterator[dict[str, int]]:
+def sizes_to_check(signature: Signature) -> Iterator[dict[str, int]]:
     """All axes at min, all at opt, and each at its max with the others at min."""
     yield signature.sizes("min")
     yield signature.sizes("opt")

@@ -41,6 +41,7 @@ class Target:
     convert     writes the artifact's files for (source, precision) into an empty folder
     refuse      the reason why a model cannot be converted, or None
     reads_texts whether the bytes depend on the texts that language models are quantized on
+    ensemble_rank   a model's ensemble goes through its target of the lowest rank
     """
 
     name: str
@@ -50,3 +51,4 @@ class Target:
     convert: Callable[[Source, str, Path], Built]
     refuse: Callable[[ModelSpec], str | None] = lambda spec: None
     reads_texts: bool = False
+    ensemble_rank: int = 1

@@ -54,10 +54,10 @@ def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        install = remedy or f"pip install 'slipway[{extra}]'"
+        install = remedy or f"pip install '.[{extra}]'"
         raise MissingPackage(
             f"expected package '{module.partition('.')[0]}', found none usable ({one_line(error)}); "
-            f"install it with: {install}"
+            f"run in a checkout: {install}"
         ) from error
 
 

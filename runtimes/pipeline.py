@@ -11,8 +11,9 @@ import numpy as np
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
 from runtimes.errors import EngineError, InputError, one_line
-from runtimes.json_schema import Schema
 from runtimes.runtime import Runtime
+
+Schema = dict[str, Any]  # a JSON Schema (2020-12)
 
 REQUEST_BYTES = 4 << 20  # of one request in JSON; the parsed form of more would take a hundred megabytes
 
@@ -105,3 +106,40 @@ def _narrowed(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _narrowed(part) for name, part in value.items()}
     return [_narrowed(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# Parts of the JSON Schema of a request ------------------------------------------------------------------------------
+
+TEXT: Schema = {"type": "string"}
+FLAG: Schema = {"type": "boolean"}
+
+
+def real(low: float, high: float) -> Schema:
+    """A number from `low` to `high`, both allowed."""
+    return {"type": "number", "minimum": low, "maximum": high}
+
+
+def whole(low: int, high: int | None = None) -> Schema:
+    """An integer from `low` to `high`; None is no upper bound."""
+    return {"type": "integer", "minimum": low} | ({} if high is None else {"maximum": high})
+
+
+def choice(values: Sequence[str]) -> Schema:
+    """One of these texts."""
+    return {"enum": list(values)}
+
+
+def array(items: Schema, least: int = 0, most: int | None = None) -> Schema:
+    """From `least` to `most` items of one kind; None is no upper bound."""
+    return {"type": "array", "items": items, "minItems": least} | ({} if most is None else {"maxItems": most})
+
+
+def record(needed: Mapping[str, Schema], more: Mapping[str, Schema] | None = None) -> Schema:
+    """An object with all of `needed`, some or none of `more` (null is none), and nothing else."""
+    optional = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in (more or {}).items()}
+    return {
+        "type": "object",
+        "properties": {**needed, **optional},
+        "required": list(needed),
+        "additionalProperties": False,
+    }

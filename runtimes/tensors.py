@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtimes.errors import ArtifactError, InputError
+from runtimes.errors import ArtifactError, EngineError, InputError
 
 BATCH = "batch"  # the first axis of every tensor
 DTYPES = ("float32", "float16", "int64", "int32", "uint8", "bool")
@@ -141,7 +141,7 @@ class Signature:
         for tensor in specs:
             array = arrays[tensor.name]
             self._check_shape(kind, tensor, array, sizes)
-            if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+            if finite and not is_finite(array):
                 raise InputError(f"{kind} '{tensor.name}': expected finite numbers, found NaN or infinity")
         return sizes
 
@@ -199,6 +199,18 @@ class Signature:
             state=tuple((source, result) for source, result in data["state"]),
             in_place=tuple(data.get("in_place", ())),  # older manifests name none
         )
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """False for an array that holds NaN or infinity; integers are always finite."""
+    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+
+
+def require_finite(arrays: Mapping[str, np.ndarray], remedy: str = "run: python -m export.verify") -> None:
+    """`EngineError` that names the first output with NaN or infinity in it."""
+    for name, array in arrays.items():
+        if not is_finite(array):
+            raise EngineError(f"output '{name}': expected finite numbers, found NaN or infinity; {remedy}")
 
 
 def _show(shape: tuple[int | str, ...]) -> str:

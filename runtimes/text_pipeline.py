@@ -6,10 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError, require
-from runtimes.json_schema import TEXT, Schema, record
-from runtimes.pipeline import Pipeline, refuse_no_requests
-from runtimes.tensors import Tensors
+from runtimes.errors import InputError, require
+from runtimes.pipeline import TEXT, Pipeline, Schema, record, refuse_no_requests
+from runtimes.tensors import Tensors, require_finite
 
 PADS = ("<pad>", "[PAD]")
 Keep = Literal["last", "first"]
@@ -84,9 +83,8 @@ class TextPipeline(Pipeline):
         return {"token_ids": self.tokens.ids(read_texts(requests))}
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
+        require_finite(outputs)
         (vectors,) = outputs.values()
-        if not np.isfinite(vectors).all():
-            raise EngineError("expected a finite vector, found NaN or infinity; run export.verify")
         return [{"vector": row.tolist()} for row in vectors]
 
     def schema(self) -> Schema:

@@ -9,7 +9,7 @@ import torch
 
 from export import all as export_all
 from export import parity
-from export.all import Cell, convert, prove
+from export.convert import Cell, convert, verify_artifact
 from export.source import Source
 from export.target import Built
 from runtimes import plugins
@@ -41,7 +41,7 @@ def test_torch_on_cuda_says_what_the_original_says(
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     _, source, _ = made(model, "torch", precision, checkpoints, tmp_path)
     with open_runtime(tmp_path, device="cuda") as runtime:
-        parity.require_proof(parity.prove(runtime, source, precision))
+        parity.require_passed(parity.check_parity(runtime, source, precision))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -53,7 +53,7 @@ def test_a_compiled_step_on_cuda_says_what_the_original_says(
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 4, "time": 1})
     with open_runtime(tmp_path, device="cuda", compiled=True) as runtime:
         got = runtime.fresh(inputs)
-    parity.require_proof(parity.compare(source, got, source.answer(inputs), source.spec.tolerance[precision]))
+    parity.require_passed(parity.compare(source, got, source.answer(inputs), source.spec.tolerance[precision]))
 
 
 @pytest.mark.parametrize("model", POLICIES)
@@ -63,7 +63,7 @@ def test_onnx_runtime_on_cuda_says_what_the_original_says(model: str, checkpoint
         pytest.skip("this onnxruntime has no CUDA")
     _, source, _ = made(model, "onnx", "fp32", checkpoints, tmp_path)
     with open_runtime(tmp_path, device="cuda") as runtime:
-        parity.require_proof(parity.prove(runtime, source, "fp16"))  # CUDA's own products are TF32
+        parity.require_passed(parity.check_parity(runtime, source, "fp16"))  # CUDA's own products are TF32
 
 
 @pytest.mark.parametrize("model", POLICIES)
@@ -71,7 +71,7 @@ def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: 
     artifact, source, built = made(model, "tensorrt", "fp32", checkpoints, tmp_path)
     if built.not_run_reason:
         pytest.skip(built.not_run_reason)
-    assert prove(artifact, source, tmp_path, built).proved
+    assert verify_artifact(artifact, source, tmp_path, built).proved
 
 
 def test_a_benchmark_on_cuda_has_times_of_the_device_and_memory_of_the_gpu(

@@ -116,8 +116,8 @@ def make(source: Source, repository: Path) -> Path:
         artifact = described(source, draft, dict(line.split() for line in found.splitlines()))
         artifact.save(draft)
         with Elsewhere(draft, artifact) as candidate:
-            checks = parity.prove(candidate, source, "fp32")
-        parity.require_proof(checks)
+            checks = parity.check_parity(candidate, source, "fp32")
+        parity.require_passed(checks)
         proved = Facts(built=True, deserialized=True, ran=True, compared=True)
         artifact = replace(artifact, parity=checks, facts=proved)
         artifact.save(draft)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedTokenizerFast
 
 from export.hugging_face import store_as
-from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
+from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from runtimes.host.cli import command, parser, table
 from runtimes.host.output_capture import bars_on_a_terminal_only
 from runtimes.pipelines.statements.papers import read_papers

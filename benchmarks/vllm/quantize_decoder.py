@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from export.hugging_face import store_as
-from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
+from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from runtimes.host.cli import command, parser
 from runtimes.pipelines.statements.papers import read_papers
 from training.models.statements.data import flatten

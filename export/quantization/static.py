@@ -1,175 +1,278 @@
-"""Weights of three, four and eight bits for language models, by llmcompressor, in the format of compressed-tensors.
+"""Static int8: explicit Q/DQ around the constant matrix products of an ONNX file, calibrated on real inputs.
 
-AWQ: Lin et al. (2023). GPTQ: Frantar et al. (2022).
+The scales lie in the file, so an answer does not depend on the batch it is in, and one file serves every engine that
+reads QuantizeLinear: ONNX Runtime, OpenVINO, and TensorRT, which wants them symmetric. What sticks out in single
+channels of an activation is moved into the weights first (SmoothQuant, Xiao et al. 2023, equation 4); how much, and
+where to clip, is what leaves the smallest error in the product. The mean of what remains is taken off the bias.
 """
 
-import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from runtimes.errors import InputError, require
-from runtimes.host.output_capture import bars_on_a_terminal_only
+from export.lowering import EXTERNAL_BYTES, check_onnx, lies_in, weights_bytes
+from export.source import Source
+from runtimes.errors import ParityError, require
+from runtimes.tensors import BATCH, Tensors
 
-if TYPE_CHECKING:
-    from torch import nn
+CALIBRATION_INPUTS = 512
+ROWS = 2048  # of an activation, on which the error of a product is measured
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of a channel's range that the weights take over
+CLIPS = (1.0, 0.9, 0.8, 0.7)  # of the largest value seen
+LARGEST = 127  # symmetric: TensorRT has no zero point, and -128 has no counterpart
+TINY = 1e-8
 
-EXTRA = "quantize"
-GROUP_MAX, GROUP_MIN = 128, 32  # weights that share a scale; vLLM on a CPU wants widths in 32s
-OBSERVER = "memoryless_mse"  # clips where that makes the error of a group smaller; the default never does
-HEAD = "lm_head"  # stays as it is, as do embeddings and norms
+Matrix = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scheme:
-    """How weights become integers: by AWQ with zero points, by GPTQ without.
+class Product:
+    """One activation and the constant matrices that multiply it, side by side: float32 [width in, all widths out]."""
 
-    activations  the bits of a layer's input: 16 leaves it as it is, 8 makes it integers token by token; weights then
-                 share a scale along a whole row, as the kernels for that want
+    activation: str
+    nodes: Sequence[Any]
+    weights: Matrix
+    widths: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seen:
+    """What calibration saw of an activation: the largest magnitude of each channel, and some rows."""
+
+    largest: np.ndarray
+    rows: Matrix
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scales:
+    """How a product becomes int8: activation / `smooth` / `step`, weights * `smooth` / `steps`.
+
+    `weights` are rounded already; `drift` is the mean error of the product.
     """
 
-    method: Literal["awq", "gptq"]
-    bits: int
-    activations: int = 16
-
-    def describe(self, model: "nn.Module") -> str:
-        """For a manifest, such as `AWQ W4A16, groups of 128`."""
-        shared = f"groups of {group_size(model)}" if self.activations == 16 else "rows"
-        return f"{self.method.upper()} W{self.bits}A{self.activations}, {shared}"
+    smooth: np.ndarray
+    step: np.float32
+    weights: Matrix
+    steps: np.ndarray
+    drift: np.ndarray
 
 
-SCHEMES = {
-    "w4a16_awq": Scheme(method="awq", bits=4),
-    "w4a16_gptq": Scheme(method="gptq", bits=4),
-    "w8a16_gptq": Scheme(method="gptq", bits=8),
-    "w8a8_gptq": Scheme(method="gptq", bits=8, activations=8),
-    "w3a16_gptq": Scheme(method="gptq", bits=3),
-}
-
-
-def quantize(model: Any, tokenizer: Any, texts: Sequence[np.ndarray], scheme: Scheme, folder: Path) -> None:
-    """`folder` holds the quantized model in the format that Hugging Face and vLLM read; `model` is changed in place.
-
-    `texts` are token ids, each a row of its own: there is no padding to be quantized on.
-    """
-    import torch
-
-    with silenced():
-        llmcompressor = require("llmcompressor", extra=EXTRA)
-        model.config.save_pretrained(folder)
-        model.config._name_or_path = str(folder)  # llmcompressor reads the config of what it quantizes from a folder
-        rows = [{"input_ids": torch.from_numpy(ids)} for ids in texts]
-        with pinning_left_out():
-            llmcompressor.oneshot(
-                model=model,
-                tokenizer=tokenizer,
-                dataset=torch.utils.data.DataLoader(rows, batch_size=1),  # type: ignore[arg-type]
-                num_calibration_samples=len(rows),
-                recipe=_recipe(scheme, model),
-            )
-        model.save_pretrained(folder, save_compressed=True)
-    (folder / "recipe.yaml").unlink(missing_ok=True)
-
-
-def group_size(model: "nn.Module") -> int:
-    """The largest power of two from GROUP_MIN to GROUP_MAX that divides every width; `InputError` if there is none.
-
-    vLLM reads the groups of a row as a whole number; widths of published models are multiples of 128.
-    """
-    widths = {name: layer.in_features for name, layer in quantized_layers(model)}
-    if not widths:
-        raise InputError(f"expected linear layers to quantize, found none in {type(model).__name__}")
-    size = GROUP_MAX
-    while size >= GROUP_MIN:
-        if all(width % size == 0 for width in widths.values()):
-            return size
-        size //= 2
-    name, width = next((name, width) for name, width in widths.items() if width % GROUP_MIN)
-    raise InputError(f"expected linear layers of a width divisible by {GROUP_MIN}, found {name} of {width}")
-
-
-def quantized_layers(model: "nn.Module") -> Iterator[tuple[str, Any]]:
-    from torch import nn
-
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != HEAD:
-            yield name, layer
-
-
-def bytes_of_bf16(folder: Path) -> float:
-    """The bytes of the quantized layers over what they would be in bfloat16; scales and zero points count."""
-    from safetensors.torch import load_file
-
-    small = wide = 0
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for layer in (name.removesuffix("_scale") for name in tensors if name.endswith(".weight_scale")):
-            small += sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(layer))
-            shape = tensors.get(f"{layer}_shape")  # of packed weights
-            wide += 2 * (tensors[layer].numel() if shape is None else int(shape.prod()))
-    if not wide:
-        raise InputError(f"{folder}: expected quantized layers, found none")
-    return small / wide
-
-
-@contextmanager
-def pinning_left_out() -> Iterator[None]:
-    """llmcompressor can run AWQ where there is no accelerator.
-
-    Its 0.14.0.1 pins the activations it keeps in any case, and torch then says "Cannot access accelerator device when
-    none is available". Pinning only makes copies to a device faster.
-    """
-    import torch
-
-    cache = require("llmcompressor.pipelines.cache", extra=EXTRA).IntermediatesCache
-    if torch.accelerator.is_available():
-        yield
+def calibration_inputs(source: Source) -> Iterator[Tensors]:
+    """Complete inputs of one row each: what the model wants to be calibrated on, or else inputs of all sizes."""
+    rng, signature = np.random.default_rng(0), source.signature
+    if source.spec.calibration:
+        chosen = source.spec.calibration(source.config, source.sample_inputs)
+        yield from (
+            {**inputs, **signature.zero_state(1)} for inputs, _ in zip(chosen, range(CALIBRATION_INPUTS), strict=False)
+        )
         return
-    pin_memory, cache.pin_memory = cache.pin_memory, lambda *_, **__: None
+    for _ in range(CALIBRATION_INPUTS):
+        sizes = {axis.name: int(rng.integers(axis.min, axis.max, endpoint=True)) for axis in signature.axes}
+        yield {**source.draw_inputs(rng, {**sizes, BATCH: 1}), **signature.zero_state(1)}
+
+
+def quantize_static(path: Path, inputs: Iterable[Tensors], exact: Sequence[str] = ()) -> None:
+    """Make the constant matrix products int8 in place, checked; `ParityError` if there are none.
+
+    Matrices that multiply one activation become one product: an engine then quantizes it once, and ONNX Runtime 1.31
+    computes in int8 only where a QuantizeLinear has a single reader. Stacks of matrices stay as they are.
+    """
+    onnx = require("onnx", extra="export")
+    model = onnx.load(path)
+    products = find_products(model, exact)
+    if not products:
+        raise ParityError(f"{path.name}: expected products with constant matrices to make int8, found none")
+    seen = observe(path, [product.activation for product in products], inputs)
+    for product in products:
+        rewrite(model, product, choose_scales(seen[product.activation], product.weights))
+    drop_unused(model)
+    external = weights_bytes(model) > EXTERNAL_BYTES
+    for old in path.parent.glob(f"{path.name}*"):
+        old.unlink()
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
+    check_onnx(path)
+
+
+def find_products(model: Any, exact: Sequence[str] = ()) -> list[Product]:
+    """Every activation that constant matrices multiply, by MatMul or Gemm, outside the parts `exact` of the module."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        if lies_in(node, exact):
+            continue
+        if node.op_type in ("MatMul", "Gemm") and node.input[1] in constants and node.input[0] not in constants:
+            readers.setdefault(node.input[0], []).append(node)
+    products = []
+    for activation, nodes in readers.items():
+        matrices = [matrix(node, constants[node.input[1]]) for node in nodes]
+        products.append(
+            Product(
+                activation=activation,
+                nodes=nodes,
+                weights=np.concatenate(matrices, 1),
+                widths=[each.shape[1] for each in matrices],
+            )
+        )
+    return products
+
+
+def matrix(node: Any, tensor: Any) -> Matrix:
+    """The constant factor of a node as [width in, width out]; `ParityError` for a Gemm that is more than a Linear."""
+    from onnx import numpy_helper
+
+    settings = {each.name: each.f if each.name in ("alpha", "beta") else each.i for each in node.attribute}
+    if settings.get("transA") or settings.get("alpha", 1) != 1 or settings.get("beta", 1) != 1:
+        raise ParityError(f"{node.name}: expected a Gemm as of a Linear, found {settings}; leave it out of int8")
+    weights = numpy_helper.to_array(tensor).astype(np.float32)
+    return weights.T if settings.get("transB") else weights
+
+
+def observe(path: Path, activations: Sequence[str], inputs: Iterable[Tensors]) -> dict[str, Seen]:
+    """What the activations of the float model are on these inputs."""
+    onnx, ort = require("onnx", extra="export"), require("onnxruntime", extra="onnx")
+    model = onnx.load(path, load_external_data=False)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in activations)
+    opened = path.with_name(f"observed-{path.name}")  # beside the file, for weights that lie in a file of their own
+    onnx.save(model, opened)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
     try:
-        yield
+        session = ort.InferenceSession(opened, options, providers=["CPUExecutionProvider"])
     finally:
-        cache.pin_memory = pin_memory
+        opened.unlink()
+    rng = np.random.default_rng(0)
+    largest: dict[str, np.ndarray] = {}
+    rows: dict[str, list[Matrix]] = {name: [] for name in activations}
+    inputs = list(inputs)
+    rows_per_feed = max(1, ROWS // max(1, len(inputs)))
+    for each in inputs:
+        for name, value in zip(activations, session.run(list(activations), each), strict=True):
+            flat = value.reshape(-1, value.shape[-1])
+            largest[name] = np.maximum(largest.get(name, 0), np.abs(flat).max(0))
+            rows[name].append(flat[rng.permutation(len(flat))[:rows_per_feed]])
+    return {name: Seen(largest=largest[name], rows=np.concatenate(rows[name])) for name in activations}
 
 
-@contextmanager
-def silenced() -> Iterator[None]:
-    """llmcompressor logs no step to stdout and looks for no model on a hub; its bars show on a terminal only."""
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    before = {name: os.environ.get(name) for name in quiet}
-    os.environ.update(quiet)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that llmcompressor uses
-    try:
-        with bars_on_a_terminal_only(), redirect_stdout(sys.stderr):
-            require("llmcompressor", extra=EXTRA)  # which turns its log on
-            log = require("loguru", extra=EXTRA).logger
-            for package in ("llmcompressor", "compressed_tensors"):
-                log.disable(package)
-            yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+def choose_scales(seen: Seen, weights: Matrix) -> Scales:
+    """The scales whose int8 product differs least, in the mean square, from rows @ weights."""
+    wanted = seen.rows @ weights
+    best, least = None, np.inf
+    for share in SHARES:
+        smooth = smoothing(seen.largest, np.abs(weights).max(1), share)
+        rows = seen.rows / smooth
+        steps = np.maximum(np.abs(weights * smooth[:, None]).max(0), TINY) / LARGEST
+        rounded = np.clip(np.round(weights * smooth[:, None] / steps), -LARGEST, LARGEST)
+        for clip in CLIPS:
+            step = np.float32(clip * max((seen.largest / smooth).max(), TINY) / LARGEST)
+            error = np.clip(np.round(rows / step), -LARGEST, LARGEST) * step @ (rounded * steps) - wanted
+            if (found := float(np.square(error).mean())) < least:
+                least = found
+                best = Scales(
+                    smooth=smooth,
+                    step=step,
+                    weights=rounded.astype(np.int8),
+                    steps=steps.astype(np.float32),
+                    drift=error.mean(0).astype(np.float32),
+                )
+    if best is None:
+        raise ParityError("expected finite activations to calibrate on, found NaN or infinity")
+    return best
 
 
-def _recipe(scheme: Scheme, model: "nn.Module") -> list[Any]:
-    quantization = require("compressed_tensors.quantization", extra=EXTRA)
-    modifiers = require("llmcompressor.modifiers.quantization", extra=EXTRA)
-    integers = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.method == "gptq", "observer": OBSERVER}
-    if scheme.activations == 16:
-        weights = quantization.QuantizationArgs(**integers, strategy="group", group_size=group_size(model))
-        inputs = None
+def smoothing(largest: np.ndarray, weights: np.ndarray, share: float) -> np.ndarray:
+    """What each channel of an activation is divided by, and its weights multiplied with; geometric mean 1."""
+    factors = np.maximum(largest, TINY) ** share / np.maximum(weights, TINY) ** (1 - share)
+    return np.clip(factors / np.exp(np.log(factors).mean()), 1e-3, 1e3).astype(np.float32)
+
+
+def rewrite(model: Any, product: Product, scales: Scales) -> None:
+    """Put the int8 product where the first of its nodes was, and take them all out."""
+    from onnx import helper, numpy_helper
+
+    graph, stem = model.graph, f"{product.activation}_int8"
+
+    def constant(name: str, value: np.ndarray) -> str:
+        graph.initializer.append(numpy_helper.from_array(value, f"{stem}_{name}"))
+        return f"{stem}_{name}"
+
+    nodes = []
+
+    def add(kind: str, inputs: Sequence[str], outputs: Sequence[str], **settings: Any) -> str:
+        nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], **settings))
+        return outputs[0]
+
+    smooth = add("Mul", [product.activation, constant("reciprocal", 1 / scales.smooth)], [f"{stem}_smooth"])
+    coding = [constant("step", np.asarray(scales.step)), constant("zero", np.zeros((), np.int8))]
+    quantized = add("QuantizeLinear", [smooth, *coding], [f"{stem}_q"])
+    activation = add("DequantizeLinear", [quantized, *coding], [f"{stem}_dq"])
+    stored = [constant("weights", scales.weights), constant("steps", scales.steps)]
+    stored.append(constant("zeros", np.zeros(len(scales.steps), np.int8)))
+    weights = add("DequantizeLinear", stored, [f"{stem}_w"], axis=1)
+    whole = add("MatMul", [activation, weights], [f"{stem}_product"])
+    outputs = [node.output[0] for node in product.nodes]
+    if (bias := settle_bias(model, product, scales.drift)).any():
+        # ONNX Runtime 1.31 would make a Gemm of a product of rows and an Add, and compute that in float.
+        whole = add("Sub", [whole, constant("negative_bias", -bias)], [f"{stem}_sum"])
+    if len(outputs) > 1:
+        add("Split", [whole, constant("widths", np.asarray(product.widths))], outputs, axis=-1)
     else:
-        weights = quantization.QuantizationArgs(**integers, strategy="channel")
-        inputs = quantization.QuantizationArgs(num_bits=scheme.activations, strategy="token", dynamic=True)
-    described = quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
-    settings = {"config_groups": {"group_0": described}, "ignore": [HEAD]}
-    if scheme.method == "gptq":
-        return [modifiers.GPTQModifier(**settings)]
-    awq = require("llmcompressor.modifiers.transform.awq", extra=EXTRA)
-    return [awq.AWQModifier(), modifiers.QuantizationModifier(**settings)]
+        nodes[-1].output[0] = outputs[0]
+    _replace(graph, product.nodes, nodes)
+
+
+def settle_bias(model: Any, product: Product, drift: np.ndarray) -> np.ndarray:
+    """What is to be added to the whole product: biases of Gemms less the drift; 0 where an Add that follows took it."""
+    from onnx import numpy_helper
+
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    parts = []
+    for node, part in zip(product.nodes, np.split(drift, np.cumsum(product.widths)[:-1]), strict=True):
+        own = numpy_helper.to_array(constants[node.input[2]]) if len(node.input) > 2 else np.float32(0)
+        bias = own - part
+        if found := bias_behind(model, node, constants, len(part)):
+            addition, index = found
+            moved = numpy_helper.to_array(constants[addition.input[index]]) + bias
+            addition.input[index] = f"{node.output[0]}_bias"
+            model.graph.initializer.append(numpy_helper.from_array(moved, addition.input[index]))
+            bias = np.zeros_like(part)
+        parts.append(bias)
+    return np.concatenate(parts)
+
+
+def bias_behind(model: Any, node: Any, constants: Mapping[str, Any], width: int) -> tuple[Any, int] | None:
+    """The only reader of a product if it is an Add of a constant vector, and which of its inputs the vector is."""
+    readers = [other for other in model.graph.node if node.output[0] in other.input]
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    vectors = (i for i, name in enumerate(readers[0].input) if name in constants)
+    index = next((i for i in vectors if list(constants[readers[0].input[i]].dims) == [width]), None)
+    return None if index is None else (readers[0], index)
+
+
+def _replace(graph: Any, old: Sequence[Any], new: Sequence[Any]) -> None:
+    names = {node.name for node in old}
+    place = min(index for index, node in enumerate(graph.node) if node.name in names)
+    kept = [node for node in graph.node if node.name not in names]
+    del graph.node[:]
+    graph.node.extend([*kept[:place], *new, *kept[place:]])
+
+
+def drop_unused(model: Any) -> None:
+    """Take out the constants that no node reads any more."""
+    read = set(names_read(model.graph))
+    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+
+
+def names_read(graph: Any) -> Iterator[str]:
+    """The values that nodes read, also those in the branches of an If or the body of a Scan."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from names_read(inner)
+    yield from (value.name for value in graph.output)

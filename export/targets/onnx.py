@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from export.lowering import OPSET, quantize_weights, write_onnx
-from export.quantization.calibration import calibration_inputs, quantize_static
+from export.quantization.static import calibration_inputs, quantize_static
 from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes.engines.onnxruntime import MODEL_FILE
@@ -29,4 +29,5 @@ TARGET = Target(
     precisions=("fp32", "fp16", "int8", "int8_dynamic"),
     packages=("torch", "onnx", "onnxscript", "onnxruntime"),
     convert=convert,
+    ensemble_rank=0,
 )

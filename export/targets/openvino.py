@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from export.lowering import OPSET, write_onnx
-from export.quantization.calibration import calibration_inputs, quantize_static
+from export.quantization.static import calibration_inputs, quantize_static
 from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes.engines.openvino import MODEL_FILE, openvino_errors

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from export.lowering import OPSET, write_onnx
-from export.quantization.calibration import calibration_inputs, quantize_static
+from export.quantization.static import calibration_inputs, quantize_static
 from export.source import Source
 from export.target import Built, Target
 from runtimes.engines.onnxruntime import MODEL_FILE

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.hugging_face import store_as, write_embedding_modules, write_tokenizer
-from export.quantization.static import SCHEMES, bytes_of_bf16, quantize, quantized_layers
+from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize, quantized_layers
 from export.source import Source
 from export.target import Built, Target
 from runtimes.artifact import Check, write_json

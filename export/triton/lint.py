@@ -10,8 +10,7 @@ from export.triton.lint_vllm import check_entry
 from export.triton.repository import CONFIG
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import ArtifactError, SlipwayError, one_line, require
-from runtimes.json_schema import Schema
-from runtimes.pipeline import find_pipeline, open_pipeline
+from runtimes.pipeline import Schema, find_pipeline, open_pipeline
 from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
 from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions

@@ -1,77 +1,71 @@
-"""What NVIDIA's management library says of the first GPU, asked by ctypes: memory of processes, clocks, limits.
+"""State of the first visible GPU by NVIDIA's management library (nvidia-ml-py): memory of processes, clocks, limits.
 
-Written against the documented C interface of libnvidia-ml (NVML API reference). Not run yet: no GPU was at hand.
+Not run on a GPU yet: none was at hand. Values are those of the C interface (NVML API reference).
 """
 
-import ctypes
+import os
 from functools import cache
+from importlib import import_module
 from typing import Any
-
-_GRAPHICS, _SM, _MEMORY = 0, 1, 2  # nvmlClockType_t
-_MOST_PROCESSES = 256
-_NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, of a process whose memory the driver does not tell
-
-
-class _Process(ctypes.Structure):  # nvmlProcessInfo_t, as nvmlDeviceGetComputeRunningProcesses_v3 fills it
-    _fields_ = (
-        ("pid", ctypes.c_uint),
-        ("used", ctypes.c_ulonglong),
-        ("gpu_instance", ctypes.c_uint),
-        ("compute_instance", ctypes.c_uint),
-    )
 
 
 class Nvml:
-    """The library, opened, and its handle of the first GPU. What a driver does not answer is None."""
+    """The library `pynvml`, opened, and its handle of one GPU. A value that the driver does not give is None."""
 
-    def __init__(self, library: Any, device: ctypes.c_void_p) -> None:
+    def __init__(self, library: Any, device: Any) -> None:
         self.library = library
         self.device = device
 
     def process_bytes(self) -> dict[int, int | None]:
-        """By process id, what computing processes hold. Inside a container the ids may be those of the host."""
-        count = ctypes.c_uint(_MOST_PROCESSES)
-        found = (_Process * _MOST_PROCESSES)()
-        if not self._ask("nvmlDeviceGetComputeRunningProcesses_v3", ctypes.byref(count), found):
-            return {}
-        known = ((int(each.pid), int(each.used)) for each in found[: count.value])
-        return {pid: None if used == _NOT_AVAILABLE else used for pid, used in known}
+        """Bytes that computing processes hold, by process id. In a container the ids may be those of the host."""
+        found = self._ask("nvmlDeviceGetComputeRunningProcesses", self.device) or []
+        return {int(each.pid): each.usedGpuMemory for each in found}
 
     def state(self) -> dict[str, int | str | None]:
         """Driver, clocks in MHz, power limit in milliwatts, MIG mode, and the mask of reasons for lower clocks."""
-        driver = ctypes.create_string_buffer(80)
-        known = self.library.nvmlSystemGetDriverVersion(driver, len(driver)) == 0
+        mig = self._ask("nvmlDeviceGetMigMode", self.device)
         return {
-            "driver": driver.value.decode() if known else None,
-            "graphics_mhz": self._number("nvmlDeviceGetClockInfo", _GRAPHICS),
-            "sm_mhz": self._number("nvmlDeviceGetClockInfo", _SM),
-            "memory_mhz": self._number("nvmlDeviceGetClockInfo", _MEMORY),
-            "power_limit_mw": self._number("nvmlDeviceGetEnforcedPowerLimit"),
-            "throttle_reasons": self._number("nvmlDeviceGetCurrentClocksThrottleReasons", kind=ctypes.c_ulonglong),
-            "mig": self._mig(),
+            "driver": self._ask("nvmlSystemGetDriverVersion"),
+            "graphics_mhz": self._clock("NVML_CLOCK_GRAPHICS"),
+            "sm_mhz": self._clock("NVML_CLOCK_SM"),
+            "memory_mhz": self._clock("NVML_CLOCK_MEM"),
+            "power_limit_mw": self._ask("nvmlDeviceGetEnforcedPowerLimit", self.device),
+            "throttle_reasons": self._ask("nvmlDeviceGetCurrentClocksThrottleReasons", self.device),
+            "mig": None if mig is None else mig[0],  # [current, pending]
         }
 
-    def _ask(self, function: str, *arguments: Any) -> bool:
-        return getattr(self.library, function)(self.device, *arguments) == 0
+    def _clock(self, kind: str) -> int | None:
+        clock: int | None = self._ask("nvmlDeviceGetClockInfo", self.device, getattr(self.library, kind))
+        return clock
 
-    def _number(self, function: str, *arguments: int, kind: Any = ctypes.c_uint) -> int | None:
-        found = kind()
-        return int(found.value) if self._ask(function, *arguments, ctypes.byref(found)) else None
-
-    def _mig(self) -> int | None:
-        current, pending = ctypes.c_uint(), ctypes.c_uint()
-        asked = self._ask("nvmlDeviceGetMigMode", ctypes.byref(current), ctypes.byref(pending))
-        return int(current.value) if asked else None
+    def _ask(self, function: str, *arguments: Any) -> Any:
+        """The value of a call, or None where the driver or the installed pynvml lacks the function or the value."""
+        try:
+            return getattr(self.library, function)(*arguments)
+        except (self.library.NVMLError, AttributeError):
+            return None
 
 
 @cache
 def nvml() -> Nvml | None:
-    """The library with the first GPU, or None where either is missing."""
+    """The library with the first visible GPU; None without the package nvidia-ml-py, a driver or a GPU."""
     try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        library = import_module("pynvml")
+    except ImportError:
         return None
-    device = ctypes.c_void_p()
-    if library.nvmlInit_v2() != 0 or library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) != 0:
+    return open_nvml(library, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def open_nvml(library: Any, visible: str | None) -> Nvml | None:
+    """The first GPU of `visible`, the value of CUDA_VISIBLE_DEVICES: an index (in PCI order) or a full UUID.
+
+    GPU 0 where the variable is not set; None where it hides all GPUs or names one that the driver does not know.
+    """
+    first = "0" if visible is None else visible.partition(",")[0].strip()
+    try:
+        library.nvmlInit()
+        if first.isdecimal():
+            return Nvml(library, library.nvmlDeviceGetHandleByIndex(int(first)))
+        return Nvml(library, library.nvmlDeviceGetHandleByUUID(first)) if first.startswith(("GPU-", "MIG-")) else None
+    except library.NVMLError:
         return None
-    return Nvml(library, device)

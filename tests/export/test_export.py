@@ -13,6 +13,7 @@ import pytest
 
 from export import all as export_all
 from export import parity
+from export.convert import Cell, why_skipped
 from export.quantization.calibration_texts import CalibrationTexts
 from export.source import LastSource, Source
 from export.targets import onnx as onnx_target
@@ -179,9 +180,9 @@ def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
         refused, own = vllm.refuse(spec), spec.skips.get("vllm")
         assert (refused is None) == (spec.language_model is not None)
         if refused:
-            cell = export_all.Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
+            cell = Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
             assert own != refused
-            assert export_all.why_skipped(cell, tmp_path) == (own or refused)
+            assert why_skipped(cell, tmp_path) == (own or refused)
 
 
 def test_a_model_without_checkpoint_is_skipped_with_the_command_that_makes_one(run: Any, tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing
     checks = parity.compare(source, got, source.answer(inputs), source.spec.tolerance["fp32"])
     assert not checks[failing].passed
     with pytest.raises(ParityError, match=failing):
-        parity.require_proof(checks)
+        parity.require_passed(checks)
     passed = [name for name, check in checks.items() if name.startswith("difference") and check.passed]
     assert len(passed) == len([name for name in checks if name.startswith("difference")]) - 1
 
@@ -295,7 +296,7 @@ def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(sour
 
 
 def test_every_dynamic_axis_is_proved_at_its_bounds(source: Source) -> None:
-    proved = list(parity.sizes_to_prove(source.signature))
+    proved = list(parity.sizes_to_check(source.signature))
     for axis in source.signature.axes:
         assert {axis.min, axis.opt, axis.max} <= {sizes[axis.name] for sizes in proved}
 

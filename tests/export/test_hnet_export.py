@@ -236,4 +236,4 @@ def test_a_step_that_forgets_a_state_is_not_published(two_stages: Path) -> None:
             return Stream()
 
     with pytest.raises(ParityError, match="rollout_"):
-        parity.require_proof(parity.prove(Forgetful(), source, "fp32"))  # type: ignore[arg-type]
+        parity.require_passed(parity.check_parity(Forgetful(), source, "fp32"))  # type: ignore[arg-type]

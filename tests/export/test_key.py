@@ -25,7 +25,7 @@ def files(model: str, target: str = "onnx") -> set[str]:
         (
             "strategy",
             "onnx",
-            {"training/frozen.py", "runtimes/pipelines/strategy/dialogue.py", "export/quantization/calibration.py"},
+            {"training/frozen.py", "runtimes/pipelines/strategy/dialogue.py", "export/quantization/static.py"},
         ),
         (
             "hallucination",

@@ -175,10 +175,10 @@ def test_zero_points_off_by_one_fail_the_gate(
     root = Path(shutil.copytree(find(quantized, f"{model}_vllm_w4a16_awq"), tmp_path / "off"))
     off_by_one(root / CHECKPOINT / "model.safetensors")
     with open_runtime(root, engine="transformers", verify=False) as runtime:
-        checks = parity.prove(runtime, source_of(model, adapted), "w4a16_awq")
+        checks = parity.check_parity(runtime, source_of(model, adapted), "w4a16_awq")
     assert seen <= {name for name, check in checks.items() if not check.passed}
     with pytest.raises(ParityError, match="not published"):
-        parity.require_proof(checks)
+        parity.require_passed(checks)
 
 
 @pytest.mark.slow

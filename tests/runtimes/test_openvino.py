@@ -102,6 +102,6 @@ def test_an_operator_that_openvino_has_not_is_named(tmp_path: Path) -> None:
 def test_parity_holds_through_tritons_openvino_backend(_: None, repository: Path, root: Path, source: Source) -> None:
     assert 'backend: "openvino"' in (root.parent / "config.pbtxt").read_text()
     with TritonServer(repository) as server, open_runtime(root, engine="triton", url=server.grpc_url) as runtime:
-        checks = parity.prove(runtime, source, "fp32")
-    parity.require_proof(checks)
+        checks = parity.check_parity(runtime, source, "fp32")
+    parity.require_passed(checks)
     assert any(name.startswith("rollout_") for name in checks)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtimes.errors import ArtifactError, InputError
-from runtimes.tensors import DTYPES, Axis, Signature, TensorSpec
+from runtimes.errors import ArtifactError, EngineError, InputError
+from runtimes.tensors import DTYPES, Axis, Signature, TensorSpec, require_finite
 from training.spec import ModelSpec, all_specs
 
 BATCH = Axis(name="batch", min=1, opt=2, max=4)
@@ -241,3 +241,11 @@ def test_a_signature_from_before_states_lay_in_place_is_read() -> None:
     signature = Signature(inputs=(), outputs=(), axes=(), state=())
     older = {name: value for name, value in signature.to_json().items() if name != "in_place"}
     assert Signature.from_json(older) == signature
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_outputs_that_are_not_finite_are_refused_by_name(wrong: float) -> None:
+    right = {"ids": np.array([1, 2]), "real": np.ones(3, np.float16)}
+    require_finite(right)
+    with pytest.raises(EngineError, match="output 'scores': expected finite numbers, found NaN or infinity"):
+        require_finite({**right, "scores": np.array([0.5, wrong], np.float32)})

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.json_schema import Schema
-from runtimes.pipeline import Pipeline
+from runtimes.pipeline import Pipeline, Schema
 from runtimes.pipelines.hallucination.decoding import Generated
 from runtimes.pipelines.hallucination.grounding import (
     EXAMPLE,

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from runtimes.cache.answers import AnswerCache
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import Schema
-from runtimes.pipeline import Pipeline, refuse_no_requests
+from runtimes.errors import InputError
+from runtimes.pipeline import Pipeline, Schema, refuse_no_requests
 from runtimes.pipelines.hallucination.grounding import (
     EXAMPLE,
     GroundedTokens,
@@ -18,7 +17,7 @@ from runtimes.pipelines.hallucination.grounding import (
     read_request,
     request_schema,
 )
-from runtimes.tensors import Tensors
+from runtimes.tensors import Tensors, require_finite
 from runtimes.text_pipeline import Tokens
 
 ENCODER_TOKENIZER = "encoder_tokenizer.json"
@@ -97,9 +96,7 @@ class HallucinationPipeline(Pipeline):
         return int(self.config["min_tokens"])
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
-        for name in ("ecs", "pks", "scores", "response_score"):
-            if not np.isfinite(outputs[name]).all():
-                raise EngineError(f"expected finite {name}, found NaN or infinity; run export.verify")
+        require_finite({name: outputs[name] for name in ("ecs", "pks", "scores", "response_score")})
         return [self.answer({name: values[i] for name, values in outputs.items()}) for i in range(len(outputs["ecs"]))]
 
     def answer(self, row: Mapping[str, np.ndarray]) -> Any:

@@ -5,10 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import TEXT, Schema, real, record, whole
+from runtimes.errors import InputError
+from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.runtime import Runtime
-from runtimes.tensors import Tensors
+from runtimes.tensors import Tensors, require_finite
 from runtimes.text_pipeline import TextPipeline, padded, read_texts
 from runtimes.vllm.artifact import TOKEN_LOGPROBS
 from runtimes.vllm.client import Completion
@@ -49,8 +49,7 @@ class GeneratorPipeline(TextPipeline):
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         scores = outputs[TOKEN_LOGPROBS].astype(float)
-        if not np.isfinite(scores).all():
-            raise EngineError("expected finite log-probabilities, found NaN or infinity; run export.verify")
+        require_finite({TOKEN_LOGPROBS: scores})
         return [_answer(np.trim_zeros(row)) for row in scores]  # zero is what nothing predicts, and padding
 
     def respond(self, runtime: Runtime, requests: Sequence[Any]) -> list[Any]:

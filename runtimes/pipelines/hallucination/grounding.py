@@ -10,7 +10,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import InputError, require
-from runtimes.json_schema import TEXT, Schema, array, record, whole
+from runtimes.pipeline import TEXT, Schema, array, record, whole
 
 Span = tuple[int, int]
 Spans = tuple[Span, ...]

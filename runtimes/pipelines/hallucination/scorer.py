@@ -5,10 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import Schema, array, record, whole
-from runtimes.pipeline import Pipeline, refuse_no_requests
-from runtimes.tensors import Tensors
+from runtimes.errors import InputError
+from runtimes.pipeline import Pipeline, Schema, array, record, refuse_no_requests, whole
+from runtimes.tensors import Tensors, is_finite, require_finite
 
 LABELS = ("faithful", "hallucinated")
 
@@ -43,8 +42,7 @@ class ScorerPipeline(Pipeline):
         return {**features, "lengths": np.array(lengths, np.int64)}
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
-        if not all(np.isfinite(values).all() for values in outputs.values()):
-            raise EngineError("expected finite scores, found NaN or infinity; run export.verify")
+        require_finite(outputs)
         threshold = float(self.config["threshold"])
         return [
             {
@@ -74,7 +72,7 @@ def _numbers(rows: Any, width: int, where: str) -> np.ndarray:
     if not right or any(type(value) not in (int, float) for row in rows for value in row):
         raise InputError(f"{where}: expected {width} numbers for each chunk, found {ascii(rows)[:80]}")
     values = np.array(rows, np.float32)
-    if not np.isfinite(values).all():
+    if not is_finite(values):
         raise InputError(f"{where}: expected finite numbers, found NaN or infinity")
     return values
 

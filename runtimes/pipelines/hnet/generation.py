@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import TEXT, Schema, real, record, whole
+from runtimes.errors import InputError
+from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
 from runtimes.runtime import Runtime
-from runtimes.tensors import BATCH, Signature
+from runtimes.tensors import BATCH, Signature, require_finite
 
 PROMPT_BYTES, NEW_BYTES = 4096, 4096  # at most
 DEFAULTS = {"max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}
@@ -91,8 +91,7 @@ class Writing:
         if given is not None:
             self.next = given
             return ""
-        if not np.isfinite(logits).all():
-            raise EngineError("expected finite logits, found NaN or infinity; run export.verify")
+        require_finite({"logits": logits})
         allowed = self._text.allowed()
         self.next = choose(logits, allowed, self._rng, temperature=self.wish.temperature, top_k=self.wish.top_k)
         if self._text.ends_with(self.next):

@@ -5,11 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError
-from runtimes.json_schema import TEXT, Schema, array, record, whole
-from runtimes.pipeline import Pipeline, refuse_no_requests
+from runtimes.pipeline import TEXT, Pipeline, Schema, array, record, refuse_no_requests, whole
 from runtimes.pipelines.hnet.byte_text import VOCABULARY, padded_rows, read_request, segments
-from runtimes.tensors import Tensors
+from runtimes.tensors import Tensors, require_finite
 
 BYTES_MAX = 1023  # of a text: the longest row the model is proved for, less what begins it
 
@@ -28,8 +26,7 @@ class HNetPipeline(Pipeline):
         return {"byte_ids": ids, "lengths": lengths}
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
-        if not (np.isfinite(outputs["nats"]).all() and np.isfinite(outputs["boundary_prob"]).all()):
-            raise EngineError("expected finite scores, found NaN or infinity; run export.verify")
+        require_finite({name: outputs[name] for name in ("nats", "boundary_prob")})
         return [
             _answer(ids[ids >= 0][1:], nats, likely, begins)
             for ids, nats, likely, begins in zip(

@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import Schema, record, whole
-from runtimes.pipeline import Pipeline
+from runtimes.errors import InputError
+from runtimes.pipeline import Pipeline, Schema, record, whole
 from runtimes.pipelines.hnet.byte_text import VOCABULARY
-from runtimes.tensors import Tensors
+from runtimes.tensors import Tensors, require_finite
 
 LIKELIEST = 8
 
@@ -29,8 +28,7 @@ class HNetStepPipeline(Pipeline):
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         logits = outputs["logits"][:, 0].astype(np.float64)
-        if not np.isfinite(logits).all():
-            raise EngineError("expected finite logits, found NaN or infinity; run export.verify")
+        require_finite({"logits": logits})
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         shares = weights / weights.sum(-1, keepdims=True)
         return [

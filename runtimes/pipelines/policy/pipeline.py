@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import FLAG, Schema, array, choice, real, record, whole
-from runtimes.pipeline import Pipeline
+from runtimes.errors import InputError
+from runtimes.pipeline import FLAG, Pipeline, Schema, array, choice, real, record, whole
 from runtimes.pipelines.policy.melee import (
     ACTION_COUNT,
     BUTTONS,
@@ -28,6 +27,7 @@ from runtimes.pipelines.policy.melee import (
     encode_frames,
     from_bucket,
 )
+from runtimes.tensors import require_finite
 
 MAX_FRAMES = 512
 NUMBER_LIMIT = 1e6  # far outside any game value, far inside float32
@@ -61,9 +61,7 @@ class PolicyPipeline(Pipeline):
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         """One controller per row from the logits [batch, time, width] of each head; `EngineError` if not finite."""
         logits = {head: np.asarray(outputs[head][:, -1], np.float64) for head in HEADS}
-        for head, values in logits.items():
-            if not np.isfinite(values).all():
-                raise EngineError(f"output '{head}': expected finite logits, found NaN or infinity; run export.verify")
+        require_finite(logits)
         return [_answer({head: logits[head][row] for head in HEADS}) for row in range(len(logits["buttons"]))]
 
     def schema(self) -> Schema:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import TEXT, Schema, array, choice, real, record, whole
-from runtimes.tensors import Tensors
+from runtimes.errors import InputError
+from runtimes.pipeline import TEXT, Schema, array, choice, real, record, whole
+from runtimes.tensors import Tensors, require_finite
 
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "esconv": (
@@ -176,9 +176,7 @@ def read_answers(outputs: Mapping[str, np.ndarray], strategies: Sequence[str]) -
 
     Padding is told from turns by its emotions, which sum to 0.
     """
-    for name in ("logits", "emotions", "attention"):
-        if not np.isfinite(outputs[name]).all():
-            raise EngineError(f"output '{name}': expected finite numbers, found NaN or infinity; run export.verify")
+    require_finite({name: outputs[name] for name in ("logits", "emotions", "attention")})
     answers = []
     for logits, emotions_TE, attention_LT in zip(
         *(outputs[name] for name in ("logits", "emotions", "attention")), strict=True

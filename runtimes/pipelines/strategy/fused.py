@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.json_schema import Schema
-from runtimes.pipeline import Pipeline, refuse_no_requests
+from runtimes.pipeline import Pipeline, Schema, refuse_no_requests
 from runtimes.pipelines.strategy.cached import StrategyCascade
 from runtimes.pipelines.strategy.dialogue import (
     EXAMPLE,

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.json_schema import Schema, array
-from runtimes.pipeline import Pipeline, refuse_no_requests
+from runtimes.pipeline import Pipeline, Schema, array, refuse_no_requests
 from runtimes.pipelines.strategy.dialogue import (
     EMOTIONS,
     EXAMPLE,

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import EngineError, InputError
-from runtimes.json_schema import Schema
-from runtimes.pipeline import Pipeline, refuse_no_requests
+from runtimes.errors import InputError
+from runtimes.pipeline import Pipeline, Schema, refuse_no_requests
 from runtimes.pipelines.strategy.dialogue import EXAMPLE, STRATEGIES, dialogue_schema, read_dialogue
 from runtimes.pipelines.strategy.discourse import best_trees, load_pair_tokens, pair_tensors
-from runtimes.tensors import Tensors
+from runtimes.tensors import Tensors, require_finite
 
 
 class ParserPipeline(Pipeline):
@@ -32,8 +31,7 @@ class ParserPipeline(Pipeline):
 
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         scores = outputs["pair_scores"]
-        if not np.isfinite(scores).all():
-            raise EngineError("output 'pair_scores': expected finite numbers, found NaN or infinity; run export.verify")
+        require_finite({"pair_scores": scores})
         return [{"edges": edges.tolist()} for edges in best_trees(scores)]
 
     def schema(self) -> Schema:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from export import all as export_all
 from export.triton.config import Scheduling
+from export.triton.ensemble import is_ensemble_target
 from export.triton.lint import lint
 from export.triton.repository import drafting, publish, publish_ensemble, reschedule
 from runtimes.artifact import FORMAT, Artifact, write_manifest
@@ -213,7 +213,7 @@ def test_what_was_published_is_as_its_artifacts_say(repository: Path, signature:
 
 def test_the_ensemble_goes_through_onnx_whatever_is_exported_last(repository: Path) -> None:
     def lead(**changes: object) -> bool:
-        return export_all.leads(Artifact.load(publish_toy(repository, **changes)), repository)
+        return is_ensemble_target(Artifact.load(publish_toy(repository, **changes)), repository)
 
     assert lead(target="openvino"), "the only one there is"
     assert lead(target="onnx")
@@ -226,7 +226,7 @@ def test_the_ensemble_goes_through_onnx_whatever_is_exported_last(repository: Pa
 def test_a_damaged_artifact_stands_in_the_way_of_no_ensemble(repository: Path) -> None:
     for damaged in (publish_toy(repository, model="other"), publish_toy(repository, target="openvino")):
         write_manifest(damaged / "artifact.json", FORMAT, {"model": "of an earlier version"})
-    assert export_all.leads(Artifact.load(publish_toy(repository, target="tensorrt")), repository)
+    assert is_ensemble_target(Artifact.load(publish_toy(repository, target="tensorrt")), repository)
 
 
 def edit(file: str, old: str, new: str) -> Callable[[Path], None]:

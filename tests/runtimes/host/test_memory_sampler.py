@@ -1,10 +1,10 @@
 """Memory of process trees, sampled from outside; what a GPU is asked, as far as that shows without one."""
 
-import ctypes
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,43 +75,123 @@ def test_the_sampler_ends_with_its_context() -> None:
 # GPU, without one ----------------------------------------------------------------------------------------------------
 
 
-def test_structures_of_nvml_are_laid_out_as_in_its_header() -> None:
-    """nvml.h: nvmlProcessInfo_t is pid, usedGpuMemory, two instance ids."""
-    fields = {name: getattr(nvml._Process, name).offset for name, _ in nvml._Process._fields_}
-    assert fields == {"pid": 0, "used": 8, "gpu_instance": 16, "compute_instance": 20}
-    assert ctypes.sizeof(nvml._Process) == 24
+class NvmlError(Exception):
+    """What pynvml raises for a status other than success."""
 
 
 class Library:
-    """Answers as NVML would for one GPU with a process of 3 GB and one it does not tell of, and knows no MIG."""
+    """pynvml for one GPU: a process of 3 GB, one of unknown memory, no MIG. A function it does not have is an error."""
 
-    def nvmlDeviceGetComputeRunningProcesses_v3(self, device: object, count: Any, found: Any) -> int:
-        assert count._obj.value == len(found)
-        count._obj.value = 2
-        found[0].pid, found[0].used = 42, 3_000_000_000
-        found[1].pid, found[1].used = 43, 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE
-        return 0
+    NVMLError = NvmlError
+    NVML_CLOCK_GRAPHICS, NVML_CLOCK_SM, NVML_CLOCK_MEM = 0, 1, 2
 
-    def nvmlSystemGetDriverVersion(self, text: Any, length: int) -> int:
-        text.value = b"570.1"
-        return 0
+    def nvmlInit(self) -> None:
+        pass
 
-    def nvmlDeviceGetMigMode(self, *_: object) -> int:
-        return 3  # NVML_ERROR_NOT_SUPPORTED
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        if index != 0:
+            raise NvmlError("Invalid Argument")
+        return "GPU 0"
 
-    def __getattr__(self, name: str) -> Any:
-        def ask(device: object, *arguments: Any) -> int:
-            arguments[-1]._obj.value = 1410
-            return 0
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid != "GPU-5ab3":
+            raise NvmlError("Not Found")
+        return "GPU of this UUID"
 
-        return ask
+    def nvmlDeviceGetComputeRunningProcesses(self, device: object) -> list[Any]:
+        return [SimpleNamespace(pid=42, usedGpuMemory=3_000_000_000), SimpleNamespace(pid=43, usedGpuMemory=None)]
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "570.1"
+
+    def nvmlDeviceGetClockInfo(self, device: object, kind: int) -> int:
+        return (1300, 1410, 1593)[kind]
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, device: object) -> int:
+        return 700_000
+
+    def nvmlDeviceGetMigMode(self, device: object) -> list[int]:
+        raise NvmlError("Not Supported")
 
 
-def test_what_a_driver_does_not_answer_is_none() -> None:
-    found = nvml.Nvml(Library(), ctypes.c_void_p())
+def test_a_value_that_the_driver_does_not_give_is_none() -> None:
+    """MIG is refused, and this library has no function for the reasons of lower clocks."""
+    found = nvml.Nvml(Library(), "GPU 0")
     assert found.process_bytes() == {42: 3_000_000_000, 43: None}
-    state = found.state()
-    assert (state["driver"], state["sm_mhz"], state["mig"]) == ("570.1", 1410, None)
+    assert found.state() == {
+        "driver": "570.1",
+        "graphics_mhz": 1300,
+        "sm_mhz": 1410,
+        "memory_mhz": 1593,
+        "power_limit_mw": 700_000,
+        "throttle_reasons": None,
+        "mig": None,
+    }
+
+
+def test_mig_and_reasons_are_given_where_the_driver_has_them() -> None:
+    library = Library()
+    library.nvmlDeviceGetMigMode = lambda device: [1, 0]  # type: ignore[method-assign]
+    library.nvmlDeviceGetCurrentClocksThrottleReasons = lambda device: 4  # type: ignore[attr-defined]
+    state = nvml.Nvml(library, "GPU 0").state()
+    assert (state["mig"], state["throttle_reasons"]) == (1, 4)
+
+
+def test_processes_are_unknown_where_the_driver_refuses_them() -> None:
+    library = Library()
+
+    def refuse(device: object) -> list[Any]:
+        raise NvmlError("Function Not Found")
+
+    library.nvmlDeviceGetComputeRunningProcesses = refuse  # type: ignore[method-assign]
+    assert nvml.Nvml(library, "GPU 0").process_bytes() == {}
+
+
+@pytest.mark.parametrize(
+    ("visible", "device"),
+    [
+        (None, "GPU 0"),
+        ("0", "GPU 0"),
+        ("0,3", "GPU 0"),
+        ("GPU-5ab3,0", "GPU of this UUID"),
+        ("", None),
+        ("-1", None),
+        ("7", None),
+        ("GPU-none", None),
+    ],
+)
+def test_the_gpu_is_the_first_visible_one(visible: str | None, device: str | None) -> None:
+    found = nvml.open_nvml(Library(), visible)
+    assert (found.device if found else None) == device
+
+
+def test_a_missing_driver_or_package_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library()
+
+    def refuse() -> None:
+        raise NvmlError("NVML Shared Library Not Found")
+
+    library.nvmlInit = refuse  # type: ignore[method-assign]
+    assert nvml.open_nvml(library, None) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # an import of it fails
+    assert nvml.nvml.__wrapped__() is None
+
+
+@pytest.mark.skipif(gpu() is not None, reason="there is a GPU")
+def test_the_functions_are_those_of_the_installed_library() -> None:
+    """Each name that is asked for exists in nvidia-ml-py; without a driver each raises its NVMLError."""
+    pynvml = pytest.importorskip("pynvml")
+    asked: list[str] = []
+
+    class Recorded:
+        def __getattr__(self, name: str) -> Any:
+            asked.append(name)
+            return getattr(pynvml, name)
+
+    found = nvml.Nvml(Recorded(), None)
+    assert found.process_bytes() == {}
+    assert set(found.state().values()) == {None}
+    assert [name for name in asked if not hasattr(pynvml, name)] == []
 
 
 @pytest.mark.parametrize(

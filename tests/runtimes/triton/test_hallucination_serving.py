@@ -117,7 +117,7 @@ def test_nan_is_not_answered(opened: tuple[Runtime, Pipeline]) -> None:
     runtime, pipeline = opened
     outputs = runtime.fresh(pipeline.encode([EXAMPLE]))
     outputs["pks"] = outputs["pks"] * np.nan
-    with pytest.raises(EngineError, match="expected finite pks, found NaN"):
+    with pytest.raises(EngineError, match="output 'pks': expected finite numbers, found NaN"):
         pipeline.decode(outputs)
 
 
@@ -202,16 +202,16 @@ def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     tied["ecs"][0, 0, 0] += 0.1
     tied["scores"][0, 0] += 0.1
     checks = parity.compare(source, tied, want, tolerance)
-    parity.require_proof({name: check for name, check in checks.items() if name != "near_ties"})
+    parity.require_passed({name: check for name, check in checks.items() if name != "near_ties"})
     wrong = {**want, "ecs": want["ecs"].copy()}
     wrong["ecs"][0, 1, 0] += 0.1
     with pytest.raises(ParityError, match="difference_ecs"):
-        parity.require_proof(parity.compare(source, wrong, want, tolerance))
+        parity.require_passed(parity.compare(source, wrong, want, tolerance))
     for name in ("ecs", "scores", "gaps"):
         nan = {**tied, name: tied[name].copy()}
         nan[name][0, 0] = np.nan
         with pytest.raises(ParityError, match=f"difference_{name}"):
-            parity.require_proof(parity.compare(source, nan, want, tolerance))
+            parity.require_passed(parity.compare(source, nan, want, tolerance))
     want["gaps"][:] = 1e-7
     limit = parity.compare(source, want, want, tolerance)["near_ties"]
     assert limit == Check(value=1.0, limit=0.05), "a model all of whose choices are ties is not proved"

@@ -39,8 +39,8 @@ def test_parity_holds_through_the_server(
     root = find(repository, f"{model}_onnx")
     url = server.grpc_url if protocol == "grpc" else server.http_url
     with open_runtime(root, engine="triton", url=url, protocol=protocol) as runtime:
-        checks = parity.prove(runtime, source, "fp32")
-    parity.require_proof(checks)
+        checks = parity.check_parity(runtime, source, "fp32")
+    parity.require_passed(checks)
     assert any(name.startswith("rollout_") for name in checks)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export import all as export_all
-from export.parity import require_proof
+from export.parity import require_passed
 from export.source import Source
 from export.verify import main as verify
 from runtimes.artifact import Artifact
@@ -158,7 +158,7 @@ def test_neighbours_in_another_order_or_place_fail_the_proof() -> None:
     assert order < top10 < 1
     checks = agreement({VECTOR: noisy}, {VECTOR: want}, SPEC.tolerance["fp32"])
     with pytest.raises(ParityError, match="3 of 3"):
-        require_proof(checks)
+        require_passed(checks)
 
 
 def test_a_vector_of_nan_agrees_with_nothing() -> None:
@@ -166,7 +166,7 @@ def test_a_vector_of_nan_agrees_with_nothing() -> None:
     got = want.copy()
     got[3] = np.nan
     with pytest.raises(ParityError):
-        require_proof(agreement({VECTOR: got}, {VECTOR: want}, SPEC.tolerance["int8"]))
+        require_passed(agreement({VECTOR: got}, {VECTOR: want}, SPEC.tolerance["int8"]))
 
 
 def test_predict_answers_the_example(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

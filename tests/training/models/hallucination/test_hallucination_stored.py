@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from export.quantization.static import SCHEMES, bytes_of_bf16, quantize
+from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from tests.training.models.hallucination.test_hallucination_data import PROMPT, TOKENIZER
 from training.models.hallucination.config import TINY, TRAINING, resolve_config
 from training.models.hallucination.decoder import layer_outputs

@@ -11,8 +11,8 @@ from onnx import numpy_helper
 from torch import nn
 
 from export.lowering import quantize_weights, write_onnx
-from export.quantization import calibration
-from export.quantization.calibration import calibration_inputs, choose_scales, quantize_static, smoothing
+from export.quantization import static
+from export.quantization.static import calibration_inputs, choose_scales, quantize_static, smoothing
 from export.source import OPERATOR
 from runtimes.errors import ParityError
 from tests.export.test_lowering import SIGNATURE, OfModule, run_onnx
@@ -114,7 +114,7 @@ def test_a_channel_that_sticks_out_is_moved_into_the_weights() -> None:
     rows = rng.normal(size=(500, 16)).astype(np.float32)
     rows[:, OUTLIER] *= 100
     weights = rng.normal(size=(16, 8)).astype(np.float32)
-    seen = calibration.Seen(largest=np.abs(rows).max(0), rows=rows)
+    seen = static.Seen(largest=np.abs(rows).max(0), rows=rows)
     scales = choose_scales(seen, weights)
     assert scales.smooth.argmax() == OUTLIER
     # The reference: one scale for the whole activation, and nothing moved.
@@ -145,7 +145,7 @@ def test_the_mean_error_is_taken_off_the_bias(tmp_path: Path) -> None:
 def test_weights_beyond_the_limit_of_protobuf_stay_in_a_file_of_their_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "EXTERNAL_BYTES", 0)
+    monkeypatch.setattr(static, "EXTERNAL_BYTES", 0)
     path = tmp_path / "model.onnx"
     write_onnx(OfModule(nn.Sequential(nn.Linear(4, 500), nn.Tanh(), nn.Linear(500, 4))), OPERATOR, "fp32", path)
     x = RNG.normal(size=(2, 6, 4)).astype(np.float32)
@@ -185,6 +185,6 @@ def test_a_gemm_that_is_no_linear_is_refused(model: Path, tmp_path: Path) -> Non
 def test_calibration_takes_one_row_at_a_time_of_every_length() -> None:
     drawn = list(calibration_inputs(OfModule(Layers())))
     time = SIGNATURE.axis("time")
-    assert len(drawn) == calibration.CALIBRATION_INPUTS
+    assert len(drawn) == static.CALIBRATION_INPUTS
     assert {each["x"].shape[0] for each in drawn} == {1}
     assert {time.min, time.max} <= {each["x"].shape[1] for each in drawn}
