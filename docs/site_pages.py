@@ -22,10 +22,10 @@ ELSEWHERE = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "deploy/README.md": "deploy/index.md",
+    "deploy/README.md": "deploying.md",
 }
 COMMANDS_PAGE = "commands.md"
-COLUMNS = "110"  # of a help text
+COLUMNS = "100"  # of a help text
 FENCE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 NOT_A_FILE = ("http://", "https://", "mailto:", "#")
@@ -59,39 +59,52 @@ def with_site_links(markdown: str, source: str, paths: dict[str, str]) -> str:
 
 
 def commands_page() -> str:
-    """The help text of every command."""
-    sections = ["# Commands", INTRODUCTION]
-    for module in command_modules():
-        sections += [f"## python -m {module}", f"```text\n{help_text(module)}\n```"]
+    """The help text of every command: the subcommands of `slipway` by group, then the other modules."""
+    from slipway.command import GROUPS, help_text
+
+    sections = ["# Commands", INTRODUCTION, f"```text\n{help_text()}\n```"]
+    for group in GROUPS.values():
+        for name, (module, _) in group.items():
+            sections.append(_section(f"slipway {name}", module))
+    named = {module for group in GROUPS.values() for module, _ in group.values()}
+    sections.append("## Other modules")
+    sections += [_section(f"python -m {each.removesuffix('.__main__')}", each, "###") for each in other_commands(named)]
     return "\n\n".join(sections) + "\n"
 
 
-INTRODUCTION = "The `--help` of every command, as its parser prints it."
+INTRODUCTION = (
+    "The `--help` of every command, as its parser prints it. Every subcommand of `slipway` is also a module: "
+    "`slipway export` is `python -m export.all`."
+)
 
 
-def command_modules() -> Iterator[str]:
-    """The modules that are commands, as `python -m` takes them."""
+def other_commands(named: set[str]) -> Iterator[str]:
+    """The modules that are commands and that no subcommand runs."""
     for package in ("training", "export", "runtimes"):
         for path in sorted((ROOT / package).rglob("*.py")):
-            if "\n@command\n" in path.read_text(encoding="utf-8"):
-                yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            if "\n@command\n" in path.read_text(encoding="utf-8") and module not in named:
+                yield module
 
 
-def help_text(module: str) -> str:
-    """What the command prints for --help."""
-    try:
-        main = importlib.import_module(f"{module}.__main__").main
-    except ModuleNotFoundError:
-        main = importlib.import_module(module).main
-    printed = io.StringIO()
-    columns = os.environ.get("COLUMNS")
+def printed_help(command: str, module: str) -> str:
+    """The text that the module's parser prints for --help under the name of the command."""
+    from runtimes.host.cli import program
+
+    printed, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = COLUMNS
+    token = program.set(command)
     try:
         with contextlib.redirect_stdout(printed):
-            main(["--help"])
+            importlib.import_module(module).main(["--help"])
     finally:
+        program.reset(token)
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
     return printed.getvalue().rstrip()
+
+
+def _section(command: str, module: str, level: str = "##") -> str:
+    return f"{level} {command}\n\n```text\n{printed_help(command, module)}\n```"
 
 
 def on_files(files: Any, config: Any) -> Any:

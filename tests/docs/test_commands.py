@@ -1,0 +1,165 @@
+"""The commands of the documentation: each is taken by the real parser; those that can run here run as printed."""
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtimes.host import cli
+from runtimes.host.cli import flags, settings
+from tests.docs.blocks import ROOT, Block, blocks_of, commands, markdown_pages
+from training.loop import COMMON
+from training.spec import find_spec, override
+
+PACKAGES = ("slipway", "runtimes", "training", "export", "benchmarks")
+SHELL = [block for page in markdown_pages() for block in blocks_of(page) if block.language == "bash"]
+# Dated measurements: their commands are taken by the parsers, but take hours.
+MEASUREMENTS = ROOT / "benchmarks"
+RUN_LIMIT_S = 600
+
+
+class Parsed(Exception):
+    """The command line was accepted; `extras` are settings of models."""
+
+    def __init__(self, arguments: argparse.Namespace, extras: list[str]) -> None:
+        super().__init__("parsed")
+        self.arguments, self.extras = arguments, extras
+
+
+@pytest.fixture
+def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands end when their command line is parsed: with `Parsed`, or as they do for a wrong one."""
+    inner, outer = argparse.ArgumentParser.parse_known_args, cli.Parser.parse_known_args
+
+    def plain(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        found, extras = inner(self, args, namespace)
+        if isinstance(self, cli.Parser):
+            return found, extras
+        raise Parsed(found, extras)
+
+    def with_aliases(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        raise Parsed(*outer(self, args, namespace))
+
+    def complete(self: Any, args: Any = None, namespace: Any = None) -> Any:
+        try:
+            self.parse_known_args(args, namespace)
+        except Parsed as parsed:
+            if parsed.extras:
+                self.error(f"unrecognized arguments: {' '.join(parsed.extras)}")
+            raise
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", plain)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", complete)
+    monkeypatch.setattr(cli.Parser, "parse_known_args", with_aliases)
+
+
+def module_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
+    """The module that a command runs, with its arguments; None for a command that is not this project's."""
+    if words[0] == "slipway":
+        return "slipway", words[1:]
+    if words[0].rpartition("/")[2] in ("python", "torchrun") and "-m" in words:
+        place = words.index("-m") + 1
+        return (words[place], words[place + 1 :]) if words[place].partition(".")[0] in PACKAGES else None
+    if words[0] == "python" and words[1].startswith("benchmarks/"):
+        return words[1].removesuffix(".py").replace("/", "."), words[2:]
+    return None
+
+
+def check(module: str, arguments: list[str]) -> None:
+    """An assertion fails unless the module's parser takes the arguments, and the named models the settings."""
+    name = "slipway.command" if module == "slipway" else module
+    main = getattr(importlib.import_module(name), "main", None)
+    main = main or importlib.import_module(f"{name}.__main__").main
+    if arguments in (["--help"], ["--version"]):
+        return
+    with pytest.raises(Parsed) as caught:
+        pytest.fail(f"{module} {' '.join(arguments)} ended with status {main(arguments)}")
+    found, extras = caught.value.arguments, caught.value.extras
+    if extras:
+        check_settings(found, {**settings(getattr(found, "set", None) or []), **flags(extras)})
+
+
+def check_settings(found: argparse.Namespace, changes: dict[str, str]) -> None:
+    """An assertion fails unless every named model has these settings, and takes their values."""
+    names = getattr(found, "models", None) or [found.model]
+    for name in names:
+        preset = find_spec(name).preset(getattr(found, "preset", "tiny"))
+        known = {**COMMON, **preset.training, **preset.config}
+        assert set(changes) <= set(known), f"{name} has no setting {', '.join(set(changes) - set(known))}"
+        override(known, {name: value for name, value in changes.items() if not value.startswith("$")})
+
+
+def check_make(words: list[str]) -> None:
+    """An assertion fails unless the Makefile has every named target."""
+    targets = re.findall(r"^([\w./-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for word in words[1:]:
+        assert "=" in word or word in targets, f"the Makefile has no target {word}"
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: block.place)
+def test_every_command_is_taken_by_its_parser(block: Block, parse_only: None) -> None:
+    for words in commands(block.text):
+        if words[0] == "make":
+            check_make(words)
+        elif found := module_and_arguments(words):
+            check(*found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["slipway predict policy_gru --no-such-flag", "slipway train policy_gru --no-such-setting 1", "make nothing"],
+)
+def test_a_wrong_command_is_noticed(line: str, parse_only: None) -> None:
+    (words,) = commands(line)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_make(words) if words[0] == "make" else check(*module_and_arguments(words) or ("", []))
+
+
+def test_comments_redirections_and_joined_lines_are_no_arguments() -> None:
+    text = "A=1 python -m x --a \\\n  b > f  # note\nuntil c; do sleep 1; done\nd 'e\nf' | g &\n"
+    assert list(commands(text)) == [["python", "-m", "x", "--a", "b"], ["c"], ["sleep", "1"], ["d", "e\nf"], ["g"]]
+
+
+def test_no_page_installs_the_package_of_another_project() -> None:
+    for page in markdown_pages():
+        assert not re.search(r"pip install\S* '?slipway\b(?!-)", page.read_text(encoding="utf-8")), page
+
+
+def runnable(page: Path) -> list[Block]:
+    """The blocks of a page that a reader can paste, without those that a marker takes out."""
+    kinds = ("bash", "python")
+    return [block for block in blocks_of(page) if block.language in kinds and not block.reason and not block.title]
+
+
+PAGES = [page for page in markdown_pages() if MEASUREMENTS not in page.parents and runnable(page)]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Variables with which `slipway` and `python` are those of this checkout, in any folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, command in (("slipway", f"{sys.executable} -m slipway"), ("python", sys.executable)):
+        (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, environment: dict[str, str]) -> None:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    for block in runnable(page):
+        shell = ["bash", "-euo", "pipefail", "-c", block.text]
+        command = shell if block.language == "bash" else [sys.executable, "-c", block.text]
+        ended = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
+        )
+        assert ended.returncode == 0, f"{block.place}\n{ended.stdout[-1500:]}\n{ended.stderr[-1500:]}"
