@@ -2,12 +2,14 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -15,7 +17,7 @@ from runtimes.host import cli
 from runtimes.host.cli import flags, settings
 from tests.docs.blocks import ROOT, Block, blocks_of, commands, markdown_pages
 from training.loop import COMMON
-from training.spec import find_spec, override
+from training.spec import all_specs, find_spec, override
 
 PACKAGES = ("slipway", "runtimes", "training", "export", "benchmarks")
 SHELL = [block for page in markdown_pages() for block in blocks_of(page) if block.language == "bash"]
@@ -55,7 +57,8 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
             raise
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", plain)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", complete)
+    for parser in (argparse.ArgumentParser, cli.Parser):
+        monkeypatch.setattr(parser, "parse_args", complete)
     monkeypatch.setattr(cli.Parser, "parse_known_args", with_aliases)
 
 
@@ -73,21 +76,39 @@ def module_and_arguments(words: list[str]) -> tuple[str, list[str]] | None:
 
 def check(module: str, arguments: list[str]) -> None:
     """An assertion fails unless the module's parser takes the arguments, and the named models the settings."""
-    name = "slipway.command" if module == "slipway" else module
-    main = getattr(importlib.import_module(name), "main", None)
-    main = main or importlib.import_module(f"{name}.__main__").main
     if arguments in (["--help"], ["--version"]):
         return
     with pytest.raises(Parsed) as caught:
-        pytest.fail(f"{module} {' '.join(arguments)} ended with status {main(arguments)}")
+        refuse_to_end(module, arguments)
     found, extras = caught.value.arguments, caught.value.extras
     if extras:
         check_settings(found, {**settings(getattr(found, "set", None) or []), **flags(extras)})
 
 
+def refuse_to_end(module: str, arguments: list[str]) -> NoReturn:
+    """Calls the module's `main`; an assertion fails if it returns, as it does for a wrong command line."""
+    main = main_of("slipway.command" if module == "slipway" else module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        status = main(arguments) if inspect.signature(main).parameters else main()
+    pytest.fail(f"{module} {' '.join(arguments)} ended with status {status}")
+
+
+def main_of(module: str) -> Callable[..., Any]:
+    """The `main` of a module or of a package's `__main__`; scripts find the files beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str((ROOT / module.replace(".", "/")).parent))
+        found = importlib.import_module(module)
+        if not hasattr(found, "main"):
+            found = importlib.import_module(f"{module}.__main__")
+        main: Callable[..., Any] = found.main
+        return main
+
+
 def check_settings(found: argparse.Namespace, changes: dict[str, str]) -> None:
     """An assertion fails unless every named model has these settings, and takes their values."""
     names = getattr(found, "models", None) or [found.model]
+    names = [spec.name for spec in all_specs().values() if spec.trained] if names == ["all"] else names
     for name in names:
         preset = find_spec(name).preset(getattr(found, "preset", "tiny"))
         known = {**COMMON, **preset.training, **preset.config}
