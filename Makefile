@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export gpu test test-vllm test-fast fuzz soak check triton vllm peers peer-optimum perf-analyzer matrix clean
+.PHONY: export gpu test test-vllm test-fast fuzz soak check docs triton vllm peers peer-optimum perf-analyzer matrix clean
 
 # The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
 # programs are not served: they are what runtimes.bench measures the others against.
@@ -35,6 +35,10 @@ check: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# The documentation site, into site/; a broken link or reference is an error.
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 triton: .venv-triton/ready
 
