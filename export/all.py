@@ -7,86 +7,115 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from export.convert import Cell, Options, Outcome, fill
+from export.convert import Cell, Options, Outcome
+from export.jobs import fill_all
 from export.quantization.calibration_texts import CalibrationTexts, read_texts
-from export.source import LastSource
 from export.target import Target
-from export.triton.config import Scheduling
+from export.triton.scheduling import UNLIMITED, Scheduling
 from runtimes import plugins
 from runtimes.errors import InputError
-from runtimes.host.cli import command, parser, table
+from runtimes.host.cli import (
+    REPOSITORY,
+    command,
+    json_argument,
+    models_argument,
+    parser,
+    precision_argument,
+    program,
+    repository_argument,
+    table,
+    target_argument,
+    unknown_name,
+)
 from runtimes.host.output_capture import native_talk_on_stderr
-from training.spec import all_specs, find_spec
+from training.spec import all_specs
 
 TEXTS = CalibrationTexts()
+ALL = "all"
+FACTS = ("built", "deserialized", "ran", "compared")
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Fill the matrix of models and targets; one failing cell does not stop the rest."""
+    """Fill the matrix of models and targets; a failed cell does not stop the others.
+
+    Status 1 if a cell failed, or if a model that is named on the command line has no artifact afterwards.
+    """
     arguments = _parser().parse_args(argv)
-    cells = list(choose_cells(arguments.model, arguments.target, arguments.precision))
+    cells = list(choose_cells(arguments.models, arguments.target, arguments.precision))
     options = read_options(arguments)
     if not options.dry_run:
         options.repository.mkdir(parents=True, exist_ok=True)
-    outcomes, sources = [], LastSource()
     with native_talk_on_stderr():  # TensorRT-RTX warns on the standard output
-        for cell in (bar := tqdm(cells, disable=not sys.stderr.isatty(), leave=False)):
-            bar.set_description(cell.label)
-            outcomes.append(fill(cell, options, sources))
+        outcomes = fill_all(cells, options, arguments.jobs)
     if arguments.json:
         print(json.dumps({"cells": [asdict(outcome) for outcome in outcomes]}))
     else:
-        print(outcome_table(outcomes))
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+        print("\n\n".join([outcome_table(outcomes), *next_commands(outcomes, options)]))
+    return exit_status(outcomes, arguments.models)
 
 
 def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequence[str]) -> Iterator[Cell]:
-    """The cells asked for; `InputError` for a model, target or precision that does not exist."""
-    specs = [find_spec(name) for name in models] or list(all_specs().values())
-    names = plugins.names("export.targets") if "all" in targets else targets
-    chosen: list[Target] = [plugins.load("export.targets", name, "TARGET") for name in names]
-    known = sorted({precision for target in chosen for precision in target.precisions})
+    """The requested cells; `InputError` for a model, target or precision that does not exist."""
+    specs = all_specs()
+    for model in models:
+        if model not in (*specs, ALL):
+            raise unknown_name("model", model, specs, "list them: python -m export.all --help")
+    names = plugins.names("export.targets")
+    for target in targets:
+        if target not in (*names, ALL):
+            raise unknown_name("target", target, names, "list them: python -m export.all --help")
+    chosen = _load_targets(names if ALL in targets else list(dict.fromkeys(targets)))
+    known = {precision for target in chosen for precision in target.precisions}
     for precision in precisions:
         if precision not in known:
-            raise InputError(f"expected a precision of {', '.join(known)}; found '{precision}'")
-    for spec in specs:
-        for target in chosen:
-            for precision in precisions or target.precisions[:1]:
-                yield Cell(spec=spec, target=target, precision=precision)
+            raise unknown_name("precision", precision, known, "list them: python -m export.all --help")
+    for model in dict.fromkeys(specs if ALL in models or not models else models):
+        for each in chosen:
+            for precision in dict.fromkeys(precisions or each.precisions[:1]):
+                yield Cell(spec=specs[model], target=each, precision=precision)
+
+
+def exit_status(outcomes: Sequence[Outcome], named: Sequence[str]) -> int:
+    """1 if a cell failed, or if none of a named model's cells has an artifact, even for a declared reason."""
+    failed = any(outcome.status == "failed" for outcome in outcomes)
+    exported = {outcome.model for outcome in outcomes if outcome.exported}
+    return int(failed or not {*named} - {ALL} <= exported)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> str:
     """The matrix as text: how far each artifact got, and its worst difference in units of the tolerance."""
-    rows = []
-    for outcome in outcomes:
-        compared = outcome.parity if outcome.facts.compared else {}
-        differences = [value for name, value in compared.items() if "difference" in name]
-        got = [name for name in ("built", "deserialized", "ran", "compared") if getattr(outcome.facts, name)]
-        rows.append(
-            (
-                outcome.model,
-                outcome.target,
-                outcome.precision,
-                outcome.status,
-                f"{outcome.bytes / 1e6:.2f}" if outcome.bytes else "-",
-                f"{outcome.seconds:.1f}",
-                f"{max(differences):.3f}" if differences else "-",
-                ", ".join(got) or "-",
-                outcome.reason or outcome.artifact,
-            )
-        )
     header = ["model", "target", "precision", "status", "MB", "seconds", "difference", "facts", "artifact or reason"]
-    return table(header, rows) + "\n\ndifference: the largest one, in units of what the tolerance allows"
+    legend = "difference: the largest of all outputs, in units of the tolerance"
+    return f"{table(header, map(_row, outcomes))}\n\n{legend}"
+
+
+def next_commands(outcomes: Sequence[Outcome], options: Options) -> Iterator[str]:
+    """Commands for what was exported; none if nothing was."""
+    exported = [outcome for outcome in outcomes if outcome.artifact]
+    if not exported:
+        return
+    best = max(exported, key=lambda outcome: outcome.facts.compared)
+    start = "slipway " if program.get() else "python -m runtimes."
+    repository = "" if options.repository == REPOSITORY else f" --repository {options.repository}"
+    chosen = f"{best.model} --target {best.target} --precision {best.precision}{repository}"
+    yield "\n".join(
+        (
+            "next:",
+            f"  {start}predict {chosen} --example",
+            f"  {start}bench {best.model}{repository}",
+            f"  {start}serve{repository}",
+        )
+    )
 
 
 def read_options(arguments: Any) -> Options:
-    """`InputError` for texts that are none, or a mount that is no whole path."""
+    """`InputError` for calibration texts or a mount path that cannot be used, or for less than one job."""
     mounted_at = arguments.mounted_at
     if mounted_at is not None and not mounted_at.is_absolute():
         raise InputError(f"--mounted-at: expected a whole path such as /models, found '{mounted_at}'")
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs: expected 1 or more, found {arguments.jobs}")
     texts = CalibrationTexts(
         file=arguments.calibration, samples=arguments.calibration_samples, tokens=arguments.calibration_tokens
     )
@@ -105,32 +134,87 @@ def read_options(arguments: Any) -> Options:
     )
 
 
+def _row(outcome: Outcome) -> tuple[str, ...]:
+    compared = outcome.parity if outcome.facts.compared else {}
+    differences = [value for name, value in compared.items() if "difference" in name]
+    return (
+        outcome.model,
+        outcome.target,
+        outcome.precision,
+        outcome.status,
+        f"{outcome.bytes / 1e6:.2f}" if outcome.bytes else "-",
+        f"{outcome.seconds:.1f}",
+        f"{max(differences):.3f}" if differences else "-",
+        ", ".join(name for name in FACTS if getattr(outcome.facts, name)) or "-",
+        outcome.reason or outcome.artifact,
+    )
+
+
+def _load_targets(names: Sequence[str]) -> list[Target]:
+    return [plugins.load("export.targets", name, "TARGET") for name in names]
+
+
 def _parser() -> Any:
+    targets = _load_targets(plugins.names("export.targets"))
+    by_target = "; ".join(f"{target.name}: {', '.join(target.precisions)}" for target in targets)
     result = parser(
         "export.all",
         __doc__.partition(":")[0] + ".",
         "--target onnx",
-        "--target all --model policy_gru --precision fp16 --json",
+        "policy_gru policy_mamba --target onnx,torch --precision fp16 --json",
     )
-    result.add_argument("--target", action="append", required=True, help="onnx, tensorrt, torch, ... or all")
-    result.add_argument("--model", action="append", default=[], help="one model (default: all there are)")
-    result.add_argument("--precision", action="append", default=[], help="fp32, fp16, ... (default: the target's own)")
-    result.add_argument("--checkpoints", type=Path, default=Path("checkpoints"), help="folder of checkpoints")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where to publish")
-    result.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it")
-    group = result.add_argument_group("texts that language models are quantized on")
-    group.add_argument("--calibration", type=Path, help=".txt or .jsonl (default: the checkpoint's own)")
-    group.add_argument("--calibration-samples", type=int, default=TEXTS.samples, help="texts (default: %(default)s)")
-    group.add_argument("--calibration-tokens", type=int, default=TEXTS.tokens, help="of each (default: %(default)s)")
-    result.add_argument("--dry-run", action="store_true", help="say what would be done")
-    result.add_argument("--force", action="store_true", help="convert again what could be reused")
+    models_argument(result, f"models, or {ALL} (default: {ALL}): {', '.join(sorted(all_specs()))}")
+    target_argument(result, f"targets, or {ALL}: {', '.join(target.name for target in targets)}", required=True)
+    precision_argument(result, f"precisions (default: the first one of each target). {by_target}")
     result.add_argument(
-        "--instances", type=int, default=1, help="copies of a stateless model and its steps (default: 1)"
+        "--checkpoints", type=Path, default=Path("checkpoints"), help="folder of checkpoints (default: %(default)s)"
     )
-    result.add_argument("--queue", type=int, default=0, help="requests that may wait for each; more are refused")
-    result.add_argument("--queue-timeout-ms", type=int, default=0, help="how long one may wait before it is refused")
-    result.add_argument("--json", action="store_true", help="print JSON only")
+    repository_argument(result, "folder to publish in")
+    result.add_argument(
+        "--mounted-at",
+        type=Path,
+        help="path of the repository in the container that serves it (default: its path here)",
+    )
+    result.add_argument("--jobs", type=int, default=1, help="processes, one model in each (default: %(default)s)")
+    result.add_argument("--dry-run", action="store_true", help="print what would be exported, and export nothing")
+    result.add_argument("--force", action="store_true", help="export again what could be reused")
+    _add_calibration(result)
+    _add_scheduling(result)
+    json_argument(result)
     return result
+
+
+def _add_calibration(to: Any) -> None:
+    group = to.add_argument_group("texts that language models are quantized on")
+    group.add_argument("--calibration", type=Path, help=".txt or .jsonl file (default: the checkpoint's own texts)")
+    group.add_argument(
+        "--calibration-samples", type=int, default=TEXTS.samples, help="number of texts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--calibration-tokens", type=int, default=TEXTS.tokens, help="tokens of each text (default: %(default)s)"
+    )
+
+
+def _add_scheduling(to: Any) -> None:
+    group = to.add_argument_group("scheduling in Triton")
+    group.add_argument(
+        "--instances",
+        type=int,
+        default=UNLIMITED.instances,
+        help="copies of a stateless model and of its steps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--queue",
+        type=int,
+        default=UNLIMITED.queue,
+        help="requests that may wait for each model, others are rejected; 0 is unlimited (default: %(default)s)",
+    )
+    group.add_argument(
+        "--queue-timeout-ms",
+        type=int,
+        default=UNLIMITED.timeout_ms,
+        help="time after which a waiting request is rejected; 0 is unlimited (default: %(default)s)",
+    )
 
 
 if __name__ == "__main__":

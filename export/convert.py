@@ -12,16 +12,17 @@ from export.key import artifact_key, library_versions
 from export.quantization.calibration_texts import CalibrationTexts
 from export.source import LastSource, Source
 from export.target import Built, Target
-from export.triton.config import UNLIMITED, Scheduling
 from export.triton.ensemble import is_ensemble_target
 from export.triton.repository import drafting, publish, publish_again, publish_ensemble, reschedule
+from export.triton.scheduling import UNLIMITED, Scheduling
+from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact, Facts, artifact_name, digests
 from runtimes.errors import FOREIGN, SlipwayError, error_text, one_line
 from runtimes.repository import newest
 from runtimes.runtime import open_runtime
 from training.checkpoint import Checkpoint, exists
 from training.language_model import NotADecoder
-from training.spec import ModelSpec
+from training.spec import ModelSpec, find_spec
 
 NOTHING_DONE = Facts(built=False, deserialized=False, ran=False, compared=False)
 DRY_RUN = "dry run: would be exported"
@@ -38,6 +39,11 @@ class Cell:
     @property
     def label(self) -> str:
         return f"{self.spec.name} {self.target.name} {self.precision}"
+
+
+def find_cell(model: str, target: str, precision: str) -> Cell:
+    """The cell of these names; `InputError` for a name that does not exist."""
+    return Cell(spec=find_spec(model), target=plugins.load("export.targets", target, "TARGET"), precision=precision)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +108,7 @@ def _fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
     if reason := why_skipped(cell, options.checkpoints):
         return without_artifact(cell, "skipped", reason)
     checkpoint = Checkpoint.load(options.checkpoints / cell.spec.checkpoint)
-    if reason := cell.spec.absent(checkpoint.config):
+    if reason := cell.spec.interface.absent(checkpoint.config):
         return without_artifact(cell, "skipped", reason)
     key = artifact_key(cell.spec, cell.target, cell.precision, checkpoint, options.texts)
     found = newest(options.repository, artifact_name(cell.spec.name, cell.target.name, cell.precision))
@@ -117,11 +123,11 @@ def _fill(cell: Cell, options: Options, sources: LastSource) -> Outcome:
 def why_skipped(cell: Cell, checkpoints: Path) -> str | None:
     """Why the cell is skipped, or None."""
     spec, target = cell.spec, cell.target
-    if reason := spec.skips.get(target.name) or target.refuse(spec):
+    if reason := spec.export.skips.get(target.name) or target.refuse(spec):
         return reason
     if cell.precision not in target.precisions:
         return f"target {target.name} has no {cell.precision}, only {', '.join(target.precisions)}"
-    if cell.precision not in spec.tolerance:
+    if cell.precision not in spec.parity.tolerance:
         return f"no tolerance is stated for {spec.name} in {cell.precision}"
     if not exists(checkpoints / spec.checkpoint):
         return f"no checkpoint in {checkpoints / spec.checkpoint}; make one: python -m training.run {spec.checkpoint}"
@@ -155,7 +161,7 @@ def _export(cell: Cell, source: Source, key: str, options: Options) -> tuple[Art
     with drafting(repository) as draft:
         artifact, built = convert(cell, source, key, draft)
         artifact = verify_artifact(artifact, source, draft, built)
-        served = built.served and artifact.proved
+        served = built.served and artifact.verified
         folder = publish(
             draft,
             artifact,
@@ -164,7 +170,7 @@ def _export(cell: Cell, source: Source, key: str, options: Options) -> tuple[Art
             scheduling=options.scheduling,
             mounted_at=options.mounted_at,
         )
-    if served and built.speaks_tensors and is_ensemble_target(artifact, repository):
+    if served and is_ensemble_target(artifact, repository):
         publish_ensemble(artifact, repository, options.scheduling)
     return artifact, folder
 
@@ -236,7 +242,7 @@ def _with_artifact(artifact: Artifact, folder: Path, status: str) -> Outcome:
 def _conversion_errors() -> tuple[type[Exception], ...]:
     """The errors that end a cell and not the run: ours, a full disk, torch's for a model that it cannot convert."""
     own = (SlipwayError, OSError)
-    if "torch" not in sys.modules:  # nothing was converted yet, and importing torch takes seconds
+    if "torch.export" not in sys.modules:  # nothing was traced yet, and importing torch takes seconds
         return own
     from torch._dynamo.exc import TorchDynamoException
     from torch._export.verifier import SpecViolationError

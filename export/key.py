@@ -1,17 +1,24 @@
-"""The artifact key: one digest of everything that the bytes of an artifact depend on."""
+"""The artifact key: one digest of everything that the bytes of an artifact and the proof of its parity depend on.
+
+Code counts by its syntax tree without docstrings: an edit of a comment, a docstring or the format of a line changes no
+key. Commands, and code that only trains, are not reached from what is traced, and change no key either.
+"""
 
 import ast
+import hashlib
 import importlib.metadata
 import inspect
 import sys
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import export
 from export.quantization.calibration_texts import CalibrationTexts
 from export.target import Target
-from runtimes.artifact import sha256_file, sha256_json
+from runtimes.artifact import sha256_json
 from runtimes.host.gpu import gpu
 from runtimes.pipeline import find_pipeline
 from training.checkpoint import Checkpoint
@@ -23,12 +30,13 @@ PACKAGES = ("export", "training", "runtimes")
 def artifact_key(
     spec: ModelSpec, target: Target, precision: str, checkpoint: Checkpoint, texts: CalibrationTexts
 ) -> str:
-    """sha256 of checkpoint, exporter code, precision, library versions, GPU architecture, and texts that are read."""
+    """sha256 of checkpoint, code, declared values, precision, library versions, GPU architecture, calibration texts."""
     found = gpu()
     return sha256_json(
         {
             "checkpoint": checkpoint.digest,
-            "code": {path.as_posix(): sha256_file(root / path) for root, path in code_files(spec, target)},
+            "code": {path.as_posix(): code_digest(root / path) for root, path in code_files(spec, target)},
+            "declared": declared(spec, precision),
             "target": target.name,
             "precision": precision,
             "libraries": library_versions(target.packages),
@@ -36,6 +44,12 @@ def artifact_key(
             **({"texts": texts.identity} if target.reads_texts else {}),
         }
     )
+
+
+def declared(spec: ModelSpec, precision: str) -> dict[str, Any]:
+    """The values in the declaration of a model that decide bytes and proof; its functions count as code."""
+    tolerance = spec.parity.tolerance.get(precision)
+    return {"tolerance": asdict(tolerance) if tolerance else None, "fp32_modules": spec.export.fp32_modules}
 
 
 def library_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -50,16 +64,17 @@ def library_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def code_files(spec: ModelSpec, target: Target) -> list[tuple[Path, Path]]:
-    """(root, path below it) of the code that decides an artifact's bytes and its proof, by way of every import.
+    """(root, path below it) of the code that decides an artifact's bytes and its proof, found by its imports.
 
-    Neither the command line nor a server is in it. Code outside this checkout has its folder as root.
+    It starts at the functions of the declaration, the pipeline, the target and the engine. Code outside this checkout
+    has its folder as root.
     """
     top = Path(export.__file__).parent.parent
     modules = ["export.source", "export.parity", f"runtimes.engines.{target.runtime}"]
     waiting = [
         Path(inspect.getfile(find_pipeline(spec.pipeline))),
-        Path(inspect.getfile(spec.build)),
         Path(inspect.getfile(target.convert)),
+        *(Path(inspect.getfile(function)) for function in functions(spec)),
     ]
     waiting += [path for path in map(source_file, modules) if path]
     found: set[Path] = set()
@@ -72,6 +87,33 @@ def code_files(spec: ModelSpec, target: Target) -> list[tuple[Path, Path]]:
         (top, path.relative_to(top)) if path.is_relative_to(top) else (path.parent, Path(path.name))
         for path in sorted(found)
     ]
+
+
+def functions(spec: ModelSpec) -> Iterator[Any]:
+    """Every function in the declaration of a model, that of a partial application included."""
+    for part in (spec.interface, spec.parity, spec.export):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            while isinstance(value, partial):
+                value = value.func
+            own_class = inspect.isclass(value) and value.__module__ != "builtins"
+            if inspect.isfunction(value) or inspect.ismethod(value) or own_class:
+                yield value
+
+
+def code_digest(path: Path) -> str:
+    """sha256 of the code in a file, without its docstrings, comments and format."""
+    return _code_digest(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _code_digest(text: str) -> str:
+    tree = ast.parse(text)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in [node for node in ast.walk(tree) if isinstance(node, documented)]:
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body[:1] = [] if node.body[1:] else [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
 def source_file(name: str) -> Path | None:
@@ -94,9 +136,15 @@ def source_file(name: str) -> Path | None:
 
 @cache
 def imported(code: str) -> frozenset[str]:
-    """Every name that is imported anywhere in this code, with the module it comes from."""
+    """Every name that is imported anywhere in this code, with the module it comes from; imports for types excepted."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(code)):
+    waiting: list[ast.AST] = [ast.parse(code)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            waiting += node.orelse
+            continue
+        waiting += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from export.source import Source
 from runtimes.errors import ParityError, one_line, require
 from runtimes.tensors import Signature, TensorSpec
-from training.layers.scan import Form
+from training.layers.form import Form
 
 if TYPE_CHECKING:
     import onnx

@@ -18,13 +18,13 @@ Checks = dict[str, Check]
 
 def check_parity(candidate: Runtime, source: Source, precision: str) -> Checks:
     """Every check of a candidate against its original; the worst of each over all sizes, real inputs and a rollout."""
-    tolerance = source.spec.tolerance[precision]
+    tolerance = source.spec.parity.tolerance[precision]
     rng = np.random.default_rng(0)
     checks: Checks = {}
     for sizes in sizes_to_check(source.signature):
         inputs = source.draw_inputs(rng, sizes)
         _keep_worst(checks, compare(source, candidate.fresh(inputs), source.answer(inputs), tolerance))
-    if real := list(source.spec.parity_inputs(source.config, source.sample_inputs)):
+    if real := list(source.spec.parity.parity_inputs(source.config, source.sample_inputs)):
         got = _joined([candidate.fresh(inputs) for inputs in real])
         want = _joined([source.answer(inputs) for inputs in real])
         _keep_worst(checks, compare(source, got, want, tolerance))
@@ -57,13 +57,13 @@ def sizes_to_check(signature: Signature) -> Iterator[dict[str, int]]:
 
 def compare(source: Source, got: Tensors, want: Tensors, tolerance: Tolerance) -> Checks:
     """Difference by output, in units of the tolerance, and the model's own agreement of decisions."""
-    printed, got = got, source.spec.mask_near_ties(got, want, tolerance)
+    printed, got = got, source.spec.parity.mask_near_ties(got, want, tolerance)
     checks = {
         f"difference_{name}": Check(value=_in_tolerances(got[name], want[name], tolerance), limit=1.0)
         for name in want
         if name in got  # a server keeps the state to itself
     }
-    return {**checks, **source.spec.agreement(printed, want, tolerance)}
+    return {**checks, **source.spec.parity.agreement(printed, want, tolerance)}
 
 
 def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tuple[Tensors, Tensors]:

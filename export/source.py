@@ -11,7 +11,7 @@ from export.quantization.calibration_texts import CalibrationTexts
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint, restore
 from training.language_model import NotADecoder
-from training.layers.scan import Form, scan_form
+from training.layers.form import Form, scan_form
 from training.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ class Source:
         self.texts = texts or CalibrationTexts()
         self.checkpoint = checkpoint
         self.config = checkpoint.config
-        self.signature = spec.signature(checkpoint.config)
+        self.signature = spec.interface.signature(checkpoint.config)
         self.onnx_programs: dict[ExportedProgram, ONNXProgram] = {}
         self._programs: dict[tuple[Any, ...], ExportedProgram] = {}
 
     @cached_property
     def module(self) -> "torch.nn.Module":
         """What is exported, in float32, frozen for good: a trace of trainable parameters fails inside operators."""
-        return self.spec.exported(restore(self.checkpoint, self.spec)).requires_grad_(False)
+        return self.spec.interface.wrap(restore(self.checkpoint, self.spec)).requires_grad_(False)
 
     @cached_property
     def sample_inputs(self) -> Tensors:
@@ -48,13 +48,13 @@ class Source:
     @cached_property
     def language_model(self) -> "LanguageModel":
         """The decoder inside the module; `NotADecoder` where this checkpoint has none."""
-        if self.spec.language_model is None:
+        if self.spec.export.language_model is None:
             raise NotADecoder(f"{self.spec.name}: not a decoder language model")
-        return self.spec.language_model(self.config, self.module, self.sample_inputs)
+        return self.spec.export.language_model(self.config, self.module, self.sample_inputs)
 
     def draw_inputs(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
         """Realistic inputs of these sizes, without state."""
-        return self.spec.draw_inputs(self.config, rng, sizes, self.sample_inputs)
+        return self.spec.parity.draw_inputs(self.config, rng, sizes, self.sample_inputs)
 
     def answer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         """What eager torch says to these inputs, state at zero; state outputs included."""
@@ -71,11 +71,11 @@ class Source:
         """What eager torch says to whole sequences, state at zero; visible outputs."""
         import torch
 
-        if self.spec.sequence is None:
+        if self.spec.parity.sequence is None:
             answer = self.answer(inputs)
             return {tensor.name: answer[tensor.name] for tensor in self.signature.visible_outputs}
         with torch.no_grad():
-            return self.spec.sequence(self.module, dict(inputs))
+            return self.spec.parity.sequence(self.module, dict(inputs))
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
         """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed.

@@ -19,7 +19,6 @@ class Built:
     served      whether Triton has a backend for these files
     proxy_engine    the engine that runs what the artifact was built from, or holds; used where the artifact is idle
     checks      what was measured of the files themselves, such as their size; a failed one ends the cell
-    speaks_tensors  whether its backend in Triton takes and gives the signature's tensors, as an ensemble needs
     """
 
     built_with: dict[str, str]
@@ -28,7 +27,6 @@ class Built:
     served: bool = True
     proxy_engine: str | None = None
     checks: Mapping[str, Check] = field(default_factory=dict)
-    speaks_tensors: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             artifact = Artifact.load(folder)
             artifact.verify_files(folder)
-            rows.append({"artifact": str(folder), "proved": artifact.proved, "note": artifact.note})
+            rows.append({"artifact": str(folder), "proved": artifact.verified, "note": artifact.note})
         except SlipwayError as error:
             rows.append({"artifact": str(folder), "proved": False, "note": str(error)})
             if str(error) not in problems:

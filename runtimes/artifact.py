@@ -1,4 +1,4 @@
-"""Artifact: the manifest of a converted model. It says what the model is, how it was made, and what was proved."""
+"""Artifact: the manifest of a converted model. It records what the model is, how it was made, and what was verified."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from runtimes.errors import ArtifactError, InputError, one_line
 from runtimes.tensors import Signature
 
 MANIFEST = "artifact.json"
-ASSETS = "assets"  # what a pipeline reads, such as a tokenizer
+ASSETS = "assets"  # files of a pipeline, such as a tokenizer
 FORMAT = "slipway.artifact/1"
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a model, target, precision: each becomes part of a path
 
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What was really done with an artifact on the machine that made it."""
+    """The steps that were done with an artifact on the machine that made it."""
 
     built: bool
     deserialized: bool
@@ -47,7 +47,7 @@ class Artifact:
     """A converted model in one folder: this manifest beside the files it lists.
 
     `key` names everything the bytes depend on; `checkpoint` is the digest of the checkpoint that was converted;
-    `note` says why the artifact was not run where it was made, if it was not.
+    `note` is the reason why the artifact was not run where it was made, if it was not.
     """
 
     model: str
@@ -78,7 +78,7 @@ class Artifact:
         return {name: digest for name, digest in self.files.items() if name.startswith(f"{ASSETS}/")}
 
     @property
-    def proved(self) -> bool:
+    def verified(self) -> bool:
         """True when the artifact was compared with the original and every check passed."""
         return self.facts.compared and bool(self.parity) and all(check.passed for check in self.parity.values())
 
@@ -118,7 +118,7 @@ class Artifact:
 
 
 def require_plain(name: str) -> None:
-    """`InputError` for a name that could lead out of the folder it is looked for in."""
+    """`InputError` for a name that could lead out of its folder."""
     if not isinstance(name, str) or not PLAIN_NAME.fullmatch(name):
         raise InputError(f"expected a name of letters, digits, '_', '-' and '.', found {ascii(name)[:80]}")
 
@@ -187,7 +187,7 @@ def read_manifest(path: Path, format_: str, remedy: str) -> dict[str, Any]:
 
 
 def write_manifest(path: Path, format_: str, fields: Mapping[str, Any]) -> None:
-    """Write the fields with their format and their own sha256: a changed proof or setting is noticed."""
+    """Write the fields with their format and their own sha256: a changed check or setting is noticed."""
     write_json(path, {"format": format_, **fields, "sha256": sha256_json(fields)})
 
 

@@ -1,6 +1,8 @@
-"""What can go wrong, as one line each: what was expected, what was found, what to do."""
+"""Errors, each with a text of one line: what was expected, what was found, and the remedy."""
 
+import difflib
 import importlib
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 
@@ -8,7 +10,7 @@ class SlipwayError(Exception):
     """The base of every error a user can meet. Its text is one line, fit to be printed as it is.
 
     exit_status  of a command that ends with it
-    triton_code  what a Python backend answers with: the name of a code of Triton's TritonError
+    triton_code  the name of the code of Triton's TritonError in the answer of a Python backend
     """
 
     exit_status = 1
@@ -27,7 +29,7 @@ class MissingPackage(InputError):
 
 
 class ArtifactError(SlipwayError):
-    """A checkpoint, artifact or repository does not hold what its manifest says."""
+    """A checkpoint, artifact or repository does not match its manifest."""
 
 
 class EngineError(SlipwayError):
@@ -35,17 +37,17 @@ class EngineError(SlipwayError):
 
 
 class Overloaded(EngineError):
-    """A server refuses a request because too many wait already, or because it waited too long."""
+    """A server refuses a request because its queue is full, or because the request waited too long."""
 
     triton_code = "UNAVAILABLE"
 
 
 class ParityError(SlipwayError):
-    """A converted model does not say what the original says."""
+    """A converted model does not agree with the original."""
 
 
-# What other libraries raise for a program, a file or a shape they cannot take. Who catches these reports them, with
-# their kind (`said`), as the result of one engine or one conversion among many.
+# Errors of other libraries for a program, a file or a shape that they do not support. A handler reports them, with
+# their type (`error_text`), as the result of one engine or one conversion among many.
 FOREIGN = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError)
 
 
@@ -62,7 +64,7 @@ def require(module: str, *, extra: str = "", remedy: str = "") -> ModuleType:
 
 
 def error_text(error: BaseException, limit: int = 300) -> str:
-    """The text of an error in one line; of one that is not ours, with its kind: a KeyError's text is a name only."""
+    """The text of an error in one line, with its type where it is foreign: the text of a KeyError is only a name."""
     text = one_line(error, limit)
     return text if isinstance(error, SlipwayError | OSError) else f"{type(error).__name__}: {text}"
 
@@ -71,3 +73,17 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The text of an error, or any other, without line breaks, cut to `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, or None if none is like it."""
+    found = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown_name(kind: str, name: str, known: Collection[str], remedy: str) -> InputError:
+    """The error for a name that is not known: the nearest one, else all if they are few, and the remedy."""
+    if close := nearest(name, known):
+        return InputError(f"expected a known {kind}, found '{name}'; did you mean '{close}'? {remedy}")
+    listed = f" of {', '.join(sorted(known))}" if 0 < len(known) <= 8 else ""
+    return InputError(f"expected a known {kind}{listed}, found '{name}'; {remedy}")

@@ -1,100 +1,172 @@
-"""Answer a prompt token by token, with AARF where one is likely made up: python -m runtimes.generate MODEL"""
+"""Continue a prompt with a model that generates, in this process or by a server: python -m runtimes.generate MODEL"""
 
+import argparse
 import json
 import sys
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from runtimes.artifact import artifact_name, read_json
-from runtimes.engines.torch import Torch
-from runtimes.errors import InputError
-from runtimes.host.cli import command, parser
-from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hallucination.aarf import MitigatedPipeline
-from runtimes.pipelines.hallucination.decoding import Mitigation
-from runtimes.repository import find
-from runtimes.runtime import open_runtime
+import numpy as np
 
-DEFAULTS = Mitigation()
-HEADS, LAYERS = "heads such as '25.0 18.13'", "layers such as '23 24'"
+from runtimes.artifact import Artifact, artifact_name, require_plain
+from runtimes.errors import EngineError, InputError, one_line
+from runtimes.generation import BatchingPipeline, GeneratingPipeline, Option, Piece, generating_pipelines
+from runtimes.host.cli import (
+    command,
+    device_arguments,
+    input_arguments,
+    json_argument,
+    models_argument,
+    parser,
+    read_input,
+    repository_argument,
+    unknown_name,
+)
+from runtimes.pipeline import open_pipeline, parse_request
+from runtimes.repository import newest, published
+from runtimes.runtime import open_runtime
+from runtimes.triton.client import CLIENTS
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the answer as JSON: its text, and of each token the score and whether its step was taken again."""
+    """Print what the model generates: its text as it comes, or with --json each piece as JSON on a line."""
     arguments = _parser().parse_args(argv)
-    root = find(arguments.repository, artifact_name(arguments.model, "torch", arguments.precision))
-    with open_runtime(root, device=arguments.device, threads=arguments.threads) as runtime:
-        pipeline = open_pipeline(runtime.artifact, root)
-        if not isinstance(runtime, Torch) or not isinstance(pipeline, MitigatedPipeline):
-            raise InputError(f"expected a model that generates with AARF, found {arguments.model}")
-        if arguments.example:
-            print(json.dumps(pipeline.example(), indent=1))
-            return 0
-        if not arguments.input:
-            raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-        ids, prompt = pipeline.prompt(read_json(arguments.input), arguments.max_new_tokens)
-        generated = runtime.generate(
-            ids,
-            prompt,
-            max_new_tokens=arguments.max_new_tokens,
-            mitigation=None if arguments.plain else _mitigation(arguments),
-            ends=pipeline.ends(),
-        )
-        print(json.dumps(pipeline.answer(generated), ensure_ascii=False))
+    root = _artifact(arguments)
+    pipeline = _pipeline(arguments, root)
+    options = _own_options(pipeline, arguments)
+    if arguments.example:
+        print(json.dumps(pipeline.generation_example(), ensure_ascii=False, indent=1))
+        return 0
+    given = parse_request(read_input(arguments.input), str(arguments.input)) if arguments.input else None
+    request = pipeline.generation_request(given, options)
+    pieces = _from_server(pipeline, arguments, request) if arguments.url else _from_artifact(root, arguments, request,
+                                                                                            options)  # fmt: skip
+    as_text = pipeline.prints_text and not arguments.json
+    with closing(pieces):
+        for each in pieces:
+            print(each["text"] if as_text else json.dumps(each, ensure_ascii=False), end="" if as_text else "\n",
+                  flush=True)  # fmt: skip
+    if as_text:
+        print()
     return 0
 
 
-def _mitigation(arguments: Any) -> Mitigation:
-    numbers = {name: getattr(arguments, name) for name in ("tau", "attend", "know", "alpha", "beta")}
-    heads = None if arguments.heads is None else [_head(text) for text in arguments.heads.split()]
-    layers = (
-        None
-        if arguments.layers is None
-        else [_number(text, "layers such as '23 24'") for text in arguments.layers.split()]
-    )
-    return Mitigation(**numbers, heads=heads, layers=layers)
+def _artifact(arguments: argparse.Namespace) -> Path | None:
+    """The newest artifact of the model, or of that name with a suffix, whose pipeline generates; None without one."""
+    for name, pipeline in generating_pipelines().items():
+        target = arguments.target or pipeline.generation_target
+        for model in dict.fromkeys((arguments.model, arguments.model + pipeline.name_suffix)):
+            root = newest(arguments.repository, artifact_name(model, target, arguments.precision))
+            if root is not None and Artifact.load(root).pipeline == name:
+                return root
+    return None
 
 
-def _head(text: str) -> tuple[int, int]:
-    layer, _, head = text.partition(".")
-    return _number(layer, HEADS), _number(head, HEADS)
+def _pipeline(arguments: argparse.Namespace, root: Path | None) -> type[GeneratingPipeline]:
+    """The pipeline of the artifact; without one the pipeline of the model's name, or the only one that Triton serves.
+
+    `InputError` where neither exists, or where an artifact is needed and missing.
+    """
+    known = generating_pipelines()
+    if root is not None:
+        return known[Artifact.load(root).pipeline]
+    of_name = [each for name, each in known.items() if arguments.model in (name, name.removesuffix(each.name_suffix))]
+    served = [each for each in known.values() if issubclass(each, BatchingPipeline)]
+    if of_name and (arguments.example or arguments.url):
+        return of_name[0]
+    if arguments.url and len(served) == 1:
+        return served[0]
+    if of_name:
+        model = next(name for name, each in known.items() if each is of_name[0])
+        target = arguments.target or of_name[0].generation_target
+        raise InputError(
+            f"expected an artifact of {model} for {target} in {arguments.repository}, found none; "
+            f"publish it: python -m export.all {model} --target {target}"
+        )
+    names = [name.removesuffix(each.name_suffix) for name, each in known.items()]
+    if any(Artifact.load(each).model == arguments.model for each in published(arguments.repository)):
+        raise InputError(f"expected a model that generates ({', '.join(names)}), found {arguments.model}")
+    raise unknown_name("model that generates", arguments.model, names, "publish it: python -m export.all MODEL")
 
 
-def _number(text: str, wanted: str) -> int:
-    if not text.isdecimal():
-        raise InputError(f"expected {wanted}, found '{text}'")
-    return int(text)
+def _own_options(pipeline: type[GeneratingPipeline], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the pipeline that were given; `InputError` for one that only another pipeline has."""
+    own = {option.name for option in pipeline.generation_options}
+    all_options = {option.name for each in generating_pipelines().values() for option in each.generation_options}
+    given = {name: value for name, value in vars(arguments).items() if name in all_options}
+    for name in given.keys() - own:
+        expected = ", ".join(_flag(option) for option in pipeline.generation_options)
+        raise InputError(f"expected options of {arguments.model} ({expected}), found --{name.replace('_', '-')}")
+    return given
 
 
-def _parser() -> Any:
+def _from_artifact(
+    root: Path | None, arguments: argparse.Namespace, request: Any, options: Mapping[str, Any]
+) -> Generator[Piece]:
+    """The pieces that an artifact generates in this process."""
+    assert root is not None, "the pipeline was found without an artifact"
+    with open_runtime(root, device=arguments.device, threads=arguments.threads) as runtime:
+        pipeline = open_pipeline(runtime.artifact, root)
+        assert isinstance(pipeline, GeneratingPipeline)
+        yield from pipeline.generate(runtime, request, options)
+
+
+def _from_server(pipeline: type[GeneratingPipeline], arguments: argparse.Namespace, request: Any) -> Generator[Piece]:
+    """The pieces that a server generates; closing this ends the request there."""
+    if not issubclass(pipeline, BatchingPipeline):
+        raise InputError(f"--url: expected a model that Triton serves, found {arguments.model}; leave out --url")
+    require_plain(arguments.model)
+    data = {"request": np.array([json.dumps(request).encode()], np.object_)}
+    with closing(CLIENTS["grpc"](arguments.url, 60.0)) as client:
+        for response in client.stream(pipeline.served_name(arguments.model), data):
+            try:
+                piece: Piece = json.loads(response["answer"].item())
+            except (KeyError, ValueError) as error:
+                raise EngineError(f"{arguments.url}: expected pieces of text, found {one_line(error)}") from error
+            yield piece
+
+
+def _parser() -> argparse.ArgumentParser:
     result = parser(
         "runtimes.generate",
         __doc__.partition(":")[0] + ".",
-        "hallucination_aarf --example > request.json",
-        "hallucination_aarf --input request.json --max-new-tokens 64 --tau 0.4",
+        *(line for _, pipeline in _by_model() for line in pipeline.generation_commands),
     )
-    result.add_argument("model", help="model name")
-    result.add_argument("--input", type=Path, help="file with the request as JSON")
-    result.add_argument("--example", action="store_true", help="print a valid request instead")
-    result.add_argument("--max-new-tokens", type=int, default=64, help="tokens of the answer at most (default: 64)")
-    result.add_argument("--plain", action="store_true", help="score the tokens and reweight nothing")
-    for name, meaning in (
-        ("tau", "score above which a step is taken again"),
-        ("attend", "factor of the heads"),
-        ("know", "factor of the feed-forward parts"),
-        ("alpha", "weight of PKS in the score"),
-        ("beta", "weight of ECS in the score"),
-    ):
-        default = getattr(DEFAULTS, name)
-        result.add_argument(f"--{name}", type=float, default=default, help=f"{meaning} (default: {default})")
-    result.add_argument("--heads", help="heads to score and reweight, such as '25.0 18.13' (default: all it scores)")
-    result.add_argument("--layers", help="layers to score and reweight, such as '23 24' (default: all it scores)")
-    result.add_argument("--precision", default="fp32", help="precision of the artifact (default: fp32)")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    result.add_argument("--threads", type=int, default=1, help="threads of a step (default: 1)")
+    models = ", ".join(name for name, _ in _by_model())
+    models_argument(result, f"model that generates, such as {models}", least=1, most=1)
+    input_arguments(result)
+    json_argument(result)
+    result.add_argument("--url", help="request it of the Triton server at this gRPC HOST:PORT instead of this process")
+    targets = ", ".join(f"{pipeline.generation_target} for {name}" for name, pipeline in _by_model())
+    result.add_argument("--target", type=str.lower, help=f"target of the artifact (default: {targets})")
+    result.add_argument("--precision", type=str.lower, default="fp32", help="of the artifact (default: %(default)s)")
+    repository_argument(result)
+    device_arguments(result)
+    for name, pipeline in _by_model():
+        group = result.add_argument_group(f"options of {name}")
+        for option in pipeline.generation_options:
+            _add(group, option)
     return result
+
+
+def _by_model() -> Iterator[tuple[str, type[GeneratingPipeline]]]:
+    """The pipelines that generate, by the shortest name of their model."""
+    for name, pipeline in generating_pipelines().items():
+        yield name.removesuffix(pipeline.name_suffix), pipeline
+
+
+def _add(to: Any, option: Option) -> None:
+    """The option; the result has it only if it was given."""
+    default = "" if option.default is None else f" (default: {option.default})"
+    kind: dict[str, Any] = {"action": "store_true"} if option.kind is bool else {"type": option.kind}
+    to.add_argument(_flag(option), default=argparse.SUPPRESS, help=f"{option.meaning}{default}", **kind)
+
+
+def _flag(option: Option) -> str:
+    return f"--{option.name.replace('_', '-')}"
 
 
 if __name__ == "__main__":

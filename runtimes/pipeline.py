@@ -22,10 +22,15 @@ class Pipeline(ABC):
     """Encodes requests and decodes outputs for one model. JSON objects in, JSON objects out.
 
     `config` is the checkpoint's config; `assets` is the folder with files such as a tokenizer, if the model has any.
+
+    generates  whether it answers only by `runtimes.generate`, with many runs of its engine
+    embeds     whether it turns `{"text": ...}` into the unit vector by which collections are searched
+    cascade    opens the model's parts around a store, if it has any
     """
 
-    generates: ClassVar[bool] = False  # whether it answers by `runtimes.generate`, and not in one run of its engine
-    cascade: ClassVar[Callable[..., Any] | None] = None  # opens the model's parts around a store, if it has any
+    generates: ClassVar[bool] = False
+    embeds: ClassVar[bool] = False
+    cascade: ClassVar[Callable[..., Any] | None] = None
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         self.config = config
@@ -33,7 +38,7 @@ class Pipeline(ABC):
 
     @abstractmethod
     def encode(self, requests: Sequence[Any]) -> dict[str, np.ndarray]:
-        """Tensors for a batch of requests, one row each. `InputError` says which request is wrong and how."""
+        """Tensors for a batch of requests, one row each. `InputError` names the wrong request and its fault."""
 
     @abstractmethod
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
@@ -48,7 +53,7 @@ class Pipeline(ABC):
         """A valid request, short enough to read."""
 
     def schema(self) -> Schema:
-        """The JSON Schema (2020-12) that every right request satisfies; what else it must be, `encode` says."""
+        """The JSON Schema (2020-12) that every valid request satisfies; `encode` checks the rest."""
         return {"type": "object"}
 
 

@@ -5,13 +5,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from runtimes.artifact import Artifact, artifact_name, require_plain
+from runtimes.artifact import Artifact, require_plain
 from runtimes.cache.store import Store
-from runtimes.errors import InputError, one_line
-from runtimes.host.cli import command, parser
+from runtimes.errors import InputError
+from runtimes.host.cli import (
+    command,
+    device_arguments,
+    input_arguments,
+    models_argument,
+    parser,
+    read_input,
+    repository_argument,
+)
 from runtimes.pipeline import Pipeline, open_pipeline, parse_request, write_answer
-from runtimes.repository import find
-from runtimes.runtime import open_runtime, serving_engine
+from runtimes.repository import find_artifact
+from runtimes.runtime import Runtime, open_runtime, serving_engine
 from runtimes.triton.client import ask
 
 TARGET, PRECISION = "onnx", "fp32"
@@ -28,45 +36,39 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--store: expected it without --url, found both; a server answers without a store")
     if arguments.url and not (arguments.target or arguments.example or arguments.schema):
         require_plain(arguments.model)
-        print(ask(arguments.url, arguments.model, _request(arguments)).decode())
+        print(ask(arguments.url, arguments.model, read_input(arguments.input)).decode())
         return 0
     target, precision = arguments.target or TARGET, arguments.precision or PRECISION
-    root = find(arguments.repository, artifact_name(arguments.model, target, precision))
+    root = find_artifact(arguments.repository, arguments.model, target, precision)
     artifact = Artifact.load(root)
     if arguments.example or arguments.schema:
         pipeline = open_pipeline(artifact, root)
         print(json.dumps(pipeline.example() if arguments.example else pipeline.schema(), indent=1))
         return 0
-    requests = [parse_request(_request(arguments), str(arguments.input))]
+    requests = [parse_request(read_input(arguments.input), str(arguments.input))]
     if arguments.store:
         kind = {"target": target, "precision": precision, "device": arguments.device}
         answers = _answer_from_store(open_pipeline(artifact, root), requests, arguments, kind)
     else:
-        served = {"engine": serving_engine(artifact), "url": arguments.url}
-        with open_runtime(root, **(served if arguments.url else {"device": arguments.device})) as runtime:
+        with _open(artifact, root, arguments) as runtime:
             answers = open_pipeline(artifact, root).respond(runtime, requests)
     print(write_answer(answers[0]).decode())
     return 0
 
 
+def _open(artifact: Artifact, root: Path, arguments: Any) -> Runtime:
+    """A runtime of the artifact in this process, or of the same artifact on the server of --url."""
+    if arguments.url:
+        return open_runtime(root, engine=serving_engine(artifact), url=arguments.url)
+    return open_runtime(root, device=arguments.device, threads=arguments.threads)
+
+
 def _answer_from_store(pipeline: Pipeline, requests: list[Any], arguments: Any, kind: dict[str, str]) -> list[Any]:
-    """The answers of the model's parts, with what the frozen ones said taken from the store and added to it."""
+    """The answers of the model's parts; outputs of the frozen parts are read from the store, and new ones added."""
     if pipeline.cascade is None:
         raise InputError(f"--store: expected a model with frozen parts, found {arguments.model}, which has none")
     with Store(arguments.store) as store, pipeline.cascade(arguments.repository, store, **kind) as cascade:
         return list(cascade.answer(requests))
-
-
-def _request(arguments: Any) -> bytes:
-    """The bytes of the request, as they were given."""
-    if not arguments.input:
-        raise InputError("expected --input FILE with a request, found none; --example prints one to start from")
-    if str(arguments.input) == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return arguments.input.read_bytes()
-    except OSError as error:
-        raise InputError(f"{arguments.input}: expected a readable file, found {one_line(error)}") from error
 
 
 def _parser() -> Any:
@@ -76,16 +78,21 @@ def _parser() -> Any:
         "policy_gru --example > request.json",
         "policy_gru --input request.json",
     )
-    result.add_argument("model", help="model name")
-    result.add_argument("--target", help=f"target of the artifact (default: {TARGET}; with --url: the whole model's)")
-    result.add_argument("--precision", help=f"precision of the artifact (default: {PRECISION})")
-    result.add_argument("--input", type=Path, help="file with the request as JSON; - for standard input")
-    result.add_argument("--example", action="store_true", help="print a valid request instead")
+    models_argument(result, "published model", least=1, most=1)
+    result.add_argument(
+        "--target",
+        type=str.lower,
+        help=f"target of the artifact (default: {TARGET}; with --url: the ensemble of the model)",
+    )
+    result.add_argument("--precision", type=str.lower, help=f"precision of the artifact (default: {PRECISION})")
+    input_arguments(result)
     result.add_argument("--schema", action="store_true", help="print the JSON Schema of a request instead")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    result.add_argument("--store", type=Path, help="answer by the model's parts, keeping what the frozen ones say here")
-    result.add_argument("--url", help="ask the Triton server at this gRPC HOST:PORT instead of this process")
+    repository_argument(result)
+    device_arguments(result)
+    result.add_argument(
+        "--store", type=Path, metavar="DIR", help="answer by the model's parts, and keep outputs of frozen parts here"
+    )
+    result.add_argument("--url", help="request it of the Triton server at this gRPC HOST:PORT instead of this process")
     return result
 
 

@@ -1,6 +1,6 @@
-"""Show a results file: python -m runtimes.report results.json --html results.html
+"""Show a results file as a page or as Markdown: python -m runtimes.report results.json --html results.html
 
-The page is one file that needs no internet. Markdown goes into the summary of a CI run.
+The page is one file that loads nothing. Markdown is for the summary of a CI run.
 """
 
 import sys
@@ -24,16 +24,16 @@ from runtimes.errors import InputError
 from runtimes.host.cli import command, existing_folder, parser
 
 STYLE = Path(__file__).parent / "bench" / "report.css"
-SHOWN = [name for name in COLUMNS if name != "model"]  # each has a table of its own
+SHOWN = [name for name in COLUMNS if name != "model"]  # each model has its own table
 TEXTS = ("scenario", "sizes", "engine", "device", "note")
 READING = (
-    "Milliseconds are of one call. A percentile is pooled from the raw samples of the steady windows; a dash stands "
-    "where there are too few to speak of it (p90 from 44 samples, p95 from 90, p99 from 459). x eager: how many times "
-    "as fast as torch eager in float32, measured in turns with it. Agreement: the worst check of decisions against the "
-    "original, when it was exported. Device ms: the median time on the GPU between events around a call, where the "
-    "engine shows its stream. Unstable: the last three windows differed by more than 10 %, or under arrivals the "
-    "engine fell behind or changed its pace by more than that; the figures are then of all windows. Refused: by a "
-    "server that had enough to do; in no percentile, and no good answer."
+    "Milliseconds are of one call. A percentile is of the pooled raw samples of the steady windows; a dash means too "
+    "few samples (p50 needs 7, p90 44, p95 90, p99 459). x eager: the speed as a multiple of torch eager in float32, "
+    "measured in runs interleaved with it. Agreement: the lowest parity check of decisions against the original, from "
+    "the export. Device ms: the median time on the GPU between events around a call, where the engine has a stream. "
+    "Unstable: the last three windows differed by more than 10 %; under arrivals, the engine did not keep up, or "
+    "its speed changed by more than 10 %; the figures then are of all windows. Refused: requests that a busy server "
+    "refused; they are in no percentile and not in the goodput."
 )
 
 
@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     results = load_results(arguments.results)
     if not results["rows"]:
-        raise InputError(f"{arguments.results}: expected rows, found none; measure something first")
+        raise InputError(
+            f"{arguments.results}: expected rows, found none; measure: python -m runtimes.bench --out FILE"
+        )
     for path in filter(None, (arguments.html, arguments.markdown)):
         existing_folder(path.absolute().parent, "room for the report")
     if arguments.html:
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def page(results: Mapping[str, Any]) -> str:
-    """The whole page: environment, then a section for each model."""
+    """The page: environment, legend, then a section for each model."""
     by_model = models_of(results["rows"])
     links = "".join(f'<a href="#{escape(model)}">{escape(model)}</a>' for model in by_model)
     facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in environment_lines(results["environment"]))
@@ -71,7 +73,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def section(model: str, rows: Sequence[Row]) -> str:
-    """What is known of one model: a figure for each question that its rows can answer, and all figures as a table."""
+    """One model: its plots, and a table of all its rows."""
     parts = [f'<h2 id="{escape(model)}">{escape(model)}</h2>']
     parts += [figure_of(*each) for each in figures(rows) if each[2]]
     header, cells = table_of(rows, SHOWN)
@@ -82,31 +84,33 @@ def section(model: str, rows: Sequence[Row]) -> str:
 
 
 def figures(rows: Sequence[Row]) -> Iterator[tuple[str, str, str]]:
-    """(title, caption, SVG) for each figure; the SVG is empty where no row has what it shows."""
+    """(title, caption, SVG) of each plot; the SVG is empty where no row has its data."""
     measured = [row for row in rows if "failed" not in row]
     single = _where(measured, "single-stream")
     for sizes in dict.fromkeys(map(sizes_text, single)):
         at = [row for row in single if sizes_text(row) == sizes]
-        yield f"Latency, one request at a time, {sizes}", "ms; the stroke is the median", latency_strips(at)
-    yield ("Throughput against latency, requests side by side", "The number is how many are in flight; the ring marks "
-           "the knee, past which more of them wait longer than they win.", sweep(measured, "concurrency"))  # fmt: skip
-    yield "Throughput against latency, by batch", "The number is the rows of a batch.", sweep(measured, "offline")
+        yield f"Latency, one request at a time, {sizes}", "ms; the line is the median", latency_strips(at)
+    yield (
+        "Throughput against latency, concurrent requests",
+        "The number is the requests in flight; the ring marks "
+        "the knee, past which latency grows faster than throughput.",
+        sweep(measured, "concurrency"),
+    )
+    yield "Throughput against latency, by batch", "The number is the batch size.", sweep(measured, "offline")
     served = [(_named(row), row["engine"], counted_samples(row), row["p50_s"]) for row in _where(measured, "server")]
-    caption = "ms, Poisson arrivals, counted from when a request should have been sent"
+    caption = "ms, Poisson arrivals, from the intended time of sending"
     yield "Latency under arrivals", caption, strips([_in_ms(line) for line in served], "ms")
     request = _first_sizes(single)
     memory = [(name_of(row), row["engine"], row["memory_bytes"] / 1e6) for row in request]
-    yield "Memory", "MB at the peak, resident, of all processes of the engine", bars(memory, "MB")
+    yield "Memory", "MB, peak resident memory of all processes of the engine", bars(memory, "MB")
     gpu = [(name_of(row), row["engine"], row["gpu_memory_bytes"] / 1e6) for row in request if row["gpu_memory_bytes"]]
-    yield "Memory on the GPU", "MB at the peak", bars(gpu, "MB")
-    caption = (
-        "Agreement with the original model's decisions, 1 being the same, against speed. Up and to the right is better."
-    )
+    yield "Memory on the GPU", "MB, peak", bars(gpu, "MB")
+    caption = "Agreement with the decisions of the original model (1: all are equal) against speed. Top right is best."
     yield "Speed against accuracy", caption, speed_against_accuracy(rows, request)
 
 
 def latency_strips(rows: Sequence[Row]) -> str:
-    """The latencies that count of every row, in ms, a strip for each engine."""
+    """The counted latencies of every row, in ms, a strip for each engine."""
     return strips([_in_ms((name_of(row), row["engine"], counted_samples(row), row["p50_s"])) for row in rows], "ms")
 
 
@@ -129,14 +133,14 @@ def sweep(rows: Sequence[Row], scenario: str) -> str:
 
 
 def speed_against_accuracy(rows: Sequence[Row], request: Sequence[Row]) -> str:
-    """A point for each engine: how many times as fast as torch eager, and the worst agreement of decisions."""
+    """A point for each engine: its speed as a multiple of torch eager's, and its lowest agreement of decisions."""
     known = [(row, times_eager(rows, row)) for row in request if row["agreement"] is not None]
     series = [
         Series(name=name_of(row), kind=row["engine"], points=[(times, row["agreement"], "")])
         for row, times in known
         if times
     ]
-    return curves(series, "times as fast as torch eager", "agreement", linear_y=True, height=300)
+    return curves(series, "speed, multiple of torch eager", "agreement", linear_y=True, height=300)
 
 
 def figure_of(title: str, caption: str, drawn: str) -> str:
@@ -144,7 +148,7 @@ def figure_of(title: str, caption: str, drawn: str) -> str:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The same tables in Markdown, below what they depend on."""
+    """The environment, the same tables, and the legend, in Markdown."""
     lines = ["# Benchmark", "", *(f"* {key}: {value}" for key, value in environment_lines(results["environment"])), ""]
     for model, rows in models_of(results["rows"]).items():
         header, cells = table_of(rows, SHOWN)
@@ -156,7 +160,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def environment_lines(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Name and text of what the numbers depend on; what is not known is left out."""
+    """Name and text of each known fact about the machine and the versions."""
     for name, value in environment.items():
         if isinstance(value, Mapping):
             value = ", ".join(f"{key} {each}" for key, each in value.items() if each is not None)
@@ -167,7 +171,7 @@ def environment_lines(environment: Mapping[str, Any]) -> Iterator[tuple[str, str
 
 
 def models_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows by model, in their order."""
+    """The rows by model, in file order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row["model"], []).append(row)
@@ -179,7 +183,7 @@ def _where(rows: Sequence[Row], scenario: str) -> list[Row]:
 
 
 def _first_sizes(rows: Sequence[Row]) -> list[Row]:
-    """The rows at the sizes that come first: those of a request."""
+    """The rows at the sizes of a request: those of the first row."""
     return [row for row in rows if row["sizes"] == rows[0]["sizes"]]
 
 
@@ -199,13 +203,15 @@ def _cell(text: str) -> str:
 def _parser() -> Any:
     result = parser(
         "runtimes.report",
-        "Shows a results file as one page that needs no internet, or as Markdown.",
+        "Shows a results file as one page that loads nothing, or as Markdown.",
         "results.json --html results.html",
         "results.json --markdown summary.md",
     )
-    result.add_argument("results", type=Path, help="a file that runtimes.bench wrote")
-    result.add_argument("--html", type=Path, help="write the page to this file")
-    result.add_argument("--markdown", type=Path, help="write Markdown to this file")
+    result.add_argument("results", type=Path, help="a file of runtimes.bench")
+    result.add_argument("--html", type=Path, help="write the page to this file (default: none)")
+    result.add_argument(
+        "--markdown", type=Path, help="write Markdown to this file (default: print it where --html is not given)"
+    )
     return result
 
 

@@ -1,20 +1,19 @@
-"""Where artifacts lie in a Triton model repository, and how the newest is found. Who publishes is above: export.
+"""The places of artifacts in a Triton model repository, and how the newest is found; `export` publishes them.
 
-    model_repository/NAME/{config.pbtxt, 1/, 2/}     what Triton serves; beside what takes JSON, the schema of a request
-    .model_repository/unserved/NAME/{1/, 2/}         artifacts that are kept, but that no Triton here can serve
+    model_repository/NAME/{config.pbtxt, 1/, 2/}     served by Triton; entries that take JSON have its schema
+    .model_repository/unserved/NAME/{1/, 2/}         artifacts that Triton cannot serve here
 
-The second folder lies beside the first and not in it, because Triton takes every folder in a repository for a model,
-also one whose name begins with a dot, and does not start when it is none.
+The second folder is next to the first and not inside it, because Triton takes every folder in a repository for a
+model, also one whose name begins with a dot, and does not start when it is none.
 """
 
 from pathlib import Path
 
-from runtimes.artifact import MANIFEST
-from runtimes.errors import InputError
+from runtimes.artifact import MANIFEST, artifact_name
+from runtimes.errors import InputError, nearest
 
 STEP_FILE = "model.py"
 REQUEST_SCHEMA = "request.schema.json"
-STEP_SUFFIX, WRITER_SUFFIX = "_step", "_generate"
 
 
 def newest(repository: Path, name: str) -> Path | None:
@@ -30,18 +29,21 @@ def published(repository: Path) -> list[Path]:
     return [folder for folder in folders if folder and holds_artifact(folder)]
 
 
-def find(repository: Path, name: str) -> Path:
-    """The newest version folder of artifact `name`; `InputError` names those that are published."""
+def find(repository: Path, name: str, *, remedy: str = "publish it: python -m export.all MODEL") -> Path:
+    """The newest version folder of artifact `name`; `InputError` names the nearest one, and the remedy."""
     folder = newest(repository, name)
     if folder is None or not holds_artifact(folder):
-        names = ", ".join(path.parent.name for path in published(repository)) or "none"
-        raise InputError(f"expected an artifact in {repository}, found no '{name}'; published: {names}")
+        close = nearest(name, [path.parent.name for path in published(repository)])
+        suggestion = f"did you mean '{close}'? " if close else ""
+        raise InputError(f"expected an artifact '{name}' in {repository}, found none; {suggestion}{remedy}")
     return folder
 
 
-def writer_name(model: str) -> str:
-    """The name under which Triton serves the model that writes with the step `model`."""
-    return model.removesuffix(STEP_SUFFIX) + WRITER_SUFFIX
+def find_artifact(repository: Path, model: str, target: str = "onnx", precision: str = "fp32") -> Path:
+    """The newest version folder of a model's artifact; `InputError` has the command that publishes a missing one."""
+    command = f"python -m export.all {model} --target {target}"
+    more = "" if precision == "fp32" else f" --precision {precision}"
+    return find(repository, artifact_name(model, target, precision), remedy=f"publish it: {command}{more}")
 
 
 def versions(model: Path) -> list[Path]:
@@ -62,16 +64,16 @@ def number_of(version: Path) -> int:
 
 
 def holds_artifact(version: Path) -> bool:
-    """False for the steps of an ensemble, which have a manifest too: that of the artifact they were made for."""
+    """False for the steps of an ensemble, which have the manifest of the artifact that they were made for."""
     return (version / MANIFEST).is_file() and not (version / STEP_FILE).is_file()
 
 
 def artifacts_root(repository: Path, served: bool) -> Path:
-    """The folder that holds what is served, or what is not."""
+    """The folder of the artifacts that are served, or of those that are not."""
     return repository if served else workspace(repository) / "unserved"
 
 
 def workspace(repository: Path) -> Path:
-    """The folder next to the repository that Triton does not look into."""
+    """The folder next to the repository, which Triton does not read."""
     repository = repository.absolute()
     return repository.with_name(f".{repository.name}")

@@ -1,7 +1,8 @@
-"""Runtime: one way to open, run and close a converted model, whatever engine runs it."""
+"""Runtime: one way to open, run and close a converted model, with any engine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -16,20 +17,39 @@ from runtimes.tensors import BATCH, Signature, Tensors
 Opened = TypeVar("Opened", bound="Runtime")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backend:
+    """Triton's backend of an engine's name, as far as the start of a server depends on it.
+
+    proxy             folder in runtimes/triton/backends that replaces it where the server has no such backend
+    completes_config  whether it adds the inputs and outputs to config.pbtxt itself
+    start_timeout_s   how long the server may take to get ready with a model of it, exit_timeout_s to stop
+    """
+
+    proxy: str
+    completes_config: bool = False
+    start_timeout_s: float = 60.0
+    exit_timeout_s: int = 5  # Triton's default of 30 s is the wait for a stub that hangs
+
+
 class Runtime(ABC):
-    """A context manager that runs one artifact. `run` checks everything; an engine writes open, infer and close.
+    """A context manager that runs one artifact. `run` checks everything; an engine implements open, infer and close.
 
     `device` is "cpu" or "cuda"; `threads` bounds the threads of one call.
 
-    devices      what the engine can run on at all
-    remote       whether the model runs in another process that serves many; then it may be called from many threads
-    environment  the virtual environment whose interpreter has what the engine needs, if it is not the project's
+    devices      the devices that the engine supports
+    remote       whether the model runs in another process, which many threads may call at once
+    environment  the virtual environment whose interpreter has the engine's packages, if it is not the project's
+    served_by    the engine that runs the same artifact on a Triton server; empty where Triton has no backend for it
+    backend      that backend of Triton, if it can be replaced by this engine itself
     """
 
     engine: str
     devices: ClassVar[tuple[str, ...]] = DEVICES
     remote: ClassVar[bool] = False
     environment: ClassVar[str] = ""
+    served_by: ClassVar[str] = ""
+    backend: ClassVar[Backend | None] = None
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1) -> None:
         self.root = root
@@ -44,13 +64,13 @@ class Runtime(ABC):
 
     @abstractmethod
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        """Outputs by name for inputs that were checked already."""
+        """Outputs by name for inputs that are checked already."""
 
     def close(self) -> None:
-        """Free what `open` took. Closing twice is allowed."""
+        """Free what `open` allocated. Closing twice is allowed."""
 
     def refuse_device(self, cuda: bool = True) -> None:
-        """`EngineError` if the engine does not run on `device`; `cuda` says whether it can use a GPU here."""
+        """`EngineError` if the engine does not run on `device`; `cuda`: whether it can use a GPU here."""
         allowed = [each for each in self.devices if cuda or each != "cuda"]
         if self.device not in allowed:
             raise EngineError(
@@ -60,15 +80,15 @@ class Runtime(ABC):
     @property
     @abstractmethod
     def provider(self) -> str:
-        """What really runs the model, as the engine reports it."""
+        """The provider or device that runs the model, as the engine reports it."""
 
     @property
     def cuda_stream(self) -> int | None:
-        """The CUDA stream that an open engine gives its work to, or None: there is none, or it does not show it."""
+        """The CUDA stream of an open engine, or None where there is none or the engine does not expose it."""
         return None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        """Outputs by name; `InputError` if a feed is wrong, `ArtifactError` if the engine breaks the signature."""
+        """Outputs by name; `InputError` for a wrong input, `ArtifactError` if the engine breaks the signature."""
         sizes = self.signature.check_inputs(inputs)
         outputs = self.infer(inputs)
         self.signature.check_outputs(outputs, sizes)
@@ -93,9 +113,9 @@ class Runtime(ABC):
         return self.run({**inputs, **self.signature.zero_state(shape[0])})
 
     def repeated(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
-        """A call that answers as `fresh(inputs)` does, each time it is called; what stays may be done once.
+        """A call that returns `fresh(inputs)` each time; an engine may do work that does not change only once.
 
-        `inputs` stay as they are as long as it is in use.
+        `inputs` must not change while the call is in use.
         """
         return lambda: self.fresh(inputs)
 
@@ -108,7 +128,7 @@ class Runtime(ABC):
 
 
 class Stream(ABC):
-    """Rows that go on where their last step ended."""
+    """Rows whose recurrent state is kept from step to step."""
 
     @abstractmethod
     def step(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
@@ -116,14 +136,14 @@ class Stream(ABC):
 
     @abstractmethod
     def reset(self, rows: Iterable[int]) -> None:
-        """Let these rows start anew at the next step."""
+        """These rows start with a state of zero at the next step."""
 
     def close(self) -> None:
         """Forget the state. Closing twice is allowed."""
 
 
 class CarriedStream(Stream):
-    """A stream whose state lies in this process. What the engine made itself is not checked again at every step."""
+    """A stream whose state lies in this process. State that the engine returned is not checked again."""
 
     def __init__(self, runtime: Runtime, batch: int) -> None:
         self.runtime = runtime
@@ -147,7 +167,7 @@ class CarriedStream(Stream):
             array[chosen] = 0
 
     def choose(self, rows: Sequence[int | None]) -> None:
-        """Go on with these rows, by their numbers until now, and with a new one for each None."""
+        """Continue with these rows, by their numbers so far, and with a new one for each None."""
         kept = [(place, row) for place, row in enumerate(rows) if row is not None]
         before, self.state = self.state, self.runtime.signature.zero_state(len(rows))
         self.batch = len(rows)
@@ -157,7 +177,7 @@ class CarriedStream(Stream):
                 array[places] = before[name][old]
 
     def check(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """The size of every axis; `InputError` unless `inputs` is a right next piece of every row."""
+        """The size of every axis; `InputError` unless `inputs` is a valid next piece of every row."""
         sizes = self.visible.check_inputs(inputs)
         if sizes[BATCH] != self.batch:
             raise InputError(f"expected {self.batch} rows as in every step, found {sizes[BATCH]}")
@@ -178,11 +198,17 @@ def open_runtime(root: Path | str, *, engine: str | None = None, verify: bool = 
 
 
 def serving_engine(artifact: Artifact) -> str:
-    """The engine that asks a Triton server for an artifact: most are asked in tensors, vLLM's in texts."""
-    return "triton_vllm" if artifact.runtime == "vllm" else "triton"
+    """The engine that runs an artifact on a Triton server; `InputError` where Triton cannot serve it."""
+    engine: str = plugins.load("runtimes.engines", artifact.runtime, "RUNTIME").served_by
+    if not engine:
+        raise InputError(
+            f"expected an artifact that Triton serves, found {artifact.name} of engine {artifact.runtime}; "
+            "export another target"
+        )
+    return engine
 
 
 def device_for(engine: str, wanted: str) -> str:
-    """The device that an engine is measured on where others are on `wanted`: that one, or the only one it has."""
+    """`wanted`, or the only device of an engine that has one."""
     devices: tuple[str, ...] = plugins.load("runtimes.engines", engine, "RUNTIME").devices
     return devices[0] if len(devices) == 1 else wanted

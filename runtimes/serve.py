@@ -1,4 +1,4 @@
-"""Serves a model repository with Triton, in the foreground, and picks up what is published meanwhile."""
+"""Serve a model repository with Triton in the foreground, and load newly published versions."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from runtimes.errors import EngineError, InputError
 from runtimes.host.background_server import LOOPBACK
-from runtimes.host.cli import command, existing_folder, parser
+from runtimes.host.cli import Parser, command, existing_folder, parser, repository_argument
 from runtimes.triton.server import EVERY_MODEL, TritonServer
 from runtimes.triton.stub_health import StubWatch
 from runtimes.triton.version_watch import Seen, VersionWatch
@@ -19,40 +19,19 @@ NOT_YET: Seen = ((), 0)
 
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM has come."""
+    """SIGINT or SIGTERM was received."""
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Serves until SIGINT or SIGTERM (status 0) or until the server dies (status 1); not what does not verify (2)."""
-    arguments = parser(
-        "runtimes.serve",
-        "Serves every model of a repository over HTTP and gRPC, and newly published versions within seconds.",
-        "",
-        "--repository model_repository --http-port 8000 --grpc-port 8001 --metrics-port 8002",
-    )
-    arguments.add_argument("--repository", type=Path, default=Path("model_repository"))
-    arguments.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
-    arguments.add_argument("--http-port", type=int, default=8000)
-    arguments.add_argument("--grpc-port", type=int, default=8001)
-    arguments.add_argument("--metrics-port", type=int, default=8002)
-    arguments.add_argument(
-        "--allow-control", action="store_true", help="let every client change log and trace settings and map memory"
-    )
-    arguments.add_argument(
-        "--log", type=Path, help="keep Triton's own log in this file, 64 MiB and as much before; - is stderr"
-    )
-    arguments.add_argument(
-        "--unverified",
-        action="store_true",
-        help="serve the files as they are, without comparing them with their manifests",
-    )
-    given = arguments.parse_args(argv)
+    """Serve until SIGINT or SIGTERM (status 0) or until the server dies (1); status 2 for files that do not verify."""
+    given = _parser().parse_args(argv)
     repository = existing_folder(given.repository, "models")
     if not any(repository.glob("*/config.pbtxt")):
         raise InputError(f"expected models in {repository}, found none; run: python -m export.all --target onnx")
     if given.host != LOOPBACK:
-        print(f"warning: anyone who reaches {given.host} can use these models; Triton asks nobody", file=sys.stderr)
+        print(f"warning: Triton has no authentication: anyone who reaches {given.host} can use the models",
+              file=sys.stderr)  # fmt: skip
     versions = VersionWatch(repository, compare=not given.unverified)
     versions.look()
     for problem in versions.problems.values():
@@ -67,9 +46,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def watch(server: TritonServer, versions: VersionWatch) -> None:
-    """Prints where the server listens, then every model and every change; `EngineError` once the server has died.
+    """Print the server's addresses, then every model and every change; `EngineError` once the server has died.
 
-    What appears or changes meanwhile is loaded; what does not fit its manifest is named and not loaded.
+    New and changed models are loaded; one that does not match its manifest is named and not loaded.
     """
     print(
         f"HTTP     http://{server.http_url}\ngRPC     {server.grpc_url}\nmetrics  http://{server.metrics_url}/metrics"
@@ -79,45 +58,68 @@ def watch(server: TritonServer, versions: VersionWatch) -> None:
     while server.running:
         for model in stubs.revive():
             print(f"{model}: its process died, loading it again", file=sys.stderr, flush=True)
-        with suppress(OSError):  # a busy server may answer too late; it is asked again
+        with suppress(OSError):  # a busy server may answer too late; the next round tries again
             follow(server, versions)
             now = [" ".join(model.values()) for model in server.index()]
             for line in (line for line in now if line not in known):
                 print(line, flush=True)
             known = now
         time.sleep(POLL_S)
-    raise EngineError(f"expected Triton to run until it is stopped, it died: {server.failure()}")
+    raise EngineError(f"expected Triton to run until it is stopped, found it dead: {server.failure()}")
 
 
 def follow(server: TritonServer, versions: VersionWatch) -> None:
-    """The server has loaded what is new in the repository and fits, and unloaded what is gone.
+    """The server has loaded new models and versions that verify, and unloaded removed ones.
 
-    It loads a model only when it is told to: by polling it would take what nobody compared.
+    It does not poll the repository itself: it would load versions that were not compared with their manifests.
     """
     waiting = versions.look()
     try:
         while waiting:
-            tell(server, versions, waiting[0])
+            apply(server, versions, waiting[0])
             waiting.pop(0)
-    finally:  # the server may answer too late; whoever is left is looked at again
+    finally:  # the server may answer too late; the rest is tried again in the next round
         versions.known |= dict.fromkeys(waiting, NOT_YET)
 
 
-def tell(server: TritonServer, versions: VersionWatch, model: str) -> None:
-    """The server has loaded or unloaded a model that has changed, or it is said why not."""
+def apply(server: TritonServer, versions: VersionWatch, model: str) -> None:
+    """The server has loaded or unloaded a model that changed, or stderr has the reason why not."""
     if problem := versions.problems.get(model):
         print(f"not loaded: {problem}", file=sys.stderr, flush=True)
     elif model not in versions.known:
         server.unload(model)
-    elif versions.holds_back(model):  # else old and new would be mixed, and an ensemble brings all its parts along
+    elif versions.holds_back(model):  # else old and new would mix: Triton loads an ensemble with all its parts
         versions.known[model] = NOT_YET
     else:
         server.load(model)
 
 
+def _parser() -> Parser:
+    result = parser(
+        "runtimes.serve",
+        "Serve every model of a repository over HTTP and gRPC, and newly published versions within seconds.",
+        "",
+        "--repository model_repository --http-port 8000 --grpc-port 8001 --metrics-port 8002",
+    )
+    repository_argument(result)
+    result.add_argument("--host", default=LOOPBACK, help="address to listen at (default: %(default)s, this machine)")
+    for service, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        result.add_argument(f"--{service}-port", type=int, default=port, help=f"of {service} (default: %(default)s)")
+    result.add_argument(
+        "--allow-control", action="store_true", help="let every client change log and trace settings and map memory"
+    )
+    result.add_argument(
+        "--log", type=Path, help="file of Triton's log, rotated at 64 MiB; - is stderr (default: the log is not kept)"
+    )
+    result.add_argument(
+        "--unverified", action="store_true", help="serve the files without comparing them with their manifests"
+    )
+    return result
+
+
 @contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM raises `Stopped`; more of them do not disturb the stopping."""
+    """Inside, the first SIGINT or SIGTERM raises `Stopped`; further signals are ignored."""
 
     def stop(*_: object) -> None:
         for each in signals:

@@ -18,7 +18,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Axis:
-    """A dynamic axis: the sizes a model is proved for, and the one it is tuned for."""
+    """A dynamic axis: the sizes a model is verified for, and the one it is tuned for."""
 
     name: str
     min: int
@@ -107,7 +107,7 @@ class Signature:
 
     @property
     def visible_outputs(self) -> tuple[TensorSpec, ...]:
-        """The outputs a caller wants: all but the recurrent state."""
+        """The outputs of interest to a caller: all but the recurrent state."""
         carried = {result for _, result in self.state}
         return tuple(tensor for tensor in self.outputs if tensor.name not in carried)
 

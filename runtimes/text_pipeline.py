@@ -18,7 +18,7 @@ class Tokens:
     """A tokenizer.json that keeps the last or the first `max_tokens` of a text, special tokens included."""
 
     def __init__(self, tokenizer_json: bytes, max_tokens: int, keep: Keep = "last") -> None:
-        tokenizers = require("tokenizers", extra="strategy")
+        tokenizers = require("tokenizers", extra="text")
         self._tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         self._tokenizer.enable_truncation(max_tokens, direction="left" if keep == "last" else "right")
         self._tokenizer.no_padding()
@@ -36,7 +36,7 @@ class Tokens:
         """The token ids of each text, int64; a text may be a pair. `InputError` for what is no Unicode text."""
         try:
             return [np.array(encoding.ids, np.int64) for encoding in self._tokenizer.encode_batch(list(texts))]
-        except TypeError as error:  # JSON can say "\ud800", and Python holds it as a string
+        except TypeError as error:  # JSON may hold "\ud800", which Python keeps in a string
             wrong = next(i for i, text in enumerate(texts) if not is_unicode(text))
             raise InputError(f"text {wrong}: expected Unicode, found half a surrogate pair") from error
 

@@ -1,8 +1,9 @@
 """Programs of torch.export in files: graph and tensors are read, nothing is unpickled, evaluated or imported.
 
-`torch.export.load` (2.11 to 2.13) unpickles the inputs that a program was traced with, whatever is marked `use_pickle`
-or has a name of an older format. It loads the libraries in the archive, has sympy evaluate the sizes in the graph,
-writes the names in it into Python source, imports modules that its trees name, and knows operators that open files.
+`torch.export.load` (2.11 to 2.13) unpickles the inputs that a program was traced with, records marked `use_pickle`
+and records with a name of an older format. It loads the libraries in the archive, evaluates the sizes in the graph with
+sympy, writes names of the graph into Python source, imports modules that its trees name, and has operators that open
+files.
 So `load` first looks through the archive, with torch's own reader, for what is not on a list of what may be in it.
 Source: torch/export/pt2_archive/_package.py and torch/_export/serde/serialize.py.
 """

@@ -33,7 +33,7 @@ from torch import nn
 
 from runtimes.artifact import Check
 from runtimes.tensors import Axis, Signature, TensorSpec
-from training.spec import Frozen, ModelSpec, Preset, Recipe, Tolerance
+from training.spec import Frozen, Interface, ModelSpec, Parity, Tolerance
 
 
 class Toy(nn.Module):
@@ -70,14 +70,17 @@ SPECS = (
     ModelSpec(
         name="toy",
         pipeline="toy",
-        presets={"tiny": Preset(config={"width": 4, "base": "base.safetensors"}, training={"seed": 0})},
-        signature=signature,
-        build=Toy,
-        draw_inputs=draw_inputs,
-        agreement=agreement,
-        tolerance={"fp32": Tolerance(absolute=1e-6, relative=1e-6)},
-        recipe=lambda: Recipe,
-        frozen=lambda config: (Frozen(prefix="base", source=config["base"], revision="1"),),
+        presets={"tiny": {"width": 4, "base": "base.safetensors"}},
+        interface=Interface(
+            signature=signature,
+            build=Toy,
+            frozen=lambda config: (Frozen(prefix="base", source=config["base"], revision="1"),),
+        ),
+        parity=Parity(
+            draw_inputs=draw_inputs,
+            agreement=agreement,
+            tolerance={"fp32": Tolerance(absolute=1e-6, relative=1e-6)},
+        ),
     ),
 )
 '''
@@ -189,10 +192,10 @@ def toy_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Model
 def write_untrained(spec: ModelSpec, folder: Path, changes: Mapping[str, object]) -> torch.nn.Module:
     """Save an untrained module of the tiny preset, changed so, as a checkpoint; the module."""
     torch.manual_seed(0)
-    config = {**spec.preset("tiny").config, **changes}
-    module = spec.build(config).eval()
-    sizes = spec.signature(config).sizes("opt")
-    sample_inputs = spec.draw_inputs(config, np.random.default_rng(0), sizes, {})
+    config = {**spec.preset("tiny"), **changes}
+    module = spec.interface.build(config).eval()
+    sizes = spec.interface.signature(config).sizes("opt")
+    sample_inputs = spec.parity.draw_inputs(config, np.random.default_rng(0), sizes, {})
     save_checkpoint(
         folder,
         spec,

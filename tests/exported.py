@@ -82,8 +82,9 @@ class Exports:
         chosen = [part for target in targets for part in ("--target", target)]
         places = ["--checkpoints", str(self.checkpoints), "--repository", str(self._repository(model))]
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as errors:
-            status = export.all.main([*chosen, "--model", model, *places, "--json"])
+            status = export.all.main([model, *chosen, *places, "--json"])
         assert "Traceback" not in errors.getvalue()
         cells = json.loads(out.getvalue())["cells"]
-        assert status == any(cell["status"] == "failed" for cell in cells)
+        statuses = {cell["status"] for cell in cells}
+        assert status == ("failed" in statuses or statuses == {"skipped"})
         return {cell["target"]: cell for cell in cells}

@@ -3,17 +3,19 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = ("runtimes", "training", "export")
+FLOORS = ("runtimes", "training", "export", "slipway")
 PLUG_IN_FOLDERS = ("runtimes/engines", "runtimes/pipelines", "training/models", "export/targets")
 # Scripts that Triton runs, in its own interpreter; they are data to this package.
 SCRIPTS = ("runtimes/triton/backends", "runtimes/triton/steps")
-FILE_LINES, FUNCTION_LINES = 400, 60
+FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 400, 60, 20
 GROUND = ("numpy", *FLOORS[:1])
 
 
@@ -65,6 +67,59 @@ def test_a_plug_in_knows_no_sibling(path: Path) -> None:
     own = plug_in_of(module_of(path))
     others = {plug_in_of(name) for name in imports(ast.parse(path.read_text()))} - {None, own}
     assert [other for other in others if own and other and other[0] == own[0]] == []
+
+
+def circles(trees: Mapping[str, ast.AST]) -> list[list[str]]:
+    """The modules that import each other, anywhere in them: at the top, in a function, for types."""
+    graph = networkx.DiGraph()
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                graph.add_edges_from((module, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+                graph.add_edges_from((module, name if name in trees else package) for name, package in names)
+    return sorted(sorted(each) for each in networkx.strongly_connected_components(graph) if len(each) > 1)
+
+
+def test_no_modules_import_each_other() -> None:
+    trees = {module_of(path): ast.parse(path.read_text()) for path in sources(*FLOORS)}
+    assert circles(trees) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    ["from a import one", "def f():\n    from a import one", "if TYPE_CHECKING:\n    import a"],
+    ids=["top", "lazy", "types"],
+)
+def test_a_planted_circle_is_found(back: str) -> None:
+    planted = {"a": "from b.c import two", "b": "", "b.c": "import d", "d": back, "e": "import a"}
+    trees = {name: ast.parse(text) for name, text in planted.items()}
+    assert circles(trees) == [["a", "b.c", "d"]]
+    assert circles({**trees, "d": ast.parse("")}) == []
+
+
+def crowded(root: Path, packages: Sequence[str]) -> list[str]:
+    """The modules over FILE_LINES lines, and the folders with more than FOLDER_FILES modules."""
+    paths = [path for package in packages for path in sorted((root / package).rglob("*.py"))]
+    lines = {path.relative_to(root): path.read_text().count("\n") for path in paths}
+    found = [f"{path}: {count} lines" for path, count in lines.items() if count > FILE_LINES]
+    files = Counter(path.parent for path in lines)
+    return found + [f"{folder}: {count} files" for folder, count in files.items() if count > FOLDER_FILES]
+
+
+def test_no_folder_is_crowded_and_no_file_is_long() -> None:
+    assert crowded(ROOT, (*FLOORS, "slipway")) == []
+
+
+def test_a_crowded_folder_and_a_long_file_are_found(tmp_path: Path) -> None:
+    folder = tmp_path / "training" / "layers"
+    folder.mkdir(parents=True)
+    for i in range(FOLDER_FILES):
+        (folder / f"file{i}.py").write_text("\n" * FILE_LINES)
+    assert crowded(tmp_path, ("training",)) == []
+    (folder / "one_more.py").write_text("\n" * (FILE_LINES + 1))
+    assert crowded(tmp_path, ("training",)) == ["training/layers/one_more.py: 401 lines", "training/layers: 21 files"]
 
 
 @pytest.mark.parametrize("path", sources(*FLOORS, "tests"), ids=module_of)

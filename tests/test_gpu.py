@@ -53,7 +53,7 @@ def test_a_compiled_step_on_cuda_says_what_the_original_says(
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 4, "time": 1})
     with open_runtime(tmp_path, device="cuda", compiled=True) as runtime:
         got = runtime.fresh(inputs)
-    parity.require_passed(parity.compare(source, got, source.answer(inputs), source.spec.tolerance[precision]))
+    parity.require_passed(parity.compare(source, got, source.answer(inputs), source.spec.parity.tolerance[precision]))
 
 
 @pytest.mark.parametrize("model", POLICIES)
@@ -71,7 +71,7 @@ def test_a_tensorrt_engine_runs_where_the_gpu_takes_it(model: str, checkpoints: 
     artifact, source, built = made(model, "tensorrt", "fp32", checkpoints, tmp_path)
     if built.not_run_reason:
         pytest.skip(built.not_run_reason)
-    assert verify_artifact(artifact, source, tmp_path, built).proved
+    assert verify_artifact(artifact, source, tmp_path, built).verified
 
 
 def test_a_benchmark_on_cuda_has_times_of_the_device_and_memory_of_the_gpu(

@@ -1,6 +1,5 @@
 """Checkpoints that hold what was trained and name, by digest, what was frozen. Safetensors only; no pickle is read."""
 
-import hashlib
 import importlib.metadata
 import shutil
 from collections.abc import Iterable, Mapping
@@ -22,10 +21,12 @@ from runtimes.artifact import (
 )
 from runtimes.errors import ArtifactError
 from runtimes.tensors import Tensors
-from training.spec import Config, Frozen, Metrics, ModelSpec
+from training.config import Config, Metrics
+from training.digests import array, sha256_tensor
+from training.spec import Frozen, ModelSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 MANIFEST = "checkpoint.json"
 WEIGHTS = "weights.safetensors"
@@ -100,11 +101,11 @@ def save_checkpoint(
     sample_inputs: Tensors,
 ) -> Checkpoint:
     """Write trained parameters, sample inputs, assets and manifest; the folder is complete or untouched."""
-    frozen = spec.frozen(config)
+    frozen = spec.interface.frozen(config)
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name, data in spec.assets(config).items():
+    for name, data in spec.interface.assets(config).items():
         (draft / ASSETS).mkdir(exist_ok=True)
         (draft / ASSETS / name).write_bytes(data)
     tensors = {name: array(tensor) for name, tensor in module.state_dict().items()}
@@ -138,8 +139,8 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
         raise ArtifactError(
             f"{checkpoint.folder}: expected a checkpoint of {spec.checkpoint}, found one of {checkpoint.model}"
         )
-    module = spec.build(checkpoint.config).eval()
-    frozen = spec.frozen(checkpoint.config)
+    module = spec.interface.build(checkpoint.config).eval()
+    frozen = spec.interface.frozen(checkpoint.config)
     own = {name: array(tensor) for name, tensor in module.state_dict().items()}
     _refuse_another_base(checkpoint, frozen, own)
     stored = load_file(checkpoint.folder / WEIGHTS)
@@ -153,19 +154,13 @@ def restore(checkpoint: Checkpoint, spec: ModelSpec) -> "nn.Module":
             f"expected {expected.get(name, 'none')}, found {shapes.get(name, 'none')}"
         )
     module.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in stored.items()}, strict=False)
-    return spec.part(module)
+    return spec.interface.part(module)
 
 
 def describe_frozen(part: Frozen, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Source, revision and the digest of every tensor of a frozen part."""
     own = {name: tensor for name, tensor in tensors.items() if _under(name, (part,))}
     return {**asdict(part), "tensors": {name: sha256_tensor(tensor) for name, tensor in sorted(own.items())}}
-
-
-def array(tensor: "Tensor") -> np.ndarray:
-    """A parameter as a NumPy array on the CPU; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach().cpu().contiguous()  # safetensors 0.8 writes a transposed array in the wrong order
-    return (tensor.float() if tensor.dtype.itemsize == 2 and tensor.is_floating_point() else tensor).numpy()
 
 
 def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: Mapping[str, np.ndarray]) -> None:
@@ -182,12 +177,6 @@ def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: 
 
 def _under(name: str, frozen: Iterable[Frozen]) -> bool:
     return any(name.startswith(part.prefix + ".") for part in frozen)
-
-
-def sha256_tensor(tensor: np.ndarray) -> str:
-    """Of dtype, shape and numbers, in hex."""
-    head = f"{tensor.dtype.str}{tensor.shape}".encode()
-    return hashlib.sha256(head + np.ascontiguousarray(tensor).tobytes()).hexdigest()
 
 
 def _old(folder: Path) -> Path:

@@ -1,39 +1,38 @@
-"""Embeds whole collections of statements: shards of rows, by one process, by many of torchrun, or as a Ray Data job.
+"""Embeds whole collections of texts: shards of rows, by one process, by several of torchrun, or as a Ray Data job.
 
-The rows of a shard are the same whoever embeds them, and where `padded_size` is, so are their batches and their bytes;
-what is on the disk is not embedded again.
+The rows of a shard do not depend on the process that embeds them; with the same `padded_size`, neither do their batches
+and their bytes. Shards on the disk are not embedded again.
 """
 
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from runtimes.artifact import sha256_file, sha256_json
 from runtimes.errors import InputError, require
-from runtimes.pipelines.statements.papers import SIZES
+from runtimes.host.progress import progress
 from runtimes.search.collection import Info, read_entries
+from runtimes.search.papers import SIZES
 from runtimes.search.writer import Writer
 from training.checkpoint import Checkpoint
-from training.spec import TextEmbedder, find_spec
+from training.recipe import TextEmbedder
+from training.spec import all_specs, find_spec
 
 Shard = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What is embedded by what, and how.
+class EmbeddingJob:
+    """A model, a collection of texts, and the form of the embeddings on the disk.
 
-    size         name of the first so many statements
+    size         name of a number of statements: the first so many are embedded
     dtype        of the rows on the disk; `precision` is that of the model's matrix products
-    padded_size  tokens of a batch with its padding; 0 finds it from the memory there is
-    shard_rows   rows that are written together: what a kill can cost
+    padded_size  tokens of a batch with its padding; 0 derives it from the available memory
+    shard_rows   rows that are written together, and so lost together when the process is killed
     """
 
     model: str
@@ -57,14 +56,16 @@ class Job:
             )
 
 
-class Work:
-    """A job begun: its folder is reserved, its texts are read; the model is there once the first shard needs it."""
+class DatasetEmbedder:
+    """A job whose folder is reserved and whose texts are read; the model is opened for the first shard."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EmbeddingJob) -> None:
         self.job = job
-        self.spec = find_spec(job.model)
-        if self.spec.embedder is None:
-            raise InputError(f"expected a model that embeds collections, found {job.model}")
+        embedder = find_spec(job.model).training.embedder
+        if embedder is None:
+            known = [spec.name for spec in all_specs().values() if spec.trained and spec.training.embedder]
+            raise InputError(f"expected a model that embeds collections, {', '.join(known)}; found {job.model}")
+        self._open = embedder
         self.checkpoint = Checkpoint.load(job.checkpoint)
         entries = list(read_entries(job.data, SIZES[job.size]))
         if not entries:
@@ -74,17 +75,14 @@ class Work:
 
     @cached_property
     def embedder(self) -> TextEmbedder:
-        assert self.spec.embedder is not None
         job = self.job
-        return self.spec.embedder(
-            self.checkpoint, device=job.device, precision=job.precision, padded_size=job.padded_size
-        )
+        return self._open(self.checkpoint, device=job.device, precision=job.precision, padded_size=job.padded_size)
 
     def missing(self) -> list[Shard]:
         return self.writer.missing(self.job.shard_rows)
 
     def run(self, start: int, stop: int) -> None:
-        """Rows start..stop are on the disk."""
+        """Embed and write rows start..stop."""
         self.writer.write(start, self.embedder.embed(self.texts[start:stop]))
 
     def _info(self, rows: int) -> Info:
@@ -103,51 +101,51 @@ class Work:
         )
 
 
-def collect(work: Work) -> int:
-    """The collection is finished; how many shards this process embedded. Under torchrun each takes its share."""
+def embed_shards(dataset: DatasetEmbedder) -> int:
+    """Complete the collection; the number of shards that this process embedded. Under torchrun each has its share."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    own = [shard for shard in work.missing() if shard[0] // work.job.shard_rows % world == rank]
-    for start, stop in tqdm(own, desc=work.job.size, disable=rank or not sys.stderr.isatty(), leave=False):
-        work.run(start, stop)
+    own = [shard for shard in dataset.missing() if shard[0] // dataset.job.shard_rows % world == rank]
+    for start, stop in progress(own, f"shards of {dataset.job.out.name}", shown=not rank):
+        dataset.run(start, stop)
     if world > 1:
         _wait_for_all()
-    work.writer.finish()
+    dataset.writer.finish()
     return len(own)
 
 
-def collect_with_ray(work: Work, workers: int) -> int:
-    """As `collect`, by that many Ray actors; one that dies is started again, and embeds its shard again."""
+def embed_with_ray(dataset: DatasetEmbedder, workers: int) -> int:
+    """As `embed_shards`, by so many Ray actors; an actor that dies is restarted and embeds its shard again."""
     if workers < 1:
         raise InputError(f"expected 1 or more workers, found {workers}")
-    missing = work.missing()
+    missing = dataset.missing()
     if missing:
         ray, data = require("ray", extra="ray"), require("ray.data", extra="ray")
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         data.DataContext.get_current().enable_progress_bars = False
         shards = data.from_items([{"shard": list(shard)} for shard in missing], override_num_blocks=len(missing))
         gpus = {"num_gpus": 1} if _has_gpu() else {}
-        shards.map(_worker(work.job), compute=data.ActorPoolStrategy(size=workers), **gpus).materialize()
+        shards.map(_worker(dataset.job), compute=data.ActorPoolStrategy(size=workers), **gpus).materialize()
         ray.shutdown()
-    work.writer.finish()
+    dataset.writer.finish()
     return len(missing)
 
 
-def _worker(job: Job) -> type:
+def _worker(job: EmbeddingJob) -> type:
     """The class of the Ray actors. It holds the job itself: constructor arguments may be lost when an actor dies."""
 
     class Worker:
         def __init__(self) -> None:
-            self.work = Work(job)
+            self.dataset = DatasetEmbedder(job)
 
         def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-            self.work.run(*map(int, row["shard"]))
+            self.dataset.run(*map(int, row["shard"]))
             return row
 
     return Worker
 
 
 def _wait_for_all() -> None:
-    """Every process of torchrun has come here."""
+    """Return when every process of torchrun has reached this call."""
     from torch import distributed
 
     distributed.init_process_group("gloo", timeout=timedelta(days=1))

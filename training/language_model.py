@@ -1,4 +1,4 @@
-"""LanguageModel: the decoder inside a model, for engines that run whole language models and no traced programs."""
+"""LanguageModel: the decoder inside a model, for engines that run whole language models instead of traced programs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from runtimes.errors import InputError, require
-from training.frozen import fast_tokenizer
-from training.random_init import is_seeded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,18 +18,18 @@ ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class NotADecoder(InputError):
-    """The model inside a checkpoint is no decoder: what runs language models does not run it."""
+    """The model inside a checkpoint is no decoder, so that engines for language models cannot run it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LanguageModel:
-    """A causal language model of Hugging Face's, in float32 with its adapters merged, and what stands around it.
+    """A causal language model of Hugging Face's in float32, its adapters merged, with its tokenizer and its head.
 
     tokenizer   a fast tokenizer of Hugging Face's, complete with special tokens and chat template
     window      tokens of a prompt and its answer together
     texts       token ids of real texts of this model, to quantize it on: int64 [tokens] each
-    pooling     how states become one vector, where the task is to embed: mean, last or cls
-    projection  the linear layer behind the pooling, where there is one
+    pooling     how states become one vector, for the task `embed`: mean, last or cls
+    projection  the linear layer after the pooling, or None
     """
 
     model: Any
@@ -44,14 +42,16 @@ class LanguageModel:
 
 
 def complete_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision: str) -> Any:
-    """Hugging Face's tokenizer around the very tokenizer.json that our pipelines read.
+    """Hugging Face's tokenizer around the tokenizer.json that the pipelines read.
 
     Special tokens and chat template are those of `source`; where it has none, the special tokens that the model's
-    config names by id. AutoTokenizer alone will not do: transformers 5.17 takes of a Qwen2 tokenizer.json the
-    vocabulary and puts its own rules around it.
+    config names by id. AutoTokenizer alone is not enough: transformers 5.17 takes only the
+    vocabulary of a Qwen2 tokenizer.json and adds its own rules.
     """
     tokenizers = require("tokenizers", extra="train")
     from transformers import PreTrainedTokenizerFast
+
+    from training.frozen import fast_tokenizer
 
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
     own = None if _has_no_settings(source) else fast_tokenizer(source, revision)
@@ -67,7 +67,9 @@ def complete_tokenizer(tokenizer_json: bytes, config: Any, source: str, revision
 
 
 def _has_no_settings(source: str) -> bool:
-    return is_seeded(source) or (Path(source).is_dir() and not Path(source, SETTINGS).is_file())
+    from training.random_init import is_random
+
+    return is_random(source) or (Path(source).is_dir() and not Path(source, SETTINGS).is_file())
 
 
 def check_vocabulary(source: str, tokenizer: Any, config: Any) -> None:

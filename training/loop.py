@@ -1,77 +1,92 @@
-"""The training loop: Hugging Face's Trainer over a recipe, alike for every model, on one device or several."""
+"""The training loop: Hugging Face's Trainer over a recipe, the same for every model, on one device or several."""
 
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from runtimes.errors import InputError, require
-from training.spec import Config, ModelSpec, Recipe
+from runtimes.host.progress import Progress
+from training.checkpoint import Checkpoint, save_checkpoint
+from training.config import Config, Metrics
+from training.recipe import Evaluation, Recipe
+from training.spec import ModelSpec
 
-# What every model understands besides its own settings; a preset may have other defaults.
-COMMON: Config = {
-    "accumulate": 1,  # batches whose gradients are added up before a step
-    "beta2": 0.999,  # of Adam
-    "clip": 1.0,  # largest norm of the gradient
-    "device": "auto",  # or cpu
-    "gradient_checkpointing": False,
-    "optimizer": "adamw_torch",  # or another of the Trainer's, such as adamw_bnb_8bit
-    "patience": 0,  # epochs without a better validation loss before the end; 0 is never
-    "precision": "fp32",  # or bf16 or fp16: mixed precision
-    "scheduler": "cosine",  # or trapezoid (rises, stays, falls in straight lines), plateau, or one of the Trainer's
-    "seed": 0,
-    "warmup": 0.05,  # below 1 a share of all steps, else a number of steps
-    "weight_decay": 0.0,
-    "workers": 0,  # processes that make batches ahead of time
-}
+if TYPE_CHECKING:
+    from torch import nn
+
 TRAPEZOID_FALL = 0.1  # of all steps
-# Our names of what the Trainer calls otherwise; it makes no trapezoid, so `_trainer` does.
+# Our names of schedulers that the Trainer calls otherwise; it makes no trapezoid, so `_trainer` does.
 SCHEDULERS: dict[str, Config] = {
     "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 0.5, "patience": 1}},
     "trapezoid": {"lr_scheduler_type": "constant"},
 }
-CHOICES = {"device": ("auto", "cpu"), "precision": ("fp32", "bf16", "fp16")}
-POSITIVE = ("lr", "batch", "epochs", "accumulate", "clip")
-NOT_NEGATIVE = ("seed", "patience", "warmup", "weight_decay", "workers")
+UNSHOWN = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
 
 
-def check_training(training: Config) -> None:
-    """`InputError` for a setting with which nothing can be trained."""
-    for name in POSITIVE:
-        if training.get(name, 1) <= 0:
-            raise InputError(f"--set {name}: expected a number above 0, found {training[name]}")
-    for name in NOT_NEGATIVE:
-        if training[name] < 0:
-            raise InputError(f"--set {name}: expected 0 or more, found {training[name]}")
-    for name, allowed in CHOICES.items():
-        if training[name] not in allowed:
-            raise InputError(f"--set {name}: expected one of {', '.join(allowed)}; found '{training[name]}'")
+def train(
+    spec: ModelSpec, recipe: Recipe, preset: str, folder: Path, *, state_dir: Path | None = None, resume: bool = False
+) -> tuple[Checkpoint, Evaluation] | None:
+    """The checkpoint of a newly trained model and its evaluation; None in the further processes of torchrun.
+
+    `state_dir` keeps the Trainer's own states, from which `resume` continues where there are any.
+    """
+    module, step = recipe.fit(), 0
+    if module is None:
+        states = state_dir / spec.name if state_dir else folder.with_name(f".{folder.name}.states")
+        continued = resume and has_state(state_dir, spec)
+        module, step = fit(spec, recipe, states, keep=state_dir is not None, resume=continued)
+    if not is_first_process():
+        return None
+    evaluation = recipe.evaluate(module)
+    checkpoint = save_checkpoint(
+        folder,
+        spec,
+        module,
+        preset=preset,
+        config=recipe.config,
+        training=recipe.training,
+        step=step,
+        metrics=evaluation.metrics,
+        sample_inputs=recipe.sample_inputs(),
+    )
+    return checkpoint, evaluation
 
 
-def fit(spec: ModelSpec, recipe: Recipe, states: Path, *, keep: bool, resume: bool) -> Any:
-    """The Trainer after training, with the module it trained, on the CPU and in eval mode, as `trained`.
+def has_state(state_dir: Path | None, spec: ModelSpec) -> bool:
+    """Whether an earlier run left states of this model in `state_dir`."""
+    return state_dir is not None and any((state_dir / spec.name).glob("checkpoint-*"))
+
+
+def fit(spec: ModelSpec, recipe: Recipe, states: Path, *, keep: bool, resume: bool) -> tuple["nn.Module", int]:
+    """The module that the Trainer trained, on the CPU and in eval mode, and the step of its weights.
 
     The Trainer's own states go to `states`: kept for a later `resume`, or removed at the end. Under torchrun every
-    process trains; `is_world_process_zero()` says which one is to write the result.
+    process trains; `is_first_process()` selects the one that writes the result.
     """
     transformers = require("transformers", extra="train")
     transformers.set_seed(recipe.training["seed"])
-    module = spec.build(recipe.config)
-    trainer = _trainer(recipe, module, states, keep)
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-        trainer.accelerator.wait_for_everyone()  # a faster process must not remove what a slower one still reads
-    finally:
-        if not keep and trainer.is_world_process_zero():
-            shutil.rmtree(states, ignore_errors=True)
-    trainer.trained = module.cpu().eval()
-    return trainer
+    module = spec.interface.build(recipe.config)
+    with ExitStack() as stack:
+        trainer = _trainer(spec.name, recipe, module, states, keep, stack)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+            trainer.accelerator.wait_for_everyone()  # a faster process must not remove what a slower one still reads
+        finally:
+            if not keep and trainer.is_world_process_zero():
+                shutil.rmtree(states, ignore_errors=True)
+    state = trainer.state
+    step = state.best_global_step if trainer.args.load_best_model_at_end else state.global_step
+    return module.cpu().eval(), step
 
 
 def is_first_process() -> bool:
-    """True but in the further processes that torchrun starts."""
+    """False in the further processes that torchrun starts."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -81,18 +96,41 @@ def trapezoid(step: int, warmup: int, steps: int) -> float:
     return max(0.0, min(1.0, (step + 1) / (warmup + 1), (steps - step) / fall))
 
 
-def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
+class EpochLines:
+    """One line of metrics per epoch on a terminal; elsewhere that of the last epoch, and progress every 30 seconds."""
+
+    def __init__(self, name: str, stack: ExitStack) -> None:
+        self.name, self._stack = name, stack
+        self._metrics: Metrics = {}
+        self._bar: Progress | None = None
+
+    def begin(self, steps: int) -> None:
+        """Show the progress of so many steps until the stack closes."""
+        self._bar = self._stack.enter_context(Progress(self.name, steps))
+
+    def advance(self, done: int) -> None:
+        """`done` of the steps are done."""
+        if self._bar:
+            self._bar.advance(done - self._bar.done)
+
+    def add(self, metrics: Metrics) -> None:
+        """Metrics of the current epoch; those of the validation complete its line."""
+        self._metrics |= {name: value for name, value in metrics.items() if name not in UNSHOWN}
+        if any(name.startswith("eval_") for name in metrics) and sys.stderr.isatty():
+            self.write()
+
+    def write(self) -> None:
+        """Write the line of the epoch, if it has not been written."""
+        if self._metrics:
+            values = " ".join(f"{name}={_short(value)}" for name, value in self._metrics.items())
+            tqdm.write(f"{self.name}: {values}", file=sys.stderr)
+        self._metrics = {}
+
+
+def _trainer(name: str, recipe: Recipe, module: Any, states: Path, keep: bool, stack: ExitStack) -> Any:
     from torch.optim.lr_scheduler import LambdaLR
     from torch.utils.data import SequentialSampler
-    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
-
-    class Tell(TrainerCallback):
-        """What the Trainer logs goes to stderr; its own printer uses stdout, where the result goes."""
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-            if state.is_world_process_zero:
-                told = {**(logs or {}), **(recipe.report() if "loss" in (logs or {}) else {})}
-                print(" ".join(f"{name}={_short(value)}" for name, value in told.items()), file=sys.stderr)
+    from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 
     class InOrder(Trainer):
         """The datasets order their own rows (a permutation by formula), so samplers only count."""
@@ -118,10 +156,10 @@ def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
             return self.lr_scheduler
 
         def evaluate(self, *arguments: Any, **more: Any) -> Any:
-            judged = recipe.judge(module)
-            if judged is None:
+            selection = recipe.selection_metric(module)
+            if selection is None:
                 return super().evaluate(*arguments, **more)
-            metrics = {f"eval_{name}": value for name, value in judged.items()}
+            metrics = {f"eval_{name}": value for name, value in selection.items()}
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
@@ -131,15 +169,38 @@ def _trainer(recipe: Recipe, module: Any, states: Path, keep: bool) -> Any:
     patience = recipe.training["patience"]
     callbacks: list[Any] = [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []
     trainer = InOrder(
-        model=recipe.trainee(module),
+        model=recipe.module_with_loss(module),
         args=arguments,
         train_dataset=train_data,
         eval_dataset=valid_data,
         data_collator=recipe.collate,
-        callbacks=[*callbacks, Tell()],
+        callbacks=[*callbacks, _log_callback(recipe, EpochLines(name, stack))],
     )
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)  # it would write every line of metrics a second time, to stdout
     return trainer
+
+
+def _log_callback(recipe: Recipe, lines: EpochLines) -> Any:
+    """The Trainer's metrics and progress on stderr; stdout is for the result."""
+    from transformers import TrainerCallback
+
+    class Log(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                lines.begin(state.max_steps)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            lines.advance(state.global_step)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if state.is_world_process_zero and "train_runtime" not in logs:
+                lines.add({**logs, **(recipe.report() if "loss" in logs else {})})
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.is_world_process_zero:
+                lines.write()
+
+    return Log()
 
 
 def _short(value: Any) -> Any:
@@ -178,7 +239,7 @@ def _arguments(training: Config, states: Path, keep: bool) -> Any:
             label_names=["labels"],
             logging_strategy="epoch",
             report_to=[],
-            disable_tqdm=not sys.stderr.isatty(),
+            disable_tqdm=True,  # `EpochLines` shows the progress
             dataloader_num_workers=training["workers"],
             dataloader_pin_memory=is_available(),
             use_cpu=training["device"] == "cpu" or not is_available(),

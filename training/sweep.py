@@ -10,12 +10,14 @@ from typing import Any
 
 from runtimes.artifact import sha256_json
 from runtimes.errors import InputError, require
-from runtimes.host.cli import command, flags, parser, settings, table
-from training.run import configure, train
-from training.spec import ModelSpec, Sweep, find_spec
+from runtimes.host.cli import command, flags, models_argument, parser, settings, table
+from training.loop import train
+from training.recipe import Sweep, data_arguments
+from training.settings import configure
+from training.spec import ModelSpec, all_specs, find_spec
 
 ROWS, PLOT, TABLE = "sweep.json", "sweep.png", "sweep.txt"
-FAR = 1.25  # times the worst run: a baseline beyond is not plotted
+FAR = 1.25  # a baseline above so many times the worst run is not plotted
 Row = dict[str, Any]
 
 
@@ -28,41 +30,40 @@ def main(argv: list[str] | None = None) -> int:
         "hnet",
         "hnet --preset full --data telugu/ --out sweeps/hnet --model-dim '128 128' --epochs 4",
     )
-    result.add_argument("model", help="model name")
-    result.add_argument("--preset", default="tiny", help="size of the model (default: tiny)")
-    result.add_argument("--data", type=Path, help="folder with the model's data (default: synthetic)")
-    result.add_argument("--out", type=Path, default=Path("sweeps"), help="where results go (default: sweeps)")
+    models_argument(result, "name of a model with experiments", least=1, most=1)
+    data_arguments(result)
+    result.add_argument("--out", type=Path, default=Path("sweeps"), help="folder of the results (default: %(default)s)")
     result.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change one setting of every run; --NAME VALUE does too",
+        "--no-plot",
+        action="store_true",
+        help="write no plot, which needs no matplotlib (default: a plot)",
     )
-    result.add_argument("--no-plot", action="store_true", help="write no plot, so that matplotlib is not needed")
     arguments, more = result.parse_known_args(argv)
     spec = find_spec(arguments.model)
-    if spec.sweep is None:
-        raise InputError(f"expected a model with experiments, found {spec.name}, which has none")
+    sweep = spec.training.sweep
+    if sweep is None:
+        known = [other.name for other in all_specs().values() if other.trained and other.training.sweep]
+        raise InputError(f"expected a model with experiments, found {spec.name}; known: {', '.join(known)}")
     if not arguments.no_plot:
         require("matplotlib", extra="plot")
     common = {**settings(arguments.set), **flags(more)}
-    rows = run_all(spec, arguments.preset, common, arguments.data, arguments.out)
-    shown = results_table(spec.sweep, rows)
+    rows = run_all(spec, sweep, arguments.preset, common, arguments.data, arguments.out)
+    shown = results_table(sweep, rows)
     (arguments.out / TABLE).write_text(shown + "\n")
     if not arguments.no_plot:
-        plot(spec.sweep, rows, arguments.out / PLOT)
+        plot(sweep, rows, arguments.out / PLOT)
     print(shown)
     return 0
 
 
-def run_all(spec: ModelSpec, preset: str, common: Mapping[str, str], data: Path | None, out: Path) -> list[Row]:
-    """The result of every experiment; one that is there already, with the same settings, is not run again."""
-    assert spec.sweep
+def run_all(
+    spec: ModelSpec, sweep: Sweep, preset: str, common: Mapping[str, str], data: Path | None, out: Path
+) -> list[Row]:
+    """The result of every experiment; one with a result for the same settings is not run again."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / ROWS
     rows: list[Row] = json.loads(path.read_text()) if path.is_file() else []
-    experiments = spec.sweep.runs(*configure(spec, preset, dict(common)))
+    experiments = sweep.runs(*configure(spec, preset, dict(common)))
     for name, changes in experiments.items():
         key = sha256_json([preset, {**common, **changes}, str(data)])
         if any(row["key"] == key for row in rows):
@@ -77,9 +78,9 @@ def run_all(spec: ModelSpec, preset: str, common: Mapping[str, str], data: Path 
 def run_one(spec: ModelSpec, preset: str, changes: dict[str, str], data: Path | None, folder: Path) -> Row:
     """Metrics, baselines, steps and seconds of one training run; its checkpoint lies in `folder`."""
     config, training = configure(spec, preset, changes)
-    recipe = spec.recipe()(config, training, data)
+    recipe = spec.training.recipe()(config, training, data)
     began, spent = time.monotonic(), time.process_time()
-    done = train(spec, recipe, preset, folder, None, False)
+    done = train(spec, recipe, preset, folder)
     if done is None:
         raise InputError("expected one process, found a further one of torchrun; run a sweep without it")
     checkpoint, evaluation = done
@@ -109,7 +110,7 @@ def results_table(sweep: Sweep, rows: list[Row]) -> str:
 
 
 def plot(sweep: Sweep, rows: list[Row], path: Path) -> None:
-    """One point for each experiment; a line for what has no place across."""
+    """One point for each experiment; a line for a result without the metric of the first axis."""
     figures = require("matplotlib.figure", extra="plot")
     figure = figures.Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -123,7 +124,7 @@ def plot(sweep: Sweep, rows: list[Row], path: Path) -> None:
     worst = max(row["metrics"][up] for row in rows)
     for name, metrics in _baselines(rows).items():
         if metrics[up] > FAR * worst:
-            continue  # in the table; here it would press all others together
+            continue  # it is in the table; in the plot it would compress the range of all others
         axes.axhline(metrics[up], color="gray", linestyle=":")
         axes.annotate(name, (1, metrics[up]), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
     axes.set_xlabel(across.replace("_", " "))

@@ -24,15 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.artifact import artifact_name
-from runtimes.cache.answers import AnswerCache
 from runtimes.cache.store import Store
 from runtimes.errors import InputError, require
 from runtimes.host.cli import command, parser, table
 from runtimes.pipeline import open_pipeline
+from runtimes.pipelines.hallucination.detector import DetectorCache
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
+from training.config import Config
+from training.frozen_store import fill
 from training.models.hallucination import fitting
-from training.models.hallucination.config import TINY, TRAINING, resolve_config
 from training.models.hallucination.data import synthetic_examples
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence, pooled, resemblance, top_share, within
@@ -40,10 +41,10 @@ from training.models.hallucination.metrics import at_threshold, auc
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 from training.models.hallucination.reading import FeatureReader
 from training.models.hallucination.recipe import length_for_pks
-from training.models.hallucination.spec import inputs, signature
+from training.models.hallucination.settings import TINY, resolve_config
+from training.models.hallucination.spec import draw_inputs, signature
+from training.models.hallucination.training import SETTINGS as TRAINING
 from training.models.hallucination.units import read_log
-from training.precompute import fill
-from training.spec import Config
 
 CONFIG: Config = {**TINY, "base": "seeded:bench", "heads": "all", "layers": "all", "max_tokens": 8192}
 SIZES = {"batch": 1, "chunks": 4, "prompt_chunks": 12, "chunk_tokens": 32, "prompt_chunk_tokens": 48}
@@ -120,7 +121,7 @@ def bench_fused(arguments: Any) -> str:
     """CPU milliseconds end to end, in turns, and the bytes that leave the graph."""
     config = resolve_config({**CONFIG, "level": "token"})
     sizes = {**SIZES, "tokens": arguments.tokens, "rows": arguments.rows}
-    made = inputs(config, np.random.default_rng(0), sizes, {})
+    made = draw_inputs(config, np.random.default_rng(0), sizes, {})
     given = {name: torch.from_numpy(values) for name, values in made.items()}
     detector = TokenDetector(config).eval()
     everything = Everything(detector.base).eval()
@@ -208,7 +209,7 @@ def measure_memory(way: str, tokens: int, answer: int) -> str:
     config = resolve_config({**CONFIG, "level": "token" if way == "dense" else way})
     given = {
         name: torch.from_numpy(values)
-        for name, values in inputs(
+        for name, values in draw_inputs(
             config, np.random.default_rng(0), {**SIZES, "tokens": tokens, "rows": answer}, {}
         ).items()
     }
@@ -296,7 +297,7 @@ def bench_fitting(arguments: Any) -> str:
 def bench_cached(arguments: Any) -> str:
     """CPU milliseconds of requests of the published artifact, first and asked again."""
     rows = []
-    with Store() as store, AnswerCache(arguments.repository, store) as cache:
+    with Store() as store, DetectorCache(arguments.repository, store) as cache:
         for sentences in (1, 2, 4, 10):
             cold: list[float] = []
             warm: list[float] = []

@@ -14,11 +14,11 @@ from torch import Tensor
 from runtimes.errors import EngineError
 from runtimes.host.cli import command, parser, table
 from runtimes.pipelines.hallucination.decoding import Generated, Generator, Mitigation
-from training.models.hallucination import mitigated
-from training.models.hallucination.config import TINY, heads_of, layers_of, resolve_config
-from training.models.hallucination.mitigation import MitigatedDecoder
+from training.config import Config
+from training.models.hallucination import aarf_spec
+from training.models.hallucination.aarf import MitigatedDecoder
 from training.models.hallucination.module import ChunkDetector
-from training.spec import Config
+from training.models.hallucination.settings import TINY, heads_of, layers_of, resolve_config
 
 LENGTHS = (128, 512, 1024, 2048)
 CONFIG: Config = {**TINY, "base": "seeded:bench", "heads": "all", "layers": "all", "max_tokens": 4096}
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def generator_settings(config: Config) -> dict[str, Any]:
     module = MitigatedDecoder(ChunkDetector(config).eval())
-    signature = mitigated.signature(config)
+    signature = aarf_spec.signature(config)
 
     def step(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.inference_mode():

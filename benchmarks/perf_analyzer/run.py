@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
+from runtimes.bench import wire
 from runtimes.bench.measure import Worker
-from runtimes.bench.suite import request_sizes
+from runtimes.bench.plan import request_sizes
 from runtimes.bench.worker import example_inputs
 from runtimes.errors import EngineError, SlipwayError
 from runtimes.repository import find
@@ -62,7 +63,7 @@ def peer_median_s(model: str, url: str, lanes: int, seconds: float, data: Path) 
 
 def own_median_s(worker: Worker, lanes: int, seconds: float) -> float:
     """The median latency over as many windows of the same length."""
-    load = {"do": "side_by_side", "lanes": lanes, "seconds": seconds}
+    load = wire.concurrent(lanes, seconds)
     windows = [worker.window(load) for _ in range(WINDOWS)]
     return float(np.median([sample for window in windows for sample in window.samples_s]))
 

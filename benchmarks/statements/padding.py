@@ -15,10 +15,10 @@ import numpy as np
 from runtimes.cache.store import buckets
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser, table
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint
-from training.models.statements.data import flatten
+from training.models.statements.synthetic import flatten
 from training.spec import find_spec
 
 
@@ -75,9 +75,11 @@ def _embedder(arguments: Any) -> tuple[Any, int]:
         return open_embedder(checkpoint, spec, device="cpu"), checkpoint.config["max_tokens"]
     if not arguments.base:
         raise InputError("expected --checkpoint DIR or --base SOURCE, found neither")
-    config = {**spec.preset("tiny").config, "base": arguments.base}
-    tokens = Tokens(spec.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
-    return Embedder(spec.part(spec.build(config).eval()), tokens, device="cpu"), config["max_tokens"]
+    config = {**spec.preset("tiny"), "base": arguments.base}
+    tokens = Tokens(spec.interface.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
+    return Embedder(spec.interface.part(spec.interface.build(config).eval()), tokens, device="cpu"), config[
+        "max_tokens"
+    ]
 
 
 def _cpu_s(embed: Callable[[Any], Any], texts: list[str]) -> float:

@@ -14,12 +14,12 @@ from runtimes.artifact import Artifact
 from runtimes.errors import InputError
 from runtimes.host.cli import command, existing_folder, parser, table
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.statements.papers import read_papers
 from runtimes.repository import published
 from runtimes.runtime import open_runtime
-from training.models.statements.data import flatten
+from runtimes.search.papers import read_papers
 from training.models.statements.metrics import cosine, measure
 from training.models.statements.spec import same_neighbours
+from training.models.statements.synthetic import flatten
 
 ROWS = 8  # of a batch
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from runtimes.cache.store import Store
 from runtimes.host.cli import command, flags, parser, settings, table
+from training.frozen_store import FrozenInference, fill
 from training.models.strategy.recipe import StrategyRecipe
-from training.precompute import fill
-from training.run import configure
-from training.spec import FrozenInference, find_spec
+from training.settings import configure
+from training.spec import find_spec
 
 
 @command
@@ -58,15 +58,15 @@ def _fetch(store: Store, frozen_inferences: Sequence[FrozenInference]) -> None:
 
 def _steps_s(recipe: StrategyRecipe, batches: int) -> float:
     """Seconds of `batches` training steps of the trained part alone."""
-    module = find_spec("strategy").build(recipe.config)
-    trainee = recipe.trainee(module).train()
-    optimiser = torch.optim.AdamW(trainee.parameters(), recipe.training["lr"])
+    module = find_spec("strategy").interface.build(recipe.config)
+    with_loss = recipe.module_with_loss(module).train()
+    optimiser = torch.optim.AdamW(with_loss.parameters(), recipe.training["lr"])
     loader: Any = DataLoader(recipe.datasets(1)[0], recipe.training["batch"], collate_fn=recipe.collate)
     rows = list(itertools.islice(itertools.cycle(loader), batches + 1))
 
     def step(batch: Any) -> None:
         optimiser.zero_grad()
-        trainee(**batch)["loss"].backward()
+        with_loss(**batch)["loss"].backward()
         optimiser.step()
 
     step(rows[0])  # the first one allocates

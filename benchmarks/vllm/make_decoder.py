@@ -14,8 +14,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runtimes.host.cli import command, parser
-from runtimes.pipelines.statements.papers import read_papers
-from training.models.statements.data import flatten
+from runtimes.search.papers import read_papers
+from training.models.statements.synthetic import flatten
 from training.random_init import train_tokenizer
 
 VOCABULARY, END = 8000, "<end>"

@@ -20,8 +20,8 @@ from export.hugging_face import store_as
 from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from runtimes.host.cli import command, parser, table
 from runtimes.host.output_capture import bars_on_a_terminal_only
-from runtimes.pipelines.statements.papers import read_papers
-from training.models.statements.data import flatten
+from runtimes.search.papers import read_papers
+from training.models.statements.synthetic import flatten
 
 CONTROL = "w4a16_awq"
 NIBBLES = np.arange(0, 32, 4, dtype=np.uint32)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from export.hugging_face import store_as
 from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from runtimes.host.cli import command, parser
-from runtimes.pipelines.statements.papers import read_papers
-from training.models.statements.data import flatten
+from runtimes.search.papers import read_papers
+from training.models.statements.synthetic import flatten
 
 
 @command

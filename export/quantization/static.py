@@ -63,8 +63,8 @@ class Scales:
 def calibration_inputs(source: Source) -> Iterator[Tensors]:
     """Complete inputs of one row each: what the model wants to be calibrated on, or else inputs of all sizes."""
     rng, signature = np.random.default_rng(0), source.signature
-    if source.spec.calibration:
-        chosen = source.spec.calibration(source.config, source.sample_inputs)
+    if source.spec.export.calibration:
+        chosen = source.spec.export.calibration(source.config, source.sample_inputs)
         yield from (
             {**inputs, **signature.zero_state(1)} for inputs, _ in zip(chosen, range(CALIBRATION_INPUTS), strict=False)
         )

@@ -17,9 +17,9 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     path = out / MODEL_FILE
     write_onnx(source, OPERATOR, "fp16" if precision == "fp16" else "fp32", path)
     if precision == "int8":
-        quantize_static(path, calibration_inputs(source), source.spec.exact)
+        quantize_static(path, calibration_inputs(source), source.spec.export.fp32_modules)
     elif precision == "int8_dynamic":
-        quantize_weights(path, source.spec.exact)
+        quantize_weights(path, source.spec.export.fp32_modules)
     return Built(built_with={"opset": str(OPSET)})
 
 

@@ -16,7 +16,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     onnx_path = out / "model.onnx"
     write_onnx(source, OPERATOR, "fp32", onnx_path)
     if precision == "int8":
-        quantize_static(onnx_path, calibration_inputs(source), source.spec.exact)
+        quantize_static(onnx_path, calibration_inputs(source), source.spec.export.fp32_modules)
     try:
         model = openvino.convert_model(onnx_path)
     except openvino_errors() as error:

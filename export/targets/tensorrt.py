@@ -18,7 +18,7 @@ from runtimes.engines.tensorrt import FULL, PLAN_FILE, RTX, numpy_dtype
 from runtimes.errors import ArtifactError, EngineError, one_line, require
 from runtimes.host.gpu import gpu
 from runtimes.tensors import Signature
-from training.layers.scan import Form
+from training.layers.form import Form
 
 # What one RTX engine is built for: Ampere, Ada and Blackwell. Turing has no float32 matrix product, Hopper no support.
 RTX_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
@@ -33,7 +33,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     form = Form(kind="doubling", length=longest)
     write_onnx(source, form, "fp32" if precision == "int8" else precision, onnx_path)
     if precision == "int8":
-        quantize_static(onnx_path, calibration_inputs(source), source.spec.exact)
+        quantize_static(onnx_path, calibration_inputs(source), source.spec.export.fp32_modules)
     (out / PLAN_FILE).write_bytes(build(builder, onnx_path, source.signature))
     return Built(
         built_with={"opset": str(OPSET), "builder": builder, "gpu": _architectures(builder)},

@@ -9,7 +9,7 @@ from export.source import OPERATOR, Source
 from export.target import Built, Target
 from runtimes import torch_program
 from runtimes.engines.torch import PROGRAM_FILE, STEP_FILE
-from training.layers.scan import Form
+from training.layers.form import Form
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -26,7 +26,7 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def refuse(spec: "ModelSpec") -> str | None:
-    return None if spec.language_model else "not a decoder language model"
+    return None if spec.export.language_model else "not a decoder language model"
 
 
 def convert(source: Source, precision: str, out: Path) -> Built:
@@ -64,7 +64,6 @@ def convert(source: Source, precision: str, out: Path) -> Built:
         device="cuda" if gpu() else "cpu",
         not_run_reason=why_idle(language_model.model, precision),
         proxy_engine="transformers",
-        speaks_tensors=False,
     )
 
 

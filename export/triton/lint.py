@@ -5,22 +5,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from export.triton.config import ANSWER, MODEL_FILES, REQUEST, STEPS, TYPES, WRITE, dims
-from export.triton.lint_vllm import check_entry
-from export.triton.repository import CONFIG
+from export.triton.backend import backend_of, find_backend
+from export.triton.config import ANSWER, REQUEST, STEPS, WRITE
+from export.triton.schema import TYPES, ModelConfig, dims, read_config, schema
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
-from runtimes.errors import ArtifactError, SlipwayError, one_line, require
+from runtimes.errors import SlipwayError, one_line
+from runtimes.generation import BatchingPipeline
 from runtimes.pipeline import Schema, find_pipeline, open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
-from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.tensors import BATCH, TensorSpec
 
-PLATFORMS = {"tensorrt_plan": "tensorrt", "onnxruntime_onnx": "onnxruntime"}  # older names of backends
 TEXT = ("TYPE_STRING", (1,))
 
 Kind = tuple[str, tuple[int, ...]]  # data type, dims without the batch
-Configs = Mapping[str, Any]
+Configs = Mapping[str, ModelConfig]
 
 
 def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
@@ -29,7 +27,7 @@ def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
     `mounted_at` is the repository's path for the server that reads it, where that is another.
     """
     problems: list[str] = []
-    configs: dict[str, Any] = {}
+    configs: dict[str, ModelConfig] = {}
     for folder in sorted(path for path in repository.iterdir() if path.is_dir()):
         try:
             configs[folder.name] = read_config(folder)
@@ -41,25 +39,7 @@ def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
     return problems
 
 
-def read_config(model: Path) -> Any:
-    """The parsed config.pbtxt of a model; `ArtifactError` if there is none or Triton could not parse it."""
-    schema = require("tritonclient.grpc.model_config_pb2", extra="client")
-    text_format = require("google.protobuf.text_format", extra="client")
-    path = model / CONFIG
-    if not path.is_file():
-        raise ArtifactError(f"expected {CONFIG}, found none; publish the model again")
-    try:
-        return text_format.Parse(path.read_text(encoding="utf-8"), schema.ModelConfig())
-    except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"expected a {CONFIG} that Triton can parse, found {one_line(error)}") from error
-
-
-def backend_of(config: Any) -> str:
-    """The backend that runs a config's model, for one that names it by its older word, too."""
-    return PLATFORMS.get(config.platform, config.platform) if config.platform else config.backend
-
-
-def _check(model: Path, config: Any, configs: Configs, mounted_at: Path) -> Iterator[str]:
+def _check(model: Path, config: ModelConfig, configs: Configs, mounted_at: Path) -> Iterator[str]:
     if config.name not in ("", model.name):
         yield f"expected the name of its folder, found '{config.name}'"
     present = versions(model)
@@ -74,12 +54,12 @@ def _check(model: Path, config: Any, configs: Configs, mounted_at: Path) -> Iter
         yield from _check_versions(present, config, mounted_at)
 
 
-def loaded(present: list[Path], config: Any) -> list[Path]:
+def loaded(present: list[Path], config: ModelConfig) -> list[Path]:
     """The versions that Triton loads of those there are."""
     return present[-(config.version_policy.latest.num_versions or 1) :]
 
 
-def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Iterator[str]:
+def _check_versions(present: list[Path], config: ModelConfig, mounted_at: Path) -> Iterator[str]:
     """Every version is whole; those that are served are what the config says."""
     for version in present:
         try:
@@ -92,35 +72,38 @@ def _check_versions(present: list[Path], config: Any, mounted_at: Path) -> Itera
             yield f"version {version.name}: expected artifact {version.parent.name}, found {artifact.name}"
         if version in loaded(present, config):
             yield from _check_backend(version, artifact, config)
-            if artifact.runtime == "vllm":
-                yield from check_entry(version, artifact, config, mounted_at)
+            backend = find_backend(artifact.runtime)
+            if backend and backend.check:
+                on_server = mounted_at.absolute() / artifact.name / version.name
+                yield from backend.check(version, artifact, config, on_server)
             else:
                 yield from _check_interface(artifact, config)
                 yield from _check_state(artifact, config)
 
 
-def _check_backend(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
-    backend = backend_of(config)
-    if backend != artifact.runtime:
-        yield f"expected backend '{artifact.runtime}', found '{backend}'"
-    file = config.default_model_filename or MODEL_FILES.get(backend, "")
+def _check_backend(version: Path, artifact: Artifact, config: ModelConfig) -> Iterator[str]:
+    name = backend_of(config)
+    if name != artifact.runtime:
+        yield f"expected backend '{artifact.runtime}', found '{name}'"
+    backend = find_backend(name)
+    file = config.default_model_filename or (backend.file if backend else "")
     if file not in artifact.files:
         yield f"version {version.name}: expected {file or 'a known backend'} in its manifest, found none"
 
 
-def _check_interface(artifact: Artifact, config: Any) -> Iterator[str]:
+def _check_interface(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
     yield from _check_batch(artifact, config)
     yield from _compare("input", kinds(artifact.signature.free_inputs), declared(config.input))
     yield from _compare("output", kinds(artifact.signature.visible_outputs), declared(config.output))
 
 
-def _check_batch(artifact: Artifact, config: Any) -> Iterator[str]:
+def _check_batch(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
     proved = artifact.signature.axis(BATCH).max
     if config.max_batch_size != proved:
         yield f"expected max_batch_size {proved}, for which the artifact was proved, found {config.max_batch_size}"
 
 
-def _check_state(artifact: Artifact, config: Any) -> Iterator[str]:
+def _check_state(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
     specs = {spec.name: spec for spec in artifact.signature.inputs}
     expected = {source: (result, *kind(specs[source])) for source, result in artifact.signature.state}
     states = config.sequence_batching.state
@@ -131,7 +114,7 @@ def _check_state(artifact: Artifact, config: Any) -> Iterator[str]:
             yield f"state '{each.input_name}': expected zeros as its initial state, found something else"
 
 
-def _check_step(version: Path, config: Any) -> Iterator[str]:
+def _check_step(version: Path, config: ModelConfig) -> Iterator[str]:
     """A Python step is ours, whole, and speaks as its artifact does."""
     step = config.parameters["step"].string_value if "step" in config.parameters else ""
     if step not in (*STEPS, WRITE):
@@ -155,11 +138,13 @@ def _check_step(version: Path, config: Any) -> Iterator[str]:
     yield from _compare("output", given if step == "encode" else {ANSWER: TEXT}, declared(config.output))
 
 
-def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[str]:
+def _check_writer(version: Path, artifact: Artifact, config: ModelConfig) -> Iterator[str]:
     """One request in, many answers out; the artifact is a step."""
-    if not can_write(artifact.signature):
-        yield f"expected a step of a byte language model to write with, found {artifact.name}"
-    yield from _check_schema(version, GENERATION_SCHEMA)
+    pipeline = find_pipeline(artifact.pipeline)
+    if issubclass(pipeline, BatchingPipeline):
+        yield from _check_schema(version, pipeline.generation_schema)
+    else:
+        yield f"expected an artifact that generates texts in batches, found {artifact.name}"
     if not config.model_transaction_policy.decoupled:
         yield "expected a decoupled model_transaction_policy, found none; one request has many answers"
     if config.max_batch_size:
@@ -168,7 +153,7 @@ def _check_writer(version: Path, artifact: Artifact, config: Any) -> Iterator[st
     yield from _compare("output", {ANSWER: TEXT}, declared(config.output))
 
 
-def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]:
+def _check_ensemble(model: Path, config: ModelConfig, configs: Configs) -> Iterator[str]:
     """Every tensor a step reads was written before, by the request or by a step, and is of the same kind."""
     known = declared(config.input)
     for step in config.ensemble_scheduling.step:
@@ -200,10 +185,10 @@ def _check_ensemble(model: Path, config: Any, configs: Configs) -> Iterator[str]
             yield from _check_schema(versions(model)[-1], open_pipeline(artifact, encode).schema())
 
 
-def _check_schema(version: Path, schema: Schema) -> Iterator[str]:
+def _check_schema(version: Path, expected: Schema) -> Iterator[str]:
     """What is said of requests is what the pipeline that reads them says."""
     try:
-        if read_json(version / REQUEST_SCHEMA) == schema:
+        if read_json(version / REQUEST_SCHEMA) == expected:
             return
         found = "another"
     except SlipwayError as error:
@@ -243,7 +228,7 @@ def kind(spec: TensorSpec) -> Kind:
 
 
 def _type(number: int) -> str:
-    return str(require("tritonclient.grpc.model_config_pb2", extra="client").DataType.Name(number))
+    return str(schema().DataType.Name(number))
 
 
 def _show(kind: object) -> str:

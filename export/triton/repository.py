@@ -13,23 +13,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import runtimes
+import runtimes.triton
+from export.triton.backend import find_backend
 from export.triton.config import (
     STEPS,
-    UNLIMITED,
     VERSIONS_LOADED,
-    Scheduling,
     ensemble_config,
     model_config,
     step_config,
     step_name,
     writer_config,
 )
+from export.triton.scheduling import UNLIMITED, Scheduling
+from export.triton.schema import CONFIG, ModelConfig, has_config, to_text
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
+from runtimes.generation import BatchingPipeline
+from runtimes.host import durable
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hnet.generation import SCHEMA as GENERATION_SCHEMA
-from runtimes.pipelines.hnet.generation import can_write
 from runtimes.repository import (
     REQUEST_SCHEMA,
     STEP_FILE,
@@ -39,12 +40,9 @@ from runtimes.repository import (
     number_of,
     versions,
     workspace,
-    writer_name,
 )
-from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
 
-CONFIG = "config.pbtxt"
-STEP_SOURCES = Path(runtimes.__file__).parent / "triton" / "steps"
+STEP_SOURCES = Path(runtimes.triton.__file__).parent / "steps"
 VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 loads nothing any more once a version vanishes that it is loading
 # Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
 NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
@@ -71,7 +69,7 @@ def publish(
         loaded = how_many_load(artifact, versions(model))
         config = model_config(artifact, artifact.runtime, scheduling, loaded) if served else None
         number = max(map(number_of, all_versions(repository, artifact.name)), default=0) + 1
-        address(draft, artifact, places(artifact, repository if mounted_at is None else mounted_at, number))
+        address(draft, artifact, server_paths(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
         if served:  # a version that was kept aside until now is out of date
@@ -89,31 +87,34 @@ def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_
         return publish(draft, artifact, repository, mounted_at=mounted_at)
 
 
-def places(artifact: Artifact, repository: Path, number: int) -> dict[str, str]:
-    """Where vLLM is to look for the folders of version `number` in a repository that lies there."""
-    version = repository.absolute() / artifact.name / str(number)
-    return {"model": str(version / CHECKPOINT), "tokenizer": str(version / TOKENIZER)}
+def server_paths(artifact: Artifact, repository: Path, number: int) -> Mapping[str, str]:
+    """The absolute paths in the files of version `number`, by key, for a server that has the repository there."""
+    backend = find_backend(artifact.runtime)
+    return backend.server_paths(repository.absolute() / artifact.name / str(number)) if backend else {}
 
 
 def is_addressed(version: Path, artifact: Artifact, repository: Path) -> bool:
-    """Whether what a version says of its own place is right for a server that has the repository there."""
-    if artifact.runtime != "vllm":
-        return True
-    return places(artifact, repository, number_of(version)).items() <= read_json(version / ENGINE_FILE).items()
+    """Whether the paths in a version's files are right for a server that has the repository there."""
+    paths = server_paths(artifact, repository, number_of(version))
+    return not paths or paths.items() <= read_json(version / _path_file(artifact)).items()
 
 
 def address(draft: Path, artifact: Artifact, paths: Mapping[str, str]) -> None:
-    """The draft's model.json, if it has one, and the manifest name checkpoint and tokenizer by these paths.
-
-    NVIDIA's vllm backend hands them to vLLM as they stand, which would take relative ones from its working directory.
-    """
-    if artifact.runtime != "vllm":
+    """The draft's files and its manifest have these paths; without paths nothing changes."""
+    if not paths:
         return
-    arguments = read_json(draft / ENGINE_FILE)
-    (draft / ENGINE_FILE).unlink()  # it may be a link to that of another version
-    write_json(draft / ENGINE_FILE, {**arguments, **paths})
-    files = {**artifact.files, ENGINE_FILE: sha256_file(draft / ENGINE_FILE)}
-    replace(artifact, files=files).save(draft)
+    name = _path_file(artifact)
+    settings = read_json(draft / name)
+    (draft / name).unlink()  # it may be a link to that of another version
+    write_json(draft / name, {**settings, **paths})
+    replace(artifact, files={**artifact.files, name: sha256_file(draft / name)}).save(draft)
+
+
+def _path_file(artifact: Artifact) -> str:
+    """The JSON file in which the backend of an artifact reads absolute paths."""
+    backend = find_backend(artifact.runtime)
+    assert backend, "only a backend has paths"
+    return backend.file
 
 
 def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
@@ -128,7 +129,7 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
         loaded = how_many_load(artifact, versions(model)[:-1])
         config = model_config(artifact, artifact.runtime, scheduling, loaded)
         with _config_replaced(model, config, staging):
-            _sync_one(model)
+            durable.sync(model)
     steps = versions(repository / step_name(artifact.model, STEPS[0]))
     if steps and Artifact.load(steps[-1]).name == artifact.name:
         publish_ensemble(artifact, repository, scheduling)
@@ -156,12 +157,13 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
             numbers[model.name] = number_of(versions(model)[-1])
         draft = staging / "ensemble"
         draft.mkdir()
-        write_json(draft / REQUEST_SCHEMA, open_pipeline(artifact, served[-1]).schema())
+        pipeline = open_pipeline(artifact, served[-1])
+        write_json(draft / REQUEST_SCHEMA, pipeline.schema())
         _install_changes(draft, repository / artifact.model, ensemble_config(artifact, numbers), staging)
-        if can_write(artifact.signature):
-            name = writer_name(artifact.model)
+        if isinstance(pipeline, BatchingPipeline):
+            name = pipeline.served_name(artifact.model)
             draft = _draft_step(served[-1], staging / "writer", "write.py", artifact.files)
-            write_json(draft / REQUEST_SCHEMA, GENERATION_SCHEMA)
+            write_json(draft / REQUEST_SCHEMA, pipeline.generation_schema)
             _install_changes(draft, repository / name, writer_config(artifact, name, scheduling), staging)
 
 
@@ -242,28 +244,28 @@ def _sweep(drafts: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _install(draft: Path, model: Path, number: int, config: str | None, staging: Path) -> Path:
+def _install(draft: Path, model: Path, number: int, config: ModelConfig | None, staging: Path) -> Path:
     """The version folder `number` of `model`, renamed into place after everything it holds is on the disk."""
     version = model / str(number)
     if model.is_dir():
-        _sync(draft)
+        durable.sync_tree(draft)
         with _config_replaced(model, config, staging):
             draft.rename(version)
     else:
         whole = staging / f"{model.name}.whole"
         whole.mkdir()
         if config is not None:
-            (whole / CONFIG).write_text(config)
+            (whole / CONFIG).write_text(to_text(config))
         draft.rename(whole / version.name)
-        _sync(whole)
+        durable.sync_tree(whole)
         model.parent.mkdir(parents=True, exist_ok=True)
         whole.rename(model)
-    _sync_one(model)
-    _sync_one(model.parent)
+    durable.sync(model)
+    durable.sync(model.parent)
     return version
 
 
-def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> None:
+def _install_changes(draft: Path, model: Path, config: ModelConfig, staging: Path) -> None:
     """`model` has this config and, as newest version, these files; what it has already stays untouched."""
     present = versions(model)
     if present != earlier_than(draft, model):
@@ -275,14 +277,14 @@ def _install_changes(draft: Path, model: Path, config: str, staging: Path) -> No
 
 
 @contextmanager
-def _config_replaced(model: Path, config: str | None, staging: Path) -> Iterator[None]:
+def _config_replaced(model: Path, config: ModelConfig | None, staging: Path) -> Iterator[None]:
     """`model` has this config, untouched if it is the same, and has the old one again if the disk then refuses."""
     path, new, old = model / CONFIG, staging / f"{model.name}.new", staging / f"{model.name}.old"
-    if config is None or (path.is_file() and path.read_text() == config):
+    if config is None or has_config(model, config):
         yield
         return
-    new.write_text(config)
-    _sync_one(new)
+    new.write_text(to_text(config))
+    durable.sync(new)
     if path.is_file():
         old.hardlink_to(path)
     new.replace(path)
@@ -312,17 +314,3 @@ def _discard(folders: list[Path], staging: Path) -> None:
     """Remove folders; each vanishes from the repository by one rename before it is taken apart."""
     for folder in folders:
         folder.rename(staging / f"{folder.parent.name}-{folder.name}")
-
-
-def _sync(folder: Path) -> None:
-    """Everything below `folder` is on the disk, not only in memory."""
-    for path in (*folder.rglob("*"), folder):
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ from runtimes.errors import EngineError, require
 
 
 class DeviceTimer:
-    """Two events on one CUDA stream. Between them lies what the stream was given: copies in, kernels, copies out."""
+    """Two events on one CUDA stream. The time between them is that of the copies in, the kernels and the copies out."""
 
     def __init__(self, stream: int) -> None:
         self.cuda = require("cuda.bindings.runtime", extra="tensorrt")
@@ -18,7 +18,7 @@ class DeviceTimer:
         self.before, self.after = (self._call(self.cuda.cudaEventCreate()) for _ in range(2))
 
     def around(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """The call, with an event in the stream before and after it; nothing waits for either."""
+        """The call, with an event in the stream before and after it; the call waits for neither."""
 
         def timed() -> Any:
             self._call(self.cuda.cudaEventRecord(self.before, self.stream))
@@ -36,5 +36,5 @@ class DeviceTimer:
     def _call(self, result: tuple[Any, ...]) -> Any:
         status, *values = result
         if int(status) != 0:
-            raise EngineError(f"CUDA events: expected success, found {status}")
+            raise EngineError(f"CUDA events: expected success, found {status}; check the driver with nvidia-smi")
         return values[0] if values else None

@@ -1,6 +1,6 @@
-"""Engines that take turns: each in a process of its own, one window after the other, so that noise hits all alike."""
+"""Interleaved runs: each engine has a process of its own, and windows alternate, so that noise affects all alike."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 
 from runtimes.artifact import Artifact
+from runtimes.bench import wire
 from runtimes.bench.measure import CHECKOUT, Measurement, Sizes, Worker
+from runtimes.bench.plan import Point
 from runtimes.bench.results import Row, arrivals, head_of, measured
-from runtimes.bench.statistics import STEADY_WINDOWS
 from runtimes.errors import EngineError, MissingPackage
 from runtimes.host.memory_sampler import Sampler
 from runtimes.runtime import serving_engine
 from runtimes.triton.server import TritonServer
 
-Load = Mapping[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """Who is measured: an artifact, how it is opened and by which checkout; `served` by a Triton started for it."""
+    """An artifact to measure, and how it is opened, by which checkout; `served`: by a Triton started for it."""
 
     artifact: Artifact
     root: Path
@@ -32,32 +31,7 @@ class Subject:
     checkout: Path = CHECKOUT
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """How long and how often.
-
-    rounds       windows of every engine at every size; points of a sweep take a third of them
-    most_rounds  windows of an engine that is not yet stable
-    runs         whole repetitions, each with new processes
-    rates        of arrivals, per second; empty: shares of what each engine can take
-    bound_s      the latency within which an answer is good
-    lanes        requests in flight, for the concurrency sweep
-    """
-
-    seconds: float = 0.2
-    rounds: int = 10
-    most_rounds: int = 30
-    runs: int = 1
-    rates: Sequence[float] = ()
-    bound_s: float = 0.1
-    lanes: Sequence[int] = (1, 2, 4, 8, 16)
-
-    def sweep(self) -> "Settings":
-        rounds, most = (max(STEADY_WINDOWS, n // 3) for n in (self.rounds, self.most_rounds))
-        return replace(self, rounds=rounds, most_rounds=most)
-
-
-class Entrant:
+class Contestant:
     """A subject with its process, and its server if it needs one; `result` is its measurement, or why there is none."""
 
     def __init__(self, subject: Subject, sampler: Sampler) -> None:
@@ -70,16 +44,22 @@ class Entrant:
         with self._failing():
             self._open()
 
+    @property
+    def capacity_per_s(self) -> float | None:
+        """Requests a second in a closed loop, from the windows of `result`; None if it has no answer."""
+        answered = isinstance(self.result, Measurement) and self.result.samples_s
+        return 1 / self.result.run_median_s if answered else None  # type: ignore[union-attr]
+
     def prepare(self, sizes: Sizes) -> None:
-        """Warm at these sizes, with an empty measurement."""
+        """The engine is warm at these sizes, and its measurement is empty."""
         if isinstance(self.result, Measurement) and dict(self.result.sizes) == dict(sizes):
             self.result = replace(self.result, windows=[])
         elif self._worker:
             with self._failing():
                 self.result = self._worker.prepare(sizes)
 
-    def window(self, load: Load) -> None:
-        """One more window, and the peak of memory until its end."""
+    def window(self, load: wire.Request) -> None:
+        """Measure one more window, and the peak of memory until its end."""
         if self._worker and isinstance(self.result, Measurement):
             with self._failing():
                 self.result.windows.append(self._worker.window(load))
@@ -103,78 +83,111 @@ class Entrant:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Inside, an engine's error becomes the result, and the entrant takes no further turn."""
+        """Inside, an engine's error becomes the result, and the contestant is measured no further."""
         try:
             yield
         except (EngineError, MissingPackage) as error:
             self.result, self._worker = str(error), None
 
 
-@dataclass(kw_only=True, slots=True)
-class Taken:
-    """What an entrant did at one point of a scenario; `more` sets the point apart from others of the same sizes."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """The result of one contestant at one point in one run; `columns` set its row apart from rows of the same sizes."""
 
     subject: Subject
     scenario: str
     sizes: Sizes
-    more: Row
+    columns: Row
     result: Measurement | str
 
 
-class Turns:
-    """One scenario of one model: opens its engines and lets them take turns, run by run."""
+class InterleavedRuns:
+    """Measures the points of a plan with the engines of one model, run by run."""
 
-    def __init__(self, group: Sequence[Subject], sampler: Sampler, settings: Settings) -> None:
+    def __init__(self, group: Sequence[Subject], sampler: Sampler, runs: int = 1) -> None:
         self.group = group
-        self.artifact = group[0].artifact
         self.sampler = sampler
-        self.settings = settings
+        self.runs = runs
+        self.capacity_per_s: dict[int, float] = {}  # by place; from the first run, so that all runs have the same rates
 
-    def run(self, points: Callable[[Sequence[Entrant]], Iterator[list[Taken]]]) -> list[list[Row]]:
-        """Rows by point: what `points` takes from the opened engines, all runs in one."""
-        runs = []
-        for _ in range(self.settings.runs):
-            with ExitStack() as stack:
-                entrants = []
-                for subject in self.group:
-                    entrants.append(Entrant(subject, self.sampler))
-                    stack.callback(entrants[-1].close)
-                runs.append(list(points(entrants)))
-        return [[joined(taken) for taken in zip(*point, strict=True)] for point in zip(*runs, strict=True)]
+    def rows(self, plan: Sequence[Point]) -> Iterator[list[Row]]:
+        """The rows of each point, all runs in one row; points that share processes come together."""
+        for points in sessions(plan):
+            runs = [self._run(points) for _ in range(self.runs)]
+            for observations in zip(*runs, strict=True):
+                yield [joined(of_one) for of_one in zip(*observations, strict=True)]
 
-    def point(self, entrants: Sequence[Entrant], sizes: Sizes, loads: Callable[[int, int], Load]) -> None:
-        """Every engine is warm at these sizes and has had its windows; `loads` is asked for (entrant, window)."""
-        for entrant in entrants:
-            entrant.prepare(sizes)
-        places = list(range(len(entrants)))
-        for turn in range(self.settings.most_rounds):
-            first = turn % len(places)
+    def _run(self, points: Sequence[Point]) -> list[list[Observation]]:
+        """Open the contestants, measure every point, close them."""
+        observed = []
+        with ExitStack() as stack:
+            contestants = []
+            for subject in self.group:
+                contestants.append(Contestant(subject, self.sampler))
+                stack.callback(contestants[-1].close)
+            for point in points:
+                self._measure(contestants, point)
+                if point.measures_capacity:
+                    self._keep_capacities(contestants)
+                else:
+                    observed.append([self._observe(place, each, point) for place, each in enumerate(contestants)])
+        return observed
+
+    def _measure(self, contestants: Sequence[Contestant], point: Point) -> None:
+        """Every contestant has had its windows at this point; who is first changes from window to window."""
+        for contestant in contestants:
+            contestant.prepare(point.sizes)
+        places = list(range(len(contestants)))
+        for window in range(point.max_windows):
+            first = window % len(places)
             for place in places[first:] + places[:first]:
-                result = entrants[place].result
-                if isinstance(result, Measurement) and (turn < self.settings.rounds or not result.stable):
-                    entrants[place].window(loads(place, turn))
+                result = contestants[place].result
+                if isinstance(result, Measurement) and (window < point.windows or not result.stable):
+                    contestants[place].window(point.load.request(window, self._capacity(place)))
+
+    def _keep_capacities(self, contestants: Sequence[Contestant]) -> None:
+        for place, contestant in enumerate(contestants):
+            if contestant.capacity_per_s is not None:
+                self.capacity_per_s.setdefault(place, contestant.capacity_per_s)
+
+    def _capacity(self, place: int) -> float:
+        return self.capacity_per_s.get(place, 1.0)
+
+    def _observe(self, place: int, contestant: Contestant, point: Point) -> Observation:
+        return Observation(
+            subject=contestant.subject,
+            scenario=point.scenario,
+            sizes=point.sizes,
+            columns=point.load.columns(self._capacity(place)),
+            result=contestant.result,
+        )
 
 
-def always(load: Load) -> Callable[[int, int], Load]:
-    """The same load for every entrant and window."""
-    return lambda place, turn: load
+def sessions(plan: Sequence[Point]) -> list[list[Point]]:
+    """The points of a plan in groups that share processes."""
+    groups: list[list[Point]] = []
+    for point in plan:
+        if point.new_processes or not groups:
+            groups.append([])
+        groups[-1].append(point)
+    return groups
 
 
-def joined(taken: Sequence[Taken]) -> Row:
-    """One row for several runs of one point; the first failure is that of all."""
-    first = taken[0]
+def joined(observations: Sequence[Observation]) -> Row:
+    """One row for several runs of one point; a failed run fails the row, with the reason of the first."""
+    first = observations[0]
     device = first.subject.options.get("device", "cpu")
     head = {**head_of(first.subject.artifact, first.subject.label, first.scenario, first.sizes), "device": device}
-    head |= first.more
-    runs = [each.result for each in taken if isinstance(each.result, Measurement)]
-    if len(runs) < len(taken):
-        return {**head, "failed": next(each.result for each in taken if isinstance(each.result, str))}
+    head |= first.columns
+    runs = [each.result for each in observations if isinstance(each.result, Measurement)]
+    if len(runs) < len(observations):
+        return {**head, "failed": next(each.result for each in observations if isinstance(each.result, str))}
     if not all(run.samples_s for run in runs):
-        remedy = "ask less of it, or export it with a longer --queue"
+        remedy = "lower the load, or export it with a longer --queue"
         return {**head, "failed": f"expected answers, found {sum(run.refused for run in runs)} refusals; {remedy}"}
-    whole = replace(runs[0], windows=[window for run in runs for window in run.counted.windows])
+    pooled = replace(runs[0], windows=[window for run in runs for window in run.counted.windows])
     for name in ("load_s", "first_call_s", "warmup_s"):
-        setattr(whole, name, float(np.median([getattr(run, name) for run in runs])))
-    whole.memory = max((run.memory for run in runs), key=lambda peak: peak.memory_bytes)
-    extra = arrivals(whole, head["bound_s"]) if "bound_s" in head else {}
-    return {**head, **extra, **measured(whole, runs)}
+        setattr(pooled, name, float(np.median([getattr(run, name) for run in runs])))
+    pooled.memory = max((run.memory for run in runs), key=lambda peak: peak.memory_bytes)
+    extra = arrivals(pooled, head["bound_s"]) if "bound_s" in head else {}
+    return {**head, **extra, **measured(pooled, runs)}

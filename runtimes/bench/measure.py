@@ -1,4 +1,4 @@
-"""Measures engines in processes of their own, window by window, so that they can take turns on a noisy machine."""
+"""Measures an engine in a process of its own, window by window, so that the runs of engines can be interleaved."""
 
 import json
 import os
@@ -14,9 +14,9 @@ import numpy as np
 
 from runtimes import plugins
 from runtimes.artifact import Artifact
+from runtimes.bench import wire
 from runtimes.bench.load import Window
 from runtimes.bench.steady_state import steady_from
-from runtimes.bench.worker import PROTOCOL
 from runtimes.errors import EngineError
 from runtimes.host.memory_sampler import Peak
 from runtimes.tensors import BATCH
@@ -30,9 +30,9 @@ Sizes = Mapping[str, int]
 
 @dataclass(kw_only=True, slots=True)
 class Measurement:
-    """What one engine did at one size under one kind of load. Times in seconds; `windows` hold every sample.
+    """The windows of one engine at one size under one kind of load, with every sample. Times in seconds.
 
-    Its figures are of all its windows; those of `counted` are what is reported.
+    The properties are of all windows; a row reports those of `counted`.
     """
 
     engine: str
@@ -75,20 +75,20 @@ class Measurement:
 
     @property
     def counted_from(self) -> int:
-        """The first window that counts: that of the steady stretch, or where there is none the first of all."""
+        """Index of the first window that counts: of the steady stretch, or 0 where there is none."""
         return steady_from(self.windows) or 0
 
     @property
     def counted(self) -> "Measurement":
-        """The same with the windows that count alone."""
+        """The same measurement with only the windows that count."""
         return replace(self, windows=self.windows[self.counted_from :])
 
 
 class Worker:
-    """A child process that holds one open engine; what it is asked for runs while the others wait.
+    """A child process that holds one open engine and measures a window on request.
 
     It runs the code in `checkout`, by the interpreter that the engine needs. `EngineError` when the engine cannot open,
-    answers too late or dies, or is not the one expected; the process is gone then.
+    answers too late or dies, or is not the one expected; the process has ended then.
     """
 
     def __init__(self, root: Path, options: Mapping[str, Any], checkout: Path = CHECKOUT) -> None:
@@ -105,11 +105,13 @@ class Worker:
                 env={**os.environ, "PYTHONPATH": str(checkout)},
             )
         self._answers = self._pipe.makefile("r")
-        opened = self._ask({"root": str(root.absolute()), "options": dict(options)}, START_TIMEOUT_S)
+        opened = self._request(wire.opening(root, options), START_TIMEOUT_S)
         self.load_s, self.remote = float(opened["load_s"]), bool(opened["remote"])
-        if (opened["engine"], opened["protocol"]) != (self.engine, PROTOCOL):
+        if (opened["engine"], opened["protocol"]) != (self.engine, wire.PROTOCOL):
             self.close()
-            raise EngineError(f"expected engine {self.engine}, protocol {PROTOCOL}; found {opened}; update {checkout}")
+            raise EngineError(
+                f"expected engine {self.engine}, protocol {wire.PROTOCOL}; found {opened}; update {checkout}"
+            )
 
     @property
     def pid(self) -> int:
@@ -117,15 +119,15 @@ class Worker:
 
     def prepare(self, sizes: Sizes) -> Measurement:
         """An empty measurement at these sizes, to which windows are added; the engine is warm."""
-        answer = self._ask({"do": "prepare", "sizes": dict(sizes)}, START_TIMEOUT_S)
+        answer = self._request(wire.prepare(sizes), START_TIMEOUT_S)
         return Measurement(engine=self.engine, sizes=sizes, load_s=self.load_s, remote=self.remote, **answer)
 
-    def window(self, load: Mapping[str, Any]) -> Window:
-        """One window under a load such as {"do": "one_by_one", "seconds": 0.2}."""
-        return Window(**self._ask(load, START_TIMEOUT_S + float(load["seconds"])))
+    def window(self, load: wire.Request) -> Window:
+        """One window under a load such as `wire.closed_loop(0.2)`."""
+        return Window(**self._request(load, START_TIMEOUT_S + float(load["seconds"])))
 
     def close(self) -> None:
-        """End the process: at its next question it sees that nobody is there; one that computes on is killed."""
+        """Close the socket, which ends the process; kill it if it has not ended after CLOSE_TIMEOUT_S."""
         self._answers.close()
         self._pipe.close()
         try:
@@ -134,10 +136,10 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
-    def _ask(self, question: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def _request(self, request: wire.Request, timeout_s: float) -> dict[str, Any]:
         self._pipe.settimeout(timeout_s)
         try:
-            self._pipe.sendall(json.dumps(question).encode() + b"\n")
+            self._pipe.sendall(json.dumps(request).encode() + b"\n")
             line = self._answers.readline()
         except TimeoutError as error:
             self._process.kill()
@@ -154,18 +156,18 @@ class Worker:
         return answer["ok"]
 
     def _died(self) -> EngineError:
-        """The error for a process that is gone; it is waited for, so that no zombie stays."""
+        """The error for a process that has ended; its status is collected, so that no zombie stays."""
         self.close()
         return EngineError(f"the engine's process died with status {self._process.returncode}")
 
 
 def worker_module(checkout: Path) -> str | None:
-    """The module that starts a worker in this checkout, by the name it has there; None if the folder is no checkout."""
+    """The module of the worker in this checkout, by its name there; None if the folder is no checkout."""
     return next((name for name in WORKERS if checkout.joinpath(*name.split(".")).with_suffix(".py").is_file()), None)
 
 
 def interpreter(engine: str) -> str:
-    """The Python that has what an engine needs; `EngineError` where its environment was not made."""
+    """The Python interpreter with the packages of an engine; `EngineError` where its environment was not made."""
     name = plugins.load("runtimes.engines", engine, "RUNTIME").environment
     if not name:
         return sys.executable
@@ -173,6 +175,6 @@ def interpreter(engine: str) -> str:
     python = next((path for path in found if path.exists()), None)
     if python is None:
         raise EngineError(
-            f"engine {engine}: expected its environment in {found[0].parents[1]}, found none; see the Makefile"
+            f"engine {engine}: expected its environment in {found[0].parents[1]}, found none; make it with the Makefile"
         )
     return str(python)

@@ -1,4 +1,4 @@
-"""Plots of benchmark rows as SVG: every mark is labelled where it stands, and nothing has to be loaded."""
+"""Plots of benchmark rows as SVG: every mark has its label beside it, and no file is loaded."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ LABEL_PX = 13  # between the baselines of two labels
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Series:
-    """An engine's values at one place: name, kind (for the colour), and points (x, y, text beside the point)."""
+    """One curve: name, kind (for the colour), and points (x, y, text beside the point)."""
 
     name: str
     kind: str
     points: Sequence[tuple[float, float, str]]
-    ringed: int | None = None  # the index of a point that stands out
+    ringed: int | None = None  # the index of a point with a ring around it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +60,7 @@ def log_scale(values: Sequence[float], first_px: float, last_px: float) -> Scale
 
 
 def linear_scale(low: float, high: float, first_px: float, last_px: float) -> Scale:
-    """A linear scale; a range of nothing becomes one around it."""
+    """A linear scale; an empty range is widened by 0.5 on both sides."""
     if high <= low:
         low, high = low - 0.5, high + 0.5
     return Scale(low=low, high=high, first_px=first_px, last_px=last_px)
@@ -160,11 +160,11 @@ def _names(series: Sequence[Series], x: Scale, y: Scale) -> Iterator[str]:
 
 
 def _violin(x: Scale, samples: Sequence[float], middle: float, tint: str) -> str:
-    """How many samples lie where: as high as the line where most do."""
+    """The histogram of samples, mirrored; the largest bin is as high as the line."""
     low, high = _ends(samples)
     edges = np.linspace(x(low) - 1, x(high) + 1, 61)
     counts, _ = np.histogram([x(value) for value in samples], edges)
-    heights = np.sqrt(counts / counts.max()) * (LINE / 2 - 4)  # the root, so that a tail is still to be seen
+    heights = np.sqrt(counts / counts.max()) * (LINE / 2 - 4)  # the root, so that a tail is visible
     centres = (edges[:-1] + edges[1:]) / 2
     upper = " ".join(f"L{a:.1f} {middle - h:.1f}" for a, h in zip(centres, heights, strict=True))
     lower = " ".join(f"L{a:.1f} {middle + h:.1f}" for a, h in zip(centres[::-1], heights[::-1], strict=True))
@@ -196,7 +196,7 @@ def colour(kind: str) -> str:
 
 
 def figure(value: float) -> str:
-    """A number in three digits, without an exponent or zeros that say nothing."""
+    """A number in three digits, without an exponent or trailing zeros."""
     if value == 0:
         return "0"
     digits = max(0, 2 - floor(log10(abs(value))))
@@ -219,7 +219,7 @@ def _rectangle(x: float, y: float, width: float, height: float, fill: str) -> st
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="2" fill="{fill}"/>'
 
 
-def _text(x: float, y: float, words: str, anchor: str, fill: str = INK, size: int = 12) -> str:
+def _text(x: float, y: float, text: str, anchor: str, fill: str = INK, size: int = 12) -> str:
     return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" font-size="{size}">{escape(words)}</text>'
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{fill}" font-size="{size}">{escape(text)}</text>'
     )

@@ -1,23 +1,30 @@
 """Results files: rows with their raw samples, the same for every scenario, and the table of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtimes.artifact import Artifact, read_json, write_json
-from runtimes.bench.load import goodput
+from runtimes.bench.load import Window, goodput
 from runtimes.bench.measure import Measurement
-from runtimes.bench.statistics import SAMPLES_FOR, percentile
+from runtimes.bench.statistics import FEWEST_RUNS, SAMPLES_FOR, paired_ratio, percentile
 from runtimes.errors import InputError
 from runtimes.host.cli import table
 
 SCHEMA = "slipway.bench/2"
-READABLE = ("slipway.bench/1", SCHEMA)  # figures of 1 are of all windows, and it counts no refusals
+READABLE = ("slipway.bench/1", SCHEMA)  # figures of 1 are of all windows; it has no refusals
 BASELINE = "torch"
+COMPILED = "torch.compile"
+COMPARISONS = (COMPILED,)  # engines measured beside the artifacts of this repository
 KEYS = ("model", "target", "precision", "engine", "scenario", "sizes")
 Row = dict[str, Any]
+_CLOCKS = {  # keys of the figures of each run and of each window
+    "wall": ("run_medians_s", "window_medians_s"),
+    "cpu": ("run_cpu_s_per_call", "window_cpu_s_per_call"),
+}
 
 
 def save_results(path: Path, environment: Mapping[str, Any], rows: Sequence[Row], samples: bool = True) -> None:
@@ -27,21 +34,21 @@ def save_results(path: Path, environment: Mapping[str, Any], rows: Sequence[Row]
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """The contents of a results file; `InputError` unless it is one."""
+    """The contents of a results file; `InputError` for another file."""
     data = read_json(path)
     if not isinstance(data, dict) or data.get("schema") not in READABLE:
         raise InputError(
             f"{path}: expected schema {SCHEMA}, found another file; make one: python -m runtimes.bench --out"
         )
     rows, environment = data.get("rows"), data.get("environment")
-    whole = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= set(KEYS) for row in rows)
-    if not whole or not isinstance(environment, dict):
+    complete = isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= set(KEYS) for row in rows)
+    if not complete or not isinstance(environment, dict):
         raise InputError(f"{path}: expected an environment and rows with {', '.join(KEYS)}; measure again")
     return data
 
 
 def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, int]) -> Row:
-    """What every row begins with: who, where, and what it cost in accuracy and bytes."""
+    """The first fields of every row: the engine, the point, and the accuracy of the conversion."""
     worst = min(
         ((check.value, name) for name, check in artifact.parity.items() if check.at_least), default=(None, None)
     )
@@ -60,50 +67,61 @@ def head_of(artifact: Artifact, label: str, scenario: str, sizes: Mapping[str, i
     }
 
 
-def measured(whole: Measurement, runs: Sequence[Measurement]) -> Row:
-    """The figures of what counts in all runs, with the medians of each; every sample of every window of the runs.
+def measured(pooled: Measurement, runs: Sequence[Measurement]) -> Row:
+    """The figures of a row: of `pooled`, the counted windows of all runs; and the samples of every window of the runs.
 
-    `windows` says how many samples each has, `counted` whether they are in the figures.
+    `windows` has the number of samples of each window, `counted` whether the figures include them.
     """
-    samples, parts = whole.samples_s, [run.counted for run in runs]
-    device = [each for window in whole.windows for each in window.device_s]
+    samples, parts = pooled.samples_s, [run.counted for run in runs]
+    device = [each for window in pooled.windows for each in window.device_s]
     return {
-        "provider": whole.provider,
+        "provider": pooled.provider,
         "stable": all(run.stable for run in runs),
-        "load_s": whole.load_s,
-        "first_call_s": whole.first_call_s,
-        "warmup_s": whole.warmup_s,
-        "warmup_calls": whole.warmup_calls,
+        "load_s": pooled.load_s,
+        "first_call_s": pooled.first_call_s,
+        "warmup_s": pooled.warmup_s,
+        "warmup_calls": pooled.warmup_calls,
         **{f"p{p}_s": percentile(samples, p) for p in SAMPLES_FOR},
-        "rows_per_s": whole.rows_per_s,
-        "cpu_s_per_call": whole.cpu_s_per_call,
+        "rows_per_s": pooled.rows_per_s,
+        "cpu_s_per_call": pooled.cpu_s_per_call,
         "device_p50_s": percentile(device, 50),
-        "memory_bytes": whole.memory.memory_bytes,
-        "gpu_memory_bytes": whole.memory.gpu_memory_bytes,
-        "refused": whole.refused,
-        "refused_share": whole.refused / (whole.refused + len(samples)),
+        "memory_bytes": pooled.memory.memory_bytes,
+        "gpu_memory_bytes": pooled.memory.gpu_memory_bytes,
+        "refused": pooled.refused,
+        "refused_share": pooled.refused / (pooled.refused + len(samples)),
         "run_medians_s": [part.run_median_s for part in parts],
         "run_cpu_s_per_call": [part.cpu_s_per_call for part in parts],
+        **window_figures([window for run in runs for window in run.windows], runs[0].remote),
         "windows": [len(window.samples_s) for run in runs for window in run.windows],
         "counted": [i >= run.counted_from for run in runs for i in range(len(run.windows))],
         "samples_s": [round(sample, 9) for run in runs for sample in run.samples_s],
     }
 
 
-def arrivals(whole: Measurement, bound_s: float) -> Row:
-    """What the server scenario adds: answers within the bound, requests that were sent late, time from the sending."""
-    sent = len(whole.samples_s) + whole.refused
-    walls = [window.wall_s for window in whole.windows]
-    good = sum(goodput(window, bound_s) * window.wall_s for window in whole.windows)
+def window_figures(windows: Sequence[Window], remote: bool) -> Row:
+    """The median and the CPU time of a call of each window, None where there is none.
+
+    Windows with the same index were measured next to each other, so they give paired ratios of two engines.
+    """
+    medians = [float(np.median(window.samples_s)) if window.samples_s else None for window in windows]
+    cpu = [None if remote or not each.samples_s else each.cpu_s / len(each.samples_s) for each in windows]
+    return {"window_medians_s": medians, "window_cpu_s_per_call": cpu}
+
+
+def arrivals(pooled: Measurement, slo_s: float) -> Row:
+    """The further fields of the server scenario: goodput, the share sent late, the median time from the sending."""
+    sent = len(pooled.samples_s) + pooled.refused
+    walls = [window.wall_s for window in pooled.windows]
+    good = sum(goodput(window, slo_s) * window.wall_s for window in pooled.windows)
     return {
         "goodput_per_s": good / sum(walls),
-        "late_share": sum(window.late for window in whole.windows) / sent,
-        "service_p50_s": percentile([each for window in whole.windows for each in window.service_s], 50),
+        "late_share": sum(window.late for window in pooled.windows) / sent,
+        "service_p50_s": percentile([each for window in pooled.windows for each in window.service_s], 50),
     }
 
 
 def counted_samples(row: Row) -> list[float]:
-    """The samples that a row's figures are of; all that it has, in a file that does not say which count."""
+    """The samples that the figures of a row include; all of them in a file without `counted`."""
     if "counted" not in row:
         return list(row["samples_s"])
     counted = np.repeat(row["counted"], row["windows"])
@@ -112,7 +130,7 @@ def counted_samples(row: Row) -> list[float]:
 
 
 def name_of(row: Row) -> str:
-    """How a reader knows an engine: `onnx int8`, `torch.compile`, `triton onnx`."""
+    """The displayed name of an engine: `onnx int8`, `torch.compile`, `triton onnx`."""
     parts = [row["engine"]]
     if row["engine"] == "triton":
         parts.append(row["target"])
@@ -122,15 +140,15 @@ def name_of(row: Row) -> str:
 
 
 def device_of(row: Row) -> str:
-    """Where a row was measured; before rows told it, all were measured on a CPU."""
+    """The device of a row; rows of older files have none, and all were measured on a CPU."""
     return str(row.get("device", "cpu"))
 
 
 def sizes_text(row: Row) -> str:
-    """`batch=8 time=30`, and what else sets this row apart within its scenario."""
+    """`batch=8 time=30`, then the load where the scenario has several."""
     parts = [f"{name}={size}" for name, size in row["sizes"].items()]
     if "lanes" in row:
-        parts.append(f"lanes={row['lanes']}")
+        parts.append(f"concurrency={row['lanes']}")
     if "rate_per_s" in row:
         parts.append(f"rate={row['rate_per_s']:.0f}/s")
     return " ".join(parts)
@@ -145,20 +163,67 @@ def eager_row(rows: Sequence[Row], row: Row) -> Row | None:
 
 
 def times_eager(rows: Sequence[Row], row: Row) -> float | None:
-    """How many times as fast as torch eager this row is, or None."""
+    """The speed of this row as a multiple of torch eager's, by the medians; None where either is not known."""
     eager = eager_row(rows, row)
     return eager["p50_s"] / row["p50_s"] if eager and eager["p50_s"] and row.get("p50_s") else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speedup:
+    """The speed of one engine as a multiple of torch eager's, with the bounds of its interval where there are pairs."""
+
+    times: float
+    low: float | None = None
+    high: float | None = None
+    stable: bool
+
+    @property
+    def interval_text(self) -> str:
+        return "-" if self.low is None or self.high is None else f"{self.low:.2f} to {self.high:.2f}"
+
+
+def speedup_of(rows: Sequence[Row], row: Row) -> Speedup | None:
+    """The speedup of a row over torch eager; on a CPU by CPU time, which other processes disturb little, else by p50.
+
+    With FEWEST_RUNS runs or windows that were measured next to each other, it is the median of their ratios.
+    """
+    eager = eager_row(rows, row)
+    on_cpu = device_of(row) == "cpu" and row["cpu_s_per_call"] is not None
+    clock = "cpu_s_per_call" if on_cpu else "p50_s"
+    if eager is None or not eager.get(clock) or not row.get(clock):
+        return None
+    stable = eager.get("stable", True) and row.get("stable", True)
+    pairs = _pairs(eager, row, "cpu" if on_cpu else "wall")
+    if len(pairs) < FEWEST_RUNS or eager is row:
+        return Speedup(times=eager[clock] / row[clock], stable=stable)
+    times, low, high = paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
+    return Speedup(times=times, low=low, high=high, stable=stable)
+
+
+def _pairs(eager: Row, row: Row, clock: str) -> list[tuple[float, float]]:
+    """(seconds of eager, seconds of the row) of each run, or of each counted window where there is one run."""
+    of_run, of_window = _CLOCKS[clock]
+    runs = [each.get(of_run, []) for each in (eager, row)]
+    if max(map(len, runs)) > 1:
+        return [(a, b) for a, b in zip(*runs, strict=False) if a and b]
+    windows = [zip(each.get(of_window, []), each.get("counted", []), strict=False) for each in (eager, row)]
+    return [(a, b) for (a, kept_a), (b, kept_b) in zip(*windows, strict=False) if kept_a and kept_b and a and b]
+
+
+def failed_artifacts(rows: Sequence[Row]) -> list[Row]:
+    """The failed rows of artifacts of ours; a failed comparison is none of them."""
+    return [row for row in rows if "failed" in row and row["engine"] not in COMPARISONS]
+
+
 def row_table(rows: Sequence[Row]) -> str:
-    """The rows as text, each with its median as a multiple of torch eager's speed in the same run."""
+    """The rows as text, each with its speed as a multiple of torch eager's in the same run."""
     return table(*table_of(rows, COLUMNS))
 
 
 def table_of(rows: Sequence[Row], columns: Iterable[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and a line for each row. What no row has to tell, of a GPU above all, has no column."""
+    """Header and a line for each row. A column of OPTIONAL in which every row has the default is left out."""
     lines = [{name: COLUMNS[name](rows, row) for name in HEAD} | _figures(rows, row) for row in rows]
-    header = [name for name in columns if name not in SELDOM or any(line[name] != SELDOM[name] for line in lines)]
+    header = [name for name in columns if name not in OPTIONAL or any(line[name] != OPTIONAL[name] for line in lines)]
     return header, [[line[name] for name in header] for line in lines]
 
 
@@ -170,21 +235,21 @@ def _figures(rows: Sequence[Row], row: Row) -> dict[str, str]:
 
 
 def note_of(row: Row) -> str:
-    """What a reader must know beside the figures."""
+    """Whether the row was stable, is a knee, or had refusals, and its goodput."""
     notes = [] if row["stable"] else ["unstable"]
     if row.get("knee"):
         notes.append("knee")
     if row.get("refused_share"):
         notes.append(f"{row['refused_share']:.1%} refused")
     if "goodput_per_s" in row:
-        bound = f"{row['bound_s'] * 1e3:g} ms"
-        notes.append(f"{row['goodput_per_s']:.1f}/s within {bound}, {row['late_share']:.1%} sent late")
+        slo = f"{row['bound_s'] * 1e3:g} ms"
+        notes.append(f"{row['goodput_per_s']:.1f}/s within {slo}, {row['late_share']:.1%} sent late")
     return ", ".join(notes)
 
 
-def milliseconds(seconds: float | None) -> str:
-    """Seconds as milliseconds with three digits; a dash where it is not known."""
-    return number(None if seconds is None else seconds * 1e3, 3)
+def milliseconds(seconds: float | None, digits: int = 3) -> str:
+    """Seconds as milliseconds with so many decimals; a dash for None."""
+    return number(None if seconds is None else seconds * 1e3, digits)
 
 
 def megabytes(size: float | None) -> float | None:
@@ -193,7 +258,7 @@ def megabytes(size: float | None) -> float | None:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number as text with so many digits; a dash where it is not known."""
+    """A number as text with so many decimals; a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -201,7 +266,7 @@ def _percentile_ms(p: int) -> Callable[[Sequence[Row], Row], str]:
     return lambda rows, row: milliseconds(row[f"p{p}_s"])
 
 
-# The columns of a table: what each says of a row among rows.
+# The columns of a table: the text of each for a row among rows.
 COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
     "model": lambda rows, row: row["model"],
     "scenario": lambda rows, row: row["scenario"],
@@ -219,10 +284,10 @@ COLUMNS: Mapping[str, Callable[[Sequence[Row], Row], str]] = {
     "agreement": lambda rows, row: number(row["agreement"], 3),
     "note": lambda rows, row: note_of(row),
 }
-HEAD = ("model", "scenario", "sizes", "engine", "device")  # what is known of a row that failed as well
-SELDOM = {"device": "cpu", "device ms": "-", "GPU MB": "-"}  # columns that are left out where every row says this
+HEAD = ("model", "scenario", "sizes", "engine", "device")  # columns that a failed row has as well
+OPTIONAL = {"device": "cpu", "device ms": "-", "GPU MB": "-"}  # columns with their default
 
 
 def run_medians(row: Row, clock: str) -> np.ndarray:
-    """One figure a run, float64 [runs]: the median latency, or with clock `cpu` the CPU time of a call, in seconds."""
-    return np.asarray(row["run_medians_s" if clock == "wall" else "run_cpu_s_per_call"], float)
+    """One figure of each run, float64 [runs]: the median latency, or with clock `cpu` the CPU seconds of a call."""
+    return np.asarray(row[_CLOCKS[clock][0]], float)

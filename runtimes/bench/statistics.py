@@ -1,4 +1,4 @@
-"""What may be said of noisy times: percentiles that n allows, steadiness, intervals, noise floors, knees."""
+"""Statistics of noisy times: percentiles with enough samples, steadiness, intervals, noise floors, knees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FEWEST_RUNS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How much slower NEW is than BASE, as a share of BASE: estimate, interval, and what A/A shows by itself."""
+    """How much slower NEW is than BASE, as a share of BASE: estimate, interval, and the noise floor of an A/A test."""
 
     slower: float
     low: float
@@ -34,7 +34,7 @@ class Difference:
 
 
 def percentile(samples_s: Sequence[float], p: int) -> float | None:
-    """The p-th percentile of pooled raw samples, or None where there are too few to speak of it."""
+    """The p-th percentile of pooled raw samples, or None where there are fewer than SAMPLES_FOR."""
     return float(np.percentile(samples_s, p)) if len(samples_s) >= SAMPLES_FOR[p] else None
 
 
@@ -51,9 +51,9 @@ def bootstrap_medians(values: np.ndarray, rng: np.random.Generator, resamples: i
 def paired_difference(base: ArrayLike, again: ArrayLike, new: ArrayLike, confidence: float = CONFIDENCE) -> Difference:
     """NEW against BASE from rounds in which BASE ran twice, under the same conditions: one median a run.
 
-    Per round, log(new) less the mean log of both runs of BASE: what drifts over the rounds cancels. The floor is the
-    same for BASE against itself: the FLOOR_CONFIDENCE quantile of |median| over random signs of log(base / again),
-    whose signs mean nothing. ValueError for fewer than FEWEST_RUNS rounds.
+    Per round, log(new) less the mean log of both runs of BASE: drift over the rounds cancels. The floor is the same
+    for BASE against itself: the FLOOR_CONFIDENCE quantile of |median| over random signs of log(base / again), whose
+    signs carry no information. ValueError for fewer than FEWEST_RUNS rounds.
     """
     base_log, again_log, new_log = (np.log(np.asarray(each, float)) for each in (base, again, new))
     if len(base_log) < FEWEST_RUNS:
@@ -69,8 +69,9 @@ def paired_difference(base: ArrayLike, again: ArrayLike, new: ArrayLike, confide
 def unpaired_difference(base: ArrayLike, new: ArrayLike, confidence: float = CONFIDENCE) -> Difference:
     """NEW against BASE from runs that were measured apart, one median a run.
 
-    The floor is how far apart two random halves of one side's runs are, the worse side counting. What changed between
-    the two measurements is in no floor: measure in turns where you can. ValueError for fewer than FEWEST_RUNS runs.
+    The floor is the distance between two random halves of one side's runs, of the worse side. A change of the machine
+    between the two measurements is in no floor: interleave the runs where possible.
+    ValueError for fewer than FEWEST_RUNS runs.
     """
     sides = [np.log(np.asarray(each, float)) for each in (base, new)]
     if min(map(len, sides)) < FEWEST_RUNS:
@@ -84,10 +85,23 @@ def unpaired_difference(base: ArrayLike, new: ArrayLike, confidence: float = CON
     return _difference(estimate, medians[1] - medians[0], floor, confidence)
 
 
+def paired_ratio(base: ArrayLike, other: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
+    """The median of base / other over pairs measured next to each other, with its bootstrap interval.
+
+    ValueError for fewer than FEWEST_RUNS pairs.
+    """
+    logs = np.log(np.asarray(base, float) / np.asarray(other, float))
+    if len(logs) < FEWEST_RUNS:
+        raise ValueError(f"expected {FEWEST_RUNS} or more pairs, found {len(logs)}")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(bootstrap_medians(logs, np.random.default_rng(0)), (tail, 1 - tail))
+    return tuple(float(np.exp(each)) for each in (np.median(logs), low, high))  # type: ignore[return-value]
+
+
 def knee(points: Sequence[tuple[float, float]]) -> int:
     """The index of the point (throughput, latency) with the most throughput per latency.
 
-    Past it, more in flight wait longer than they win (power, as Kleinrock 1979 defines it).
+    Past it, latency grows faster than throughput (power, as Kleinrock 1979 defines it).
     """
     return int(np.argmax([throughput / latency for throughput, latency in points]))
 
@@ -99,7 +113,7 @@ def _half_differences(logs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _difference(estimate: float, draws: np.ndarray, floor: float, confidence: float) -> Difference:
-    """Logarithms of ratios as shares."""
+    """The difference from logarithms of ratios."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(draws, (tail, 1 - tail))
     slower, low, high, floor = (float(np.expm1(each)) for each in (estimate, low, high, floor))

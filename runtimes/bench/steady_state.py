@@ -1,4 +1,4 @@
-"""From which window on an engine was steady. What lies before is kept, and is in no figure."""
+"""The window from which an engine was steady. Earlier windows are kept, and no figure uses them."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,20 +9,19 @@ import numpy as np
 from runtimes.bench.load import Window
 from runtimes.bench.statistics import SAMPLES_FOR, STEADY_SPREAD, STEADY_WINDOWS, within
 
-PARTS = 3  # of a stretch of arrivals that are compared with each other
+PARTS = 3  # of a sequence of arrival windows; they are compared with each other
 
 
 def steady_from(windows: Sequence[Window]) -> int | None:
     """The first window of the longest steady stretch at the end, or None where there is none.
 
-    Calls that wait for each other: STEADY_WINDOWS or more whose medians, and whose throughputs, all lie within
-    STEADY_SPREAD of each other. Arrivals: `arrivals_steady`, and three quarters of all windows or more, for in fewer a
-    slow drift would not show.
+    In a closed loop: STEADY_WINDOWS or more whose medians, and whose throughputs, all lie within STEADY_SPREAD of each
+    other. For arrivals: `arrivals_steady`, and three quarters of all windows or more, because fewer hide a slow drift.
     """
     if windows and windows[0].rate_per_s:
         least = max(STEADY_WINDOWS, ceil(0.75 * len(windows)))
         return next((i for i in range(len(windows) - least + 1) if arrivals_steady(windows[i:])), None)
-    # A window without an answer has no median, and agrees with none.
+    # A window without an answer has no median, and is in no steady stretch.
     medians = [float(np.median(window.samples_s)) if window.samples_s else 0.0 for window in windows]
     rates = [len(window.samples_s) / window.wall_s for window in windows]
     starts = range(len(windows) - STEADY_WINDOWS + 1)
@@ -30,13 +29,13 @@ def steady_from(windows: Sequence[Window]) -> int | None:
 
 
 def arrivals_steady(windows: Sequence[Window]) -> bool:
-    """Whether the engine keeps up with these arrivals, and is as fast in each third of them as in the others.
+    """Whether the engine keeps up with these arrivals, at the same speed in each third of the windows.
 
-    Neither is judged by how many happened to arrive, nor by how long they queued: both vary by more than STEADY_SPREAD
-    from window to window when the engine does not change at all. It keeps up where, while anything waits, requests are
-    settled as often as they are sent, less STEADY_SPREAD at most. How fast it is, say the calls that found no other
-    before them; where fewer than a median needs did, as with a server that is never idle, the time per request while
-    it was busy.
+    Neither is computed from the number of arrivals, nor from the time in the queue: both vary by more than
+    STEADY_SPREAD from window to window for an engine that does not change at all. The engine keeps up if, while it is
+    busy, it completes requests at the rate of the arrivals, less STEADY_SPREAD at most. Its speed is the median of the
+    calls that began while no other was in progress; where these are too few for a median, as with a server that is
+    never idle, it is the busy time per request.
     """
     if windows[0].rate_per_s * busy_per_request_s(windows) > 1 + STEADY_SPREAD:
         return False
@@ -49,5 +48,5 @@ def arrivals_steady(windows: Sequence[Window]) -> bool:
 
 
 def busy_per_request_s(windows: Sequence[Window]) -> float:
-    """How long the engine had something to do, for each request that it settled by an answer or a refusal."""
+    """Busy time of the engine for each request that it answered or refused."""
     return sum(window.busy_s for window in windows) / sum(len(window.samples_s) + window.refused for window in windows)

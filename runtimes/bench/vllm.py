@@ -24,7 +24,7 @@ from runtimes.artifact import write_json
 from runtimes.errors import EngineError, InputError, require
 from runtimes.host.cli import command, existing_folder, parser, table
 from runtimes.host.memory_sampler import tree
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 from runtimes.vllm.artifact import CHECKPOINT
 from runtimes.vllm.process import VllmModel
 

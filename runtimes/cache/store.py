@@ -1,7 +1,7 @@
-"""What frozen models said, by content: memory over LMDB, so that no text is ever read twice by the same model.
+"""Outputs of frozen models by content: memory over LMDB, so that a model never reads the same text twice.
 
-A store is a folder of shelves, one for each frozen model. A key is the digest of the shelf's identity (the model's
-digest, its tokenizer, its longest input) and the exact text; training and serving therefore find each other's entries.
+A store is a folder of namespaces, one for each frozen model. A key is the digest of the namespace's identity (digest of
+the model, its tokenizer, its longest input) and the exact text, so that training and serving share entries.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class Store:
 
     def __enter__(self) -> "Store":
         if self.folder:
-            lmdb = require("lmdb", extra="strategy")
+            lmdb = require("lmdb", extra="store")
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._environment = lmdb.open(str(self.folder), map_size=MAP_BYTES)
@@ -59,24 +59,24 @@ class Store:
 
     def namespace(self, name: str, identity: Identity) -> "Namespace":
         """The entries of one frozen model; `ArtifactError` if the namespace of this name is another model's."""
-        if self.folder and not self._has_shelf(self.folder / MANIFEST, name, identity):
+        if self.folder and not self._has_namespace(self.folder / MANIFEST, name, identity):
             with self._one_writer():
-                self._add_shelf(self.folder / MANIFEST, name, identity)
+                self._add_namespace(self.folder / MANIFEST, name, identity)
         return Namespace(self, name, identity)
 
     def _one_writer(self) -> AbstractContextManager[Any]:
-        """Inside, no other process or thread that has the folder open adds a shelf or an entry."""
+        """Inside, no other process or thread that has the folder open adds a namespace or an entry."""
         return nullcontext() if self._environment is None else self._environment.begin(write=True)
 
-    def _has_shelf(self, path: Path, name: str, identity: Identity) -> bool:
-        namespaces = _shelves(path)
+    def _has_namespace(self, path: Path, name: str, identity: Identity) -> bool:
+        namespaces = _namespaces(path)
         if name in namespaces:
             _refuse_another(path, name, namespaces[name], identity)
         return name in namespaces
 
-    def _add_shelf(self, path: Path, name: str, identity: Identity) -> None:
-        if not self._has_shelf(path, name, identity):  # another may have been quicker
-            write_json(path, {"format": FORMAT, "shelves": {**_shelves(path), name: dict(identity)}})
+    def _add_namespace(self, path: Path, name: str, identity: Identity) -> None:
+        if not self._has_namespace(path, name, identity):  # another process may have added it
+            write_json(path, {"format": FORMAT, "shelves": {**_namespaces(path), name: dict(identity)}})
 
     def read(self, keys: Sequence[bytes]) -> list[np.ndarray | None]:
         """The entry of each key, or None."""
@@ -93,7 +93,7 @@ class Store:
     def write(self, entries: Mapping[bytes, np.ndarray]) -> None:
         """Keep entries, all or none; `ArtifactError` if the disk refuses."""
         if self._environment is not None:
-            lmdb = require("lmdb", extra="strategy")
+            lmdb = require("lmdb", extra="store")
             try:
                 with self._environment.begin(write=True) as transaction:
                     for key, entry in entries.items():
@@ -129,7 +129,7 @@ class Namespace:
         return hashlib.sha256(self._prefix + text.encode()).digest()
 
     def get(self, texts: Sequence[str]) -> list[np.ndarray | None]:
-        """What the model said to each text, or None where it was not asked yet."""
+        """The output of the model for each text, or None where it is not stored."""
         return self.store.read([self.key(text) for text in texts])
 
     def put(self, texts: Sequence[str], entries: Sequence[np.ndarray]) -> None:
@@ -140,23 +140,26 @@ class Namespace:
         distinct = list(dict.fromkeys(texts))
         return [text for text, entry in zip(distinct, self.get(distinct), strict=True) if entry is None]
 
-    def complete(self, texts: Sequence[str], ask: Callable[[Sequence[str]], Sequence[np.ndarray]]) -> list[np.ndarray]:
-        """What the model said to each text; `ask` is called once, with the distinct texts that are missing."""
+    def complete(
+        self, texts: Sequence[str], compute: Callable[[Sequence[str]], Sequence[np.ndarray]]
+    ) -> list[np.ndarray]:
+        """The output of the model for each text; `compute` is called once, with the distinct texts that are missing."""
         found = self.get(texts)
         if any(entry is None for entry in found):
             absent = list(dict.fromkeys(text for text, entry in zip(texts, found, strict=True) if entry is None))
-            answers = dict(zip(absent, ask(absent), strict=True))
+            answers = dict(zip(absent, compute(absent), strict=True))
             self.put(absent, list(answers.values()))
             return [answers[text] if entry is None else entry for text, entry in zip(texts, found, strict=True)]
         return [entry for entry in found if entry is not None]
 
     def require(self, texts: Sequence[str], remedy: str) -> list[np.ndarray]:
-        """What the model said to each text; `ArtifactError` with `remedy` if it was not asked all of them."""
+        """The output of the model for each text; `ArtifactError` with `remedy` if some are not stored."""
         found = [entry for entry in self.get(texts) if entry is not None]
         if len(found) != len(texts):
             place = self.store.folder or "memory"
             raise ArtifactError(
-                f"store {place}, shelf {self.name}: expected {len(texts)} texts, found {len(found)} of them; {remedy}"
+                f"store {place}, namespace {self.name}: expected {len(texts)} texts, found {len(found)} of them; "
+                f"{remedy}"
             )
         return found
 
@@ -174,8 +177,8 @@ def buckets(texts: Sequence[T], lengths: Sequence[int], padded_size: int) -> Ite
         start += rows
 
 
-def _shelves(path: Path) -> dict[str, Any]:
-    """The identities of the shelves by name; `ArtifactError` for another format."""
+def _namespaces(path: Path) -> dict[str, Any]:
+    """The identities of the namespaces by name; `ArtifactError` for another format."""
     known: dict[str, Any] = read_json(path) if path.is_file() else {"format": FORMAT, "shelves": {}}
     if known.get("format") != FORMAT:
         raise ArtifactError(f"{path}: expected format {FORMAT}; precompute into another folder")
@@ -187,8 +190,8 @@ def _refuse_another(path: Path, name: str, found: Identity, identity: Identity) 
     for key in sorted(found.keys() | identity.keys()):
         if found.get(key) != identity.get(key):
             raise ArtifactError(
-                f"{path}: shelf '{name}' holds another model's entries: expected {key} {str(identity.get(key))[:16]}, "
-                f"found {str(found.get(key))[:16]}; give another folder"
+                f"{path}: namespace '{name}' holds another model's entries: expected {key} "
+                f"{str(identity.get(key))[:16]}, found {str(found.get(key))[:16]}; give another folder"
             )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import EngineError, one_line, require
-from runtimes.runtime import CarriedStream, Runtime
+from runtimes.runtime import Backend, CarriedStream, Runtime
 from runtimes.tensors import Tensors
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -19,12 +19,14 @@ class OnnxRuntime(Runtime):
     """Runs `model.onnx` at ONNX Runtime's highest optimisation level."""
 
     engine = "onnxruntime"
+    served_by = "triton"
+    backend = Backend(proxy="engine")
     session: Any = None
 
     def open(self) -> None:
         ort = require("onnxruntime", extra="onnx")
         self.refuse_device()
-        if self.device == "cuda":  # finds CUDA also where torch's packages put it; it prints what it misses
+        if self.device == "cuda":  # finds CUDA also in torch's packages; it prints the names of missing libraries
             with redirect_stdout(sys.stderr):
                 ort.preload_dlls()
         options = ort.SessionOptions()
@@ -38,7 +40,7 @@ class OnnxRuntime(Runtime):
             self.session = ort.InferenceSession(self.root / MODEL_FILE, options, providers=[wanted])
         except _ort_errors(ort) as error:
             raise EngineError(f"onnxruntime cannot open {self.root / MODEL_FILE}: {one_line(error)}") from error
-        # Asked for CUDA without a GPU, ONNX Runtime 1.31 says nothing and runs on the CPU.
+        # With CUDA requested and no GPU, ONNX Runtime 1.31 silently runs on the CPU.
         if self.provider != wanted:
             raise EngineError(f"onnxruntime: expected {wanted}, it fell back to {self.provider}; use device cpu")
 
@@ -51,7 +53,7 @@ class OnnxRuntime(Runtime):
         return BoundStream(self, batch) if bound else super().carried(batch)
 
     def guarded(self, act: Callable[[], Any]) -> Any:
-        """What ONNX Runtime answers; `EngineError` if it fails."""
+        """The result of the call; `EngineError` if ONNX Runtime fails."""
         try:
             return act()
         except _ort_errors(require("onnxruntime", extra="onnx")) as error:
@@ -66,9 +68,9 @@ class OnnxRuntime(Runtime):
 
 
 class BoundStream(CarriedStream):
-    """A stream whose arrays stay where they are: ONNX Runtime reads the state from one set and writes it to another.
+    """A stream with fixed arrays: ONNX Runtime reads the state from one set and writes it to another.
 
-    The sets change places at every step. A state that the model may write in place is in both, and so never copied.
+    The sets swap at every step. A state that the model may write in place is in both, and so never copied.
     """
 
     runtime: OnnxRuntime
@@ -77,7 +79,7 @@ class BoundStream(CarriedStream):
         super().__init__(runtime, batch)
         self._sizes: dict[str, int] = {}  # what is bound; nothing yet
         self._inputs: Tensors = {}
-        self._said: Tensors = {}
+        self._visible: Tensors = {}
         self._next: Tensors = {}
         self._bindings: list[Any] = []  # of this step and of the one after it
 
@@ -91,7 +93,7 @@ class BoundStream(CarriedStream):
         self.runtime.guarded(lambda: session.run_with_iobinding(binding))
         self._bindings.reverse()
         self.state, self._next = self._next, self.state
-        return {name: array.copy() for name, array in self._said.items()}
+        return {name: array.copy() for name, array in self._visible.items()}
 
     def reset(self, rows: Iterable[int]) -> None:
         chosen = list(rows)
@@ -105,7 +107,7 @@ class BoundStream(CarriedStream):
     def _bind(self, sizes: dict[str, int]) -> None:
         signature = self.runtime.signature
         self._inputs = {spec.name: spec.zeros(sizes) for spec in signature.free_inputs}
-        self._said = {spec.name: spec.zeros(sizes) for spec in signature.visible_outputs}
+        self._visible = {spec.name: spec.zeros(sizes) for spec in signature.visible_outputs}
         self._next = signature.zero_state(self.batch) | {name: self.state[name] for name in signature.in_place}
         self._bindings = [self._binding(self.state, self._next), self._binding(self._next, self.state)]
         self._sizes = sizes
@@ -115,7 +117,7 @@ class BoundStream(CarriedStream):
         results = {result: after[source] for source, result in self.runtime.signature.state}
         for arrays, bind in (
             (self._inputs | before, binding.bind_input),
-            (self._said | results, binding.bind_output),
+            (self._visible | results, binding.bind_output),
         ):
             for name, array in arrays.items():
                 bind(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -1,6 +1,6 @@
-"""An encoder as optimum-onnx exports and runs it: a peer to be measured beside, made by `make peer-optimum`.
+"""An encoder as optimum-onnx exports and runs it: a peer of the measurements, installed by `make peer-optimum`.
 
-Its pins exclude the project's, so it lives in an environment of its own.
+Its pins exclude the project's, so that it has an environment of its own.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ PROVIDER = "CPUExecutionProvider"
 
 
 class OptimumRuntime(Runtime):
-    """Runs ORTModelForFeatureExtraction on token ids and pools its states as the artifact's config says."""
+    """Runs ORTModelForFeatureExtraction on token ids and pools its states by `pooling` of the artifact's config."""
 
     engine = "optimum"
     devices = ("cpu",)

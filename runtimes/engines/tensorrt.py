@@ -23,15 +23,16 @@ class TensorRT(Runtime):
     """Runs `model.plan` on one CUDA stream; host arrays are copied in and out."""
 
     engine = "tensorrt"
+    served_by = "triton"
     devices = ("cuda",)
     context: Any = None
     stream_handle: Any = None
-    turn: Lock
+    lock: Lock
 
     def open(self) -> None:
         self.refuse_device()
         if gpu() is None:  # creating a Runtime without a GPU is a segmentation fault in TensorRT 11.4
-            raise EngineError(f"{self.artifact.name}: expected an NVIDIA GPU, found none; run it where there is one")
+            raise EngineError(f"{self.artifact.name}: expected an NVIDIA GPU, found none; run it on a machine with one")
         builder = self.artifact.built_with["builder"]
         trt = require(builder, extra="tensorrt-rtx" if builder == RTX else "tensorrt")
         self.cuda = require("cuda.bindings.runtime", extra="tensorrt")
@@ -44,10 +45,10 @@ class TensorRT(Runtime):
         self.context = engine.create_execution_context()
         self.stream_handle = self._call(self.cuda.cudaStreamCreate())
         self.buffers: dict[str, tuple[int, int]] = {}
-        self.turn = Lock()
+        self.lock = Lock()
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        with self.turn:  # the context, its stream and its buffers are one set, whichever thread calls
+        with self.lock:  # the context, its stream and its buffers are one set, whichever thread calls
             return self._infer(inputs)
 
     def _infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
@@ -60,7 +61,7 @@ class TensorRT(Runtime):
             self.context.set_input_shape(tensor.name, array.shape)
         outputs = {tensor.name: self._output(tensor) for tensor in self.signature.outputs}
         if not self.context.execute_async_v3(self.stream_handle):
-            raise EngineError(f"{self.artifact.name}: TensorRT could not run; its log above says why")
+            raise EngineError(f"{self.artifact.name}: TensorRT could not run; its log above has the reason")
         for name, array in outputs.items():
             self._copy(array.ctypes.data, self.buffers[name][0], array.nbytes, to_host)
         self._call(self.cuda.cudaStreamSynchronize(self.stream_handle))
@@ -88,7 +89,7 @@ class TensorRT(Runtime):
         return array
 
     def _buffer(self, name: str, size: int) -> int:
-        """The address of this tensor's device memory, grown to `size` bytes and made known to the context."""
+        """The address of this tensor's device memory, grown to `size` bytes and registered with the context."""
         address, capacity = self.buffers.get(name, (0, 0))
         if capacity < size:
             if address:
@@ -104,7 +105,7 @@ class TensorRT(Runtime):
     def _call(self, result: tuple[Any, ...]) -> Any:
         status, *values = result
         if int(status) != 0:
-            raise EngineError(f"{self.artifact.name}: CUDA said {status}")
+            raise EngineError(f"{self.artifact.name}: expected success of a CUDA call, found status {status}")
         return values[0] if values else None
 
 

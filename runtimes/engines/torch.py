@@ -1,6 +1,6 @@
-"""Exported programs of torch, eager or compiled, on CPU or CUDA: what the other engines are measured against."""
+"""Exported programs of torch, eager or compiled, on CPU or CUDA: the baseline of the other engines."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,21 +8,19 @@ import numpy as np
 
 from runtimes import torch_program
 from runtimes.artifact import Artifact
-from runtimes.errors import EngineError, InputError, require
-from runtimes.pipelines.hallucination.decoding import Generated, Generator, Head
+from runtimes.errors import EngineError, require
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 
 PROGRAM_FILE = "program.pt2"
 STEP_FILE = "step.pt2"
-GENERATES = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
 SIZES_COMPILED = 64
 
 
 class Torch(Runtime):
     """Runs `program.pt2`, and `step.pt2` instead where there is one and the time axis is 1.
 
-    `compiled` puts torch.compile before it, with static shapes: the best that torch does.
+    `compiled` uses torch.compile with static shapes, the fastest mode of torch.
     """
 
     engine = "torch"
@@ -47,32 +45,18 @@ class Torch(Runtime):
         torch = require("torch", extra="export")
         self.refuse_device(torch.cuda.is_available())
         torch.set_num_threads(self.threads)
-        if (
-            self.compiled
-        ):  # each size is compiled by itself; past this limit, 8 by default, dynamo says nothing and stops
+        if self.compiled:  # each size is compiled separately; past the limit, by default 8, dynamo stops silently
             torch._dynamo.config.recompile_limit = SIZES_COMPILED
         self._run = self._load(PROGRAM_FILE)
         self._step = self._load(STEP_FILE) if (self.root / STEP_FILE).is_file() else None
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         torch = require("torch", extra="export")
-        outputs = self._call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
+        outputs = self.call({name: torch.from_numpy(array).to(self.device) for name, array in inputs.items()})
         return {name: value.cpu().numpy() for name, value in outputs.items()}
 
-    def generate(self, ids: Sequence[int], prompt: tuple[int, int], **options: Any) -> Generated:
-        """What follows these tokens, each scored; `Generator.generate` names the options, of which AARF is one.
-
-        `InputError` if the artifact does not generate. Keys and values stay on the device from token to token.
-        """
-        if not {tensor.name for tensor in self.signature.inputs} >= GENERATES:
-            raise InputError(f"expected an artifact that generates (hallucination_aarf), found {self.artifact.name}")
-        heads: list[Head] = sorted(_pair(text) for text in set(self.artifact.config["heads"].split()))
-        layers = sorted(map(int, set(self.artifact.config["layers"].split())))
-        generator = Generator(step=self._call, signature=self.signature, heads=heads, layers=layers, device=self.device)
-        return generator.generate(ids, prompt, **options)
-
-    def _call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Outputs for tensors that lie on the device."""
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs for inputs that are tensors of torch on `device`; they stay there, and nothing is checked."""
         import torch
 
         assert self._run is not None, "run() outside of the with block"
@@ -98,7 +82,7 @@ class Torch(Runtime):
         )
 
     def _check_compiled(self, torch: Any) -> None:
-        """`EngineError` where torch.compile gave up without a word and the program runs as it did before."""
+        """`EngineError` where torch.compile gave up silently, so that the program runs eagerly."""
         frames = torch._dynamo.utils.counters["frames"]
         if not frames["ok"]:
             raise EngineError(
@@ -118,11 +102,6 @@ class Torch(Runtime):
         weights = [held[spec.target] for spec in program.graph_signature.input_specs if spec.target is not None]
         graph = torch.compile(program.graph_module, dynamic=False) if self.compiled else program.graph_module
         return lambda *inputs: graph(*weights, *inputs)
-
-
-def _pair(text: str) -> Head:
-    layer, _, head = text.partition(".")
-    return int(layer), int(head)
 
 
 RUNTIME = Torch

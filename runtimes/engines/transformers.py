@@ -1,6 +1,6 @@
 """Hugging Face's transformers on the checkpoint of an artifact for vLLM, where vLLM itself cannot run.
 
-Quantized weights are taken as the numbers they stand for, in float32; activations are not rounded here.
+Quantized weights are dequantized to float32; activations are not rounded.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ MODULES = "modules.json"
 
 
 class TransformersRuntime(Runtime):
-    """The decoder of `checkpoint/`, and what modules.json puts behind it."""
+    """The decoder of `checkpoint/`, and the modules of modules.json after it."""
 
     engine = "transformers"
 
@@ -50,7 +50,7 @@ class TransformersRuntime(Runtime):
         self._head = EmbeddingHead(folder) if embeds else None
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        """Row by row, without padding: what a row says does not depend on the others."""
+        """Row by row, without padding: the output of a row does not depend on the others."""
         import torch
 
         ids, mask = (torch.from_numpy(inputs[name]).to(self.device) for name in ("input_ids", "attention_mask"))
@@ -85,7 +85,7 @@ def score(logits_TV: "torch.Tensor", ids_T: "torch.Tensor") -> tuple["torch.Tens
 
 
 class EmbeddingHead:
-    """What stands behind a decoder in the layout of sentence-transformers: pooling, projection, unit length."""
+    """The modules after a decoder in the layout of sentence-transformers: pooling, projection, unit length."""
 
     def __init__(self, folder: Path) -> None:
         kinds = {module["type"].rpartition(".")[2]: folder / module["path"] for module in read_json(folder / MODULES)}

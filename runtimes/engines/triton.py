@@ -1,4 +1,4 @@
-"""A model behind a Triton server, over gRPC or HTTP: what a client of the deployment gets."""
+"""A model on a Triton server over gRPC or HTTP, as a client of the deployment uses it."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -9,15 +9,15 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError, SlipwayError
-from runtimes.runtime import Runtime, Stream
+from runtimes.runtime import Stream
 from runtimes.tensors import Signature, Tensors, TensorSpec
-from runtimes.triton.client import CLIENTS, Answer, TritonClient, new_sequence
+from runtimes.triton.client import Answer, new_sequence
+from runtimes.triton.remote import RemoteModel
 
-DEFAULT_URLS = {"grpc": "127.0.0.1:8001", "http": "127.0.0.1:8000"}
 TYPES = {"float32": "FP32", "float16": "FP16", "int64": "INT64", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}
 
 
-class TritonRuntime(Runtime):
+class TritonRuntime(RemoteModel):
     """Runs requests on the server at `url` ("host:port"), which keeps a recurrent state: no tensor here carries it.
 
     `signature` is the artifact's without state. For a recurrent model `run` makes every row a sequence of one request,
@@ -25,47 +25,25 @@ class TritonRuntime(Runtime):
     """
 
     engine = "triton"
-    remote = True
 
-    def __init__(
-        self,
-        root: Path,
-        artifact: Artifact,
-        *,
-        url: str | None = None,
-        protocol: str = "grpc",
-        model: str | None = None,
-        timeout_s: float = 60.0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, root: Path, artifact: Artifact, **options: Any) -> None:
         super().__init__(root, artifact, **options)
-        if protocol not in CLIENTS:
-            raise InputError(f"expected a protocol of {', '.join(CLIENTS)}; found '{protocol}'")
-        self.url = url or DEFAULT_URLS[protocol]
-        self.protocol = protocol
-        self.model = model or artifact.name
-        self.timeout_s = timeout_s
         self.recurrent = bool(artifact.signature.state)
         self.signature = Signature(
             inputs=artifact.signature.free_inputs,
             outputs=artifact.signature.visible_outputs,
             axes=artifact.signature.axes,
         )
-        self._client: TritonClient | None = None
-        self._provider = "not open"
 
-    def open(self) -> None:
-        self._client = CLIENTS[self.protocol](self.url, self.timeout_s)
-        metadata = self._client.metadata(self.model)
-        for what in ("inputs", "outputs"):
-            expected = {spec.name: described(spec) for spec in getattr(self.signature, what)}
-            found = {each["name"]: (each["datatype"], *map(int, each["shape"])) for each in metadata[what]}
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        for kind in ("inputs", "outputs"):
+            expected = {spec.name: described(spec) for spec in getattr(self.signature, kind)}
+            found = {each["name"]: (each["datatype"], *map(int, each["shape"])) for each in metadata[kind]}
             if expected != found:
                 raise EngineError(
-                    f"{self.model} at {self.url}: expected {what} {expected}, found {found}; "
+                    f"{self.model} at {self.url}: expected {kind} {expected}, found {found}; "
                     "publish the artifact there, or name its model"
                 )
-        self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         given = {source for source, _ in self.artifact.signature.state} & inputs.keys()
@@ -84,9 +62,9 @@ class TritonRuntime(Runtime):
         return joined([self.send(row, alone=alone, sequence_id=new_sequence(), **whole) for row in separate])
 
     def repeated(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], Tensors]:
-        """As the base class says; a request that starts no sequence is checked and built once.
+        """As in the base class; a request that starts no sequence is checked and built once.
 
-        What comes back is not held against the signature again: `open` has compared that with the server's.
+        Answers are not compared with the signature: `open` has compared it with the server's.
         """
         if self.recurrent:
             return super().repeated(inputs)
@@ -97,28 +75,17 @@ class TritonRuntime(Runtime):
         return SequenceStream(self, batch) if self.recurrent else super().stream(batch)
 
     def send(self, inputs: Mapping[str, np.ndarray], *, alone: bool = False, **sequence: Any) -> Answer:
-        """A call that waits for the visible outputs of a request that is on its way, or sends it if it is `alone`."""
-        if self._client is None:
-            raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
-        # One number per row travels as [batch, 1]: Triton has no tensor without dims.
+        """A call that waits for the visible outputs of a sent request, or sends it if it is `alone`."""
+        # One number per row is sent as [batch, 1]: Triton has no tensor without dims.
         wide = {name: array[:, None] if array.ndim == 1 else array for name, array in inputs.items()}
         specs = self.signature.outputs
-        wait = self._client.send(self.model, wide, [spec.name for spec in specs], alone=alone, **sequence)
+        wait = self.client.send(self.model, wide, [spec.name for spec in specs], alone=alone, **sequence)
 
         def answer() -> Tensors:
             outputs = wait()
             return {spec.name: narrowed(outputs[spec.name], spec) for spec in specs}
 
         return answer
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._client = None
-
-    @property
-    def provider(self) -> str:
-        return self._provider
 
 
 class SequenceStream(Stream):
@@ -145,7 +112,7 @@ class SequenceStream(Stream):
         self.starting.update(self.sequences[row] for row in rows)
 
     def close(self) -> None:
-        # Only a request can end a sequence, so the last one is sent again. What the server has forgotten is ended.
+        # Only a request can end a sequence, so the last one is sent again. A dropped sequence has ended.
         with suppress(SlipwayError):
             if self.last:
                 self._send(self.last, sequence_end=True)
@@ -168,18 +135,18 @@ def rows(inputs: Mapping[str, np.ndarray]) -> Iterator[Tensors]:
 
 
 def joined(answers: Sequence[Answer]) -> Tensors:
-    """The rows that are on their way, as one batch."""
+    """The answers of rows that were sent, as one batch."""
     arrived = [answer() for answer in answers]
     return {name: np.concatenate([row[name] for row in arrived]) for name in arrived[0]}
 
 
 def narrowed(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
-    """A number per row as the signature has it, [batch]; it travelled as [batch, 1]."""
+    """A number per row as in the signature, [batch]; it was sent as [batch, 1]."""
     return array[:, 0] if len(spec.shape) == 1 else array
 
 
 def described(spec: TensorSpec) -> tuple[str | int, ...]:
-    """The datatype and shape that Triton's metadata should give for a tensor."""
+    """The datatype and shape of a tensor in Triton's metadata."""
     dims = [size if isinstance(size, int) else -1 for size in spec.shape[1:]] or [1]
     return (TYPES[spec.dtype], -1, *dims)
 

@@ -1,4 +1,4 @@
-"""A language model behind a Triton server, ours or NVIDIA's, whose vllm backend speaks in texts."""
+"""A language model on a Triton server, ours or NVIDIA's, whose vllm backend takes and returns texts."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,81 +9,52 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.errors import EngineError, InputError
-from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
-from runtimes.triton.client import GrpcClient, TritonClient
+from runtimes.triton.remote import RemoteModel
 from runtimes.vllm.artifact import real_rows, task_of
 from runtimes.vllm.client import Completion, Prompt
 
-DEFAULT_URL = "127.0.0.1:8001"
 EXPECTED = {"inputs": {"text_input", "stream", "sampling_parameters"}, "outputs": {"text_output"}}
 
 
-class TritonVllmRuntime(Runtime):
-    """Asks the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
+class TritonVllmRuntime(RemoteModel):
+    """Sends requests to the entry of an artifact for vLLM on the gRPC server at `url` ("host:port")."""
 
     engine = "triton_vllm"
-    remote = True
+    protocols = ("grpc",)  # answers arrive as a stream
 
-    def __init__(
-        self,
-        root: Path,
-        artifact: Artifact,
-        *,
-        url: str | None = None,
-        model: str | None = None,
-        timeout_s: float = 60.0,
-        **options: Any,
-    ) -> None:
+    def __init__(self, root: Path, artifact: Artifact, **options: Any) -> None:
         super().__init__(root, artifact, **options)
         self.task = task_of(artifact)
-        self.url = url or DEFAULT_URL
-        self.model = model or artifact.name
-        self.timeout_s = timeout_s
-        self._client: TritonClient | None = None
-        self._provider = "not open"
 
-    def open(self) -> None:
-        self._client = GrpcClient(self.url, self.timeout_s)
-        metadata = self._client.metadata(self.model)
-        for what, expected in EXPECTED.items():
-            found = {tensor["name"] for tensor in metadata[what]}
+    def check_metadata(self, metadata: Mapping[str, Any]) -> None:
+        for kind, expected in EXPECTED.items():
+            found = {tensor["name"] for tensor in metadata[kind]}
             if not expected <= found:
                 raise EngineError(
-                    f"{self.model} at {self.url}: expected {what} {', '.join(sorted(expected))} of Triton's vllm "
+                    f"{self.model} at {self.url}: expected {kind} {', '.join(sorted(expected))} of Triton's vllm "
                     f"backend, found {', '.join(sorted(found)) or 'none'}"
                 )
-        self._provider = f"triton {self._client.server_version()} {metadata['platform']}"
 
     def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
         if self.task != "embed":
             raise InputError(
                 f"{self.model} at {self.url}: expected a request to generate, found one for scores, which Triton's "
-                "vllm backend does not tell; give max_tokens, or open the artifact itself"
+                "vllm backend does not return; give max_tokens, or open the artifact itself"
             )
         return {self.signature.outputs[0].name: self.embed(real_rows(inputs))}
 
     def complete(self, prompts: Sequence[str], **sampling: Any) -> list[Completion]:
-        """What the model writes after each text; the ids of its tokens are not told."""
-        asked = [list(self._generate(prompt, sampling, stream=False)) for prompt in prompts]
-        return [completion for completions in asked for completion in completions]
+        """The completion of each text, without the ids of its tokens."""
+        return [each for prompt in prompts for each in self._generate(prompt, sampling, stream=False)]
 
     def complete_stream(self, prompt: str, **sampling: Any) -> Iterator[Completion]:
-        """What the model writes after a text, piece by piece."""
+        """The completion of a text, piece by piece."""
         return self._generate(prompt, sampling, stream=True)
 
     def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """The vectors of texts or token ids, float32 [prompts, width]."""
         return np.array([self._embed(prompt) for prompt in prompts], np.float32)
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-        self._client = None
-
-    @property
-    def provider(self) -> str:
-        return self._provider
 
     def _generate(self, prompt: str, sampling: Mapping[str, Any], *, stream: bool) -> Iterator[Completion]:
         inputs = {
@@ -99,15 +70,13 @@ class TritonVllmRuntime(Runtime):
                 yield Completion(text=written.decode(), token_ids=(), finish_reason=finished)
 
     def _embed(self, prompt: Prompt) -> list[float]:
-        asked = {"input": prompt if isinstance(prompt, str) else list(map(int, prompt))}
-        (response,) = self._responses({"text_input": text(""), "embedding_request": text(json.dumps(asked))})
+        request = {"input": prompt if isinstance(prompt, str) else list(map(int, prompt))}
+        (response,) = self._responses({"text_input": text(""), "embedding_request": text(json.dumps(request))})
         vector: list[float] = json.loads(response["text_output"].item())
         return vector
 
     def _responses(self, inputs: Tensors) -> Iterator[Tensors]:
-        if self._client is None:
-            raise EngineError(f"{self.model}: expected an open runtime, found a closed one; enter it first")
-        return self._client.stream(self.model, inputs)
+        return self.client.stream(self.model, inputs)
 
 
 def text(value: str) -> np.ndarray:

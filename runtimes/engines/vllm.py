@@ -8,7 +8,7 @@ import numpy as np
 
 from runtimes.artifact import Artifact, read_json
 from runtimes.errors import ArtifactError, EngineError, InputError
-from runtimes.runtime import Runtime
+from runtimes.runtime import Backend, Runtime
 from runtimes.tensors import Tensors
 from runtimes.vllm.artifact import (
     CHECKPOINT,
@@ -27,12 +27,15 @@ PACKED = "pack-quantized"  # compressed-tensors' format of weights of 4 and 8 bi
 
 
 class VllmRuntime(Runtime):
-    """Runs `checkpoint/` with the arguments of `model.json`; what `run` takes and gives, runtimes.vllm.artifact says.
+    """Runs `checkpoint/` with the arguments of `model.json`; runtimes.vllm.artifact has the inputs and outputs.
 
     `port`, `log` and `start_timeout_s` are the server's; see `VllmServer`.
     """
 
     engine = "vllm"
+    served_by = "triton_vllm"
+    # It takes a minute to start and some seconds to stop.
+    backend = Backend(proxy="vllm", completes_config=True, start_timeout_s=600.0, exit_timeout_s=12)
     remote = True
 
     def __init__(self, root: Path, artifact: Artifact, *, device: str = "cpu", threads: int = 1, **server: Any) -> None:
@@ -67,17 +70,17 @@ class VllmRuntime(Runtime):
         return outputs
 
     def complete(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
-        """What the model writes after each prompt; `sampling` is what OpenAI's API takes."""
+        """The completion of each prompt; `sampling` has the parameters of OpenAI's API."""
         return self._generating().complete(prompts, **sampling)
 
     def complete_stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Completion]:
-        """What the model writes after a prompt, piece by piece."""
+        """The completion of a prompt, piece by piece."""
         return self._generating().stream(prompt, **sampling)
 
     def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """The vectors of texts or token ids, float32 [prompts, width]."""
         if self.task != "embed":
-            raise InputError(f"{self.artifact.name}: expected a model that embeds, found one to {self.task}")
+            raise InputError(f"{self.artifact.name}: expected a model that embeds, found one of task {self.task}")
         return self.model.embed(prompts)
 
     def metrics(self) -> dict[str, float]:
@@ -101,18 +104,18 @@ class VllmRuntime(Runtime):
 
     def _generating(self) -> VllmModel:
         if self.task != "generate":
-            raise InputError(f"{self.artifact.name}: expected a model that generates, found one to {self.task}")
+            raise InputError(f"{self.artifact.name}: expected a model that generates, found one of task {self.task}")
         return self.model
 
     def _arguments(self) -> dict[str, Any]:
-        """The engine's arguments; an error in one line for what vLLM would refuse late or run as something else."""
+        """The engine's arguments; an error in one line for values that vLLM would refuse late or replace."""
         arguments, quantized = engine_arguments(self.root), self._quantization()
         dtype, source = arguments.get("dtype", "auto"), self.root / ENGINE_FILE
         if quantized.get("format") == PACKED and dtype == "float32":
             raise EngineError(f"{source}: expected dtype bfloat16 or float16 for packed weights, found {dtype}")
         if not quantized and dtype == "auto" and self._config().get("dtype") == "float32":
             raise ArtifactError(f"{source}: expected a dtype, found auto: vLLM would run float32 weights in bfloat16")
-        longest = self.signature.axis("tokens").max + (self.task == "generate")  # a score is read off one more token
+        longest = self.signature.axis("tokens").max + (self.task == "generate")  # a score needs one more token
         if arguments.get("max_model_len", longest) < longest:
             raise ArtifactError(
                 f"{source}: expected max_model_len of {longest} or more, found {arguments['max_model_len']}"
@@ -130,7 +133,7 @@ class VllmRuntime(Runtime):
 
 
 def refuse_fallback(name: str, expected: Mapping[str, str], reported: Reported) -> None:
-    """`EngineError` if vLLM runs something else than was asked for, which it does without a word."""
+    """`EngineError` if vLLM silently runs something else than requested."""
     for what, wanted in expected.items():
         found = getattr(reported, what)
         if wanted not in (found, "auto"):

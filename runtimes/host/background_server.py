@@ -1,4 +1,4 @@
-"""A server in the background of this program: at a free port, with a log, ready in time, and gone when we are gone."""
+"""A server in the background of this program: at a free port, with a log, and stopped when the program ends."""
 
 import contextlib
 import http.client
@@ -28,14 +28,14 @@ Started = TypeVar("Started", bound="BackgroundServer")
 
 
 class BackgroundServer(ABC):
-    """A context manager: inside it a server is ready; `EngineError` with its own words if it does not get so in time.
+    """A context manager: inside it a server is ready; `EngineError` with a line of its log if it is not ready in time.
 
-    A server writes `launch`, which calls `start`, and `is_ready`. Its output also goes to `log`, a file or a stream.
+    A subclass implements `launch`, which calls `start`, and `is_ready`. Output is copied to `log`, a file or a stream.
     """
 
     name: ClassVar[str]
-    telling: ClassVar[Sequence[str]]  # signs of the line that says why a server did not start, the most telling first
-    hopeless: ClassVar[Sequence[str]] = ()  # signs that it never will, though it runs
+    telling: ClassVar[Sequence[str]]  # parts of log lines with the reason of a failure, the most specific first
+    hopeless: ClassVar[Sequence[str]] = ()  # parts of log lines after which a running server never gets ready
 
     def __init__(self, *, log: Path | IO[bytes] | None, start_timeout_s: float) -> None:
         self.log = log
@@ -55,7 +55,7 @@ class BackgroundServer(ABC):
     @property
     @abstractmethod
     def subject(self) -> str:
-        """What is served, for messages."""
+        """The name of the served folder or model, for messages."""
 
     def __enter__(self: Started) -> Started:
         with contextlib.ExitStack() as if_it_fails:
@@ -69,7 +69,7 @@ class BackgroundServer(ABC):
         self.close()
 
     def close(self) -> None:
-        """Stops the server and waits until nothing is left of it. Closing twice is allowed."""
+        """Stop the server and wait until its processes and files are gone. Closing twice is allowed."""
         if self._guard and self._guard.stdin:
             self._guard.stdin.close()
             self._guard.wait(2 * STOP_TIMEOUT_S)
@@ -101,13 +101,13 @@ class BackgroundServer(ABC):
         return "\n".join(self.log_lines()[-lines:])
 
     def failure(self) -> str:
-        """The line of the log that says why the server failed, or else its last one."""
+        """The line of the log with the reason of the failure, or else its last one."""
         lines = self.log_tail(200).splitlines() or ["nothing"]
         telling = (line for sign in self.telling for line in reversed(lines) if sign in line)
         return " ".join(next(telling, lines[-1]).strip("| ").split())
 
     def make_folder(self) -> Path:
-        """A new folder for the server's files, which goes when the server goes."""
+        """A new folder for the server's files, which is removed with the server."""
         self.folder = Path(tempfile.mkdtemp(prefix=f"slipway-{self.name.lower()}-"))
         return self.folder
 
@@ -120,7 +120,7 @@ class BackgroundServer(ABC):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the program that started the server
+            start_new_session=True,  # Ctrl-C reaches only the program that started the server
         )
         assert self._guard.stdout
         self._log = ServerLog(self._guard.stdout, self.log)
@@ -129,24 +129,24 @@ class BackgroundServer(ABC):
         end = time.monotonic() + self.start_timeout_s
         while not self.is_ready():
             if not self.running or any(sign in self.log_tail(200) for sign in self.hopeless):
-                raise EngineError(f"expected {self.name} to start on {self.subject}, it says: {self.failure()}")
+                raise EngineError(f"expected {self.name} to start on {self.subject}, found: {self.failure()}")
             if time.monotonic() > end:
                 raise EngineError(
                     f"expected {self.name} to be ready within {self.start_timeout_s:g} s on {self.subject}, "
-                    f"it is not; its last words: {self.failure()}"
+                    f"found it not ready; the log ends: {self.failure()}"
                 )
             time.sleep(0.05)
 
 
-def choose_ports(host: str, wanted: Sequence[int | None]) -> tuple[int, ...]:
-    """The ports wanted, with free ones for None; `InputError` for one that is taken."""
+def choose_ports(host: str, ports: Sequence[int | None]) -> tuple[int, ...]:
+    """The requested ports, with free ones for None; `InputError` for one in use."""
     with contextlib.ExitStack() as held:
-        return tuple(_hold(held, host, port) for port in wanted)
+        return tuple(_hold(held, host, port) for port in ports)
 
 
 def _hold(held: contextlib.ExitStack, host: str, port: int | None) -> int:
     listener = held.enter_context(socket.socket())
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left counts as free
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just released counts as free
     try:
         listener.bind((host, port or 0))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What measured numbers depend on: versions, processors and their clocks, load, the commit."""
+"""The conditions of a measurement: versions, processors and their clocks, load, the commit."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 
 
 def environment(threads: int) -> dict[str, Any]:
-    """Everything, now; `threads` are those that an engine was given."""
+    """All conditions now; `threads` are those of an engine."""
     found, library = gpu(), nvml()
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

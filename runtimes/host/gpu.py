@@ -1,4 +1,4 @@
-"""What NVIDIA GPU this machine has, asked of the driver itself, without CUDA libraries or torch."""
+"""The NVIDIA GPU of this machine by a query of the driver, without CUDA libraries or torch."""
 
 import ctypes
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Gpu:
 
 @cache
 def gpu() -> Gpu | None:
-    """The first GPU that the driver reports, or None. TensorRT 11 crashes when asked without one, so ask here first."""
+    """The first GPU that the driver reports, or None. TensorRT 11 crashes without one: check this first."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""Named machines: what an accelerator there offers, and how a large frozen decoder is held on it."""
+"""Named machines: the memory of their accelerator, and how a large frozen decoder is loaded on it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """One accelerator of a named machine, and the memory on it that a model may have.
+    """One accelerator of a named machine, and the memory on it that a model may use.
 
     `holding` are settings of a decoder's reading: a batch has padded_size // longest of the longest texts.
     """

@@ -22,8 +22,8 @@ GONE = (FileNotFoundError, ProcessLookupError)
 class Peak:
     """The most memory that a process and its descendants held together, in bytes.
 
-    On the GPU it is None unless the driver tells what they hold: not without a GPU, nor where a container gives its
-    processes other ids than the driver knows them by.
+    On the GPU it is None unless the driver reports it: not without a GPU, nor in a container whose process ids differ
+    from those of the driver.
     """
 
     memory_bytes: int = 0
@@ -56,21 +56,21 @@ class Sampler:
         self._process.communicate()
 
     def watch(self, pid: int) -> None:
-        self._ask({"watch": pid})
+        self._request({"watch": pid})
 
     def peak(self, pid: int) -> Peak:
         """The peak since `watch`, this moment included; the process is watched on."""
-        return Peak(**self._ask({"peak": pid}))
+        return Peak(**self._request({"peak": pid}))
 
     def forget(self, pid: int) -> None:
-        self._ask({"forget": pid})
+        self._request({"forget": pid})
 
-    def _ask(self, question: dict[str, int]) -> dict[str, Any]:
+    def _request(self, message: dict[str, int]) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
         try:
-            print(json.dumps(question), file=stdin, flush=True)
+            print(json.dumps(message), file=stdin, flush=True)
             ready, _, _ = select.select([stdout], [], [], ANSWER_TIMEOUT_S)
             line = stdout.readline() if ready else ""
         except BrokenPipeError:
@@ -82,7 +82,7 @@ class Sampler:
 
 
 def tree(pid: int) -> Iterator[int]:
-    """The process and its descendants; those that end meanwhile are left out."""
+    """The process and its descendants, without those that have just ended."""
     yield pid
     try:
         threads = os.listdir(f"/proc/{pid}/task")
@@ -94,7 +94,7 @@ def tree(pid: int) -> Iterator[int]:
 
 
 def _resident_bytes(pid: int, lone: bool) -> int:
-    """What is resident now; of a lone process the most that ever was, which the kernel keeps between samples."""
+    """The resident bytes now; of a process without children the peak, which the kernel keeps between samples."""
     wanted = "VmHWM:" if lone else "VmRSS:"
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
@@ -104,19 +104,19 @@ def _resident_bytes(pid: int, lone: bool) -> int:
 
 
 def main() -> None:
-    """Sample until standard input ends; a line asks to watch, forget, or tell the peak of a process."""
+    """Sample until standard input ends; a line is a request to watch or forget a process, or for its peak."""
     peaks: dict[int, Peak] = {}
     while True:
         ready, _, _ = select.select([sys.stdin], [], [], PERIOD_S if peaks else None)
         if ready:
             if not (line := sys.stdin.readline()):
                 return
-            [(wish, pid)] = json.loads(line).items()
+            [(request, pid)] = json.loads(line).items()
             _sample(peaks)
-            if wish == "watch":
+            if request == "watch":
                 peaks[pid] = Peak()
             found = peaks.get(pid, Peak())
-            if wish == "forget":
+            if request == "forget":
                 peaks.pop(pid, None)
             answer = {"memory_bytes": found.memory_bytes, "gpu_memory_bytes": found.gpu_memory_bytes}
             print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""What libraries say of their own accord, kept from where it does not belong."""
+"""Redirection of output that libraries write unasked."""
 
 import os
 import sys
@@ -9,7 +9,7 @@ from io import StringIO
 
 @contextmanager
 def bars_on_a_terminal_only() -> Iterator[None]:
-    """What is written to stderr meanwhile is seen on a terminal and lost elsewhere; errors travel as exceptions."""
+    """Inside, output to stderr is shown on a terminal and discarded elsewhere; errors are raised as exceptions."""
     if sys.stderr.isatty():
         yield
         return
@@ -19,7 +19,7 @@ def bars_on_a_terminal_only() -> Iterator[None]:
 
 @contextmanager
 def native_talk_on_stderr() -> Iterator[None]:
-    """What code outside Python writes to the standard output goes to stderr meanwhile: an answer there stays alone."""
+    """Inside, native code that writes to the standard output writes to stderr, so that stdout holds only the answer."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

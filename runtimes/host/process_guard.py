@@ -1,8 +1,8 @@
-"""Runs a command until stdin closes, then leaves nothing of it behind: no process, no shared memory, no folder.
+"""Runs a command until stdin closes, then removes its processes, shared memory and folder.
 
 `BackgroundServer` starts this file as a process of its own and holds the other end of its stdin. The pipe closes when
-the holder says so, and also when the holder is killed, so a server never outlives the program that started it. If this
-process is killed itself, the kernel tells the server to stop.
+the holder closes it or is killed, so that a server never outlives the program that started it. If this process is
+killed itself, the kernel sends the server SIGTERM.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SHARED_MEMORY = Path("/dev/shm")
 STOP_TIMEOUT_S = 15.0
-GROUP_TIMEOUT_S = 2.0  # for what a server's helpers still tidy up, such as the shared memory of vLLM's processes
+GROUP_TIMEOUT_S = 2.0  # for helpers that still clean up, such as the shared memory of vLLM's processes
 
 
 def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> int:
@@ -45,17 +45,17 @@ def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> in
 
 
 def end_with(guard: int) -> None:
-    """This process, which is about to become the server, is sent SIGTERM when the guard is gone, however it went.
+    """This process, which is about to become the server, receives SIGTERM when the guard ends for any reason.
 
     The guard has one thread and runs nothing else meanwhile, so calling this between fork and exec is safe.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != guard:  # gone before the kernel was asked
+    if os.getppid() != guard:  # the guard ended before the call of prctl
         os._exit(1)
 
 
 def stop(server: "subprocess.Popen[bytes]") -> None:
-    """Ends the server, gently if it lets itself, and whatever is left of its session: a stub may outlive it."""
+    """End the server, with SIGTERM and then SIGKILL, and the rest of its session: a stub may outlive it."""
     server.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         server.wait(STOP_TIMEOUT_S)

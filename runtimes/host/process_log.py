@@ -1,4 +1,4 @@
-"""What a server writes, while it runs: its last lines are kept, and all of them go on to a file or a stream."""
+"""The output of a running server: its last lines are kept, and all are copied to a file or a stream."""
 
 import collections
 import contextlib
@@ -17,10 +17,10 @@ DRAIN_TIMEOUT_S = 2.0  # a process that left the server's session may hold the p
 
 
 class ServerLog:
-    """Reads `output` to its end in a thread, so that the server never waits for who reads its log.
+    """Reads `output` to its end in a thread, so that the server never waits for a reader of its log.
 
-    Its lines also go to `copy`: a stream in binary mode, or a file, which is written on at its end and which becomes
-    FILE.1 whenever it has 64 MiB. A copy that cannot be written (a full disk, a closed pipe) is given up.
+    Its lines also go to `copy`: a stream in binary mode, or a file, to whose end it appends and which becomes
+    FILE.1 whenever it has 64 MiB. Copying stops where it fails (a full disk, a closed pipe).
     """
 
     def __init__(self, output: IO[bytes], copy: Path | IO[bytes] | None) -> None:
@@ -35,7 +35,7 @@ class ServerLog:
         return list(self._lines.copy())
 
     def drain(self) -> None:
-        """All that a server wrote which has ended is among the lines and in the copy."""
+        """The whole output of a server that has ended is among the lines and in the copy."""
         self._thread.join(DRAIN_TIMEOUT_S)
 
     def _writer(self, copy: Path | IO[bytes] | None) -> Callable[[bytes], None] | None:
@@ -61,7 +61,7 @@ def write_through(stream: IO[bytes], line: bytes) -> None:
 
 
 class RotatedFile:
-    """A file that is written on at its end; before it would have more than 64 MiB it becomes FILE.1."""
+    """A file that grows at its end; before it would have more than 64 MiB it becomes FILE.1."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ class Progress:
     """A context manager around work of `total` steps; None if their number is not known.
 
     On a terminal it draws a bar. Elsewhere a thread writes a line every `every_s` seconds, also while a step computes,
-    so that work which is shorter than that writes nothing.
+    and one at the end of work that took longer than that; shorter work writes nothing.
     """
 
     def __init__(self, label: str, total: int | None = None, *, every_s: float = LINE_EVERY_S) -> None:
@@ -24,19 +24,20 @@ class Progress:
         self.total = total
         self.done = 0
         self._every_s = every_s
+        self._stream = sys.stderr  # the lines go on where `bars_on_a_terminal_only` redirects stderr
         self._started = time.monotonic()
         self._ended = threading.Event()
-        self._bar = tqdm(desc=label, total=total, leave=False) if sys.stderr.isatty() else None
+        self._bar: tqdm[Any] | None = None
         self._thread: threading.Thread | None = None
 
     def advance(self, steps: int = 1) -> None:
-        """So many more steps are done."""
+        """Count that many more steps as done."""
         self.done += steps
         if self._bar is not None:
             self._bar.update(steps)
 
     def describe(self, label: str) -> None:
-        """What is being worked on now."""
+        """Change the label, to that of the current step."""
         self.label = label
         if self._bar is not None:
             self._bar.set_description(label)
@@ -47,7 +48,10 @@ class Progress:
         return f"{self.label}:{steps} {time.monotonic() - self._started:.0f} s"
 
     def __enter__(self) -> "Progress":
-        if self._bar is None:
+        self._started = time.monotonic()
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=self.label, total=self.total, leave=False)
+        else:
             self._thread = threading.Thread(target=self._write_lines, daemon=True)
             self._thread.start()
         return self
@@ -60,8 +64,12 @@ class Progress:
             self._bar.close()
 
     def _write_lines(self) -> None:
+        written = False
         while not self._ended.wait(self._every_s):
-            print(self.line(), file=sys.stderr, flush=True)
+            print(self.line(), file=self._stream, flush=True)
+            written = True
+        if written:
+            print(f"{self.line()}, ended", file=self._stream, flush=True)
 
 
 def progress(items: Iterable[Item], label: str, *, shown: bool = True) -> Iterator[Item]:

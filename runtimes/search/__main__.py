@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from runtimes.host.cli import command, parser
+from runtimes.host.cli import command, json_argument, parser
 from runtimes.search.collection import Collection
-from runtimes.search.embedder import embedder_flags, open_embedder
+from runtimes.search.embedder import embedder_arguments, open_embedder
 from runtimes.search.exact import top_k
 from runtimes.search.index import Index
 
@@ -48,11 +48,11 @@ def _parser() -> Any:
         "collections/toy --text 'a Noetherian ring' --k 100 --json",
     )
     result.add_argument("collection", type=Path, metavar="COLLECTION", help="folder of the collection")
-    result.add_argument("--text", required=True, help="what to look for, with or without LaTeX")
-    result.add_argument("--k", type=int, default=10, help="how many statements (default: 10)")
-    result.add_argument("--approximate", action="store_true", help="by the index of runtimes.search.index")
-    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    embedder_flags(result)
+    result.add_argument("--text", required=True, help="text to search for, with or without LaTeX")
+    result.add_argument("--k", type=int, default=10, help="number of statements (default: %(default)s)")
+    result.add_argument("--approximate", action="store_true", help="use the index of runtimes.search.index")
+    json_argument(result)
+    embedder_arguments(result)
     return result
 
 

@@ -1,10 +1,10 @@
 """Embeddings of a collection of statements, precomputed: one row for each statement, mapped into memory, never copied.
 
     embeddings.safetensors   one tensor `embeddings` [rows, width], float16 or float32; rows of length 1
-    metadata.jsonl           line i says whose row i is: {"paper", "arxiv_id", "title", "type", "text"}
+    metadata.jsonl           line i describes row i: {"paper", "arxiv_id", "title", "type", "text"}
     info.json                what made it, written last: a folder without it is unfinished
 
-`collection_writer.py` makes such a folder.
+`writer.py` makes such a folder.
 """
 
 import json
@@ -19,21 +19,21 @@ import numpy as np
 
 from runtimes.artifact import read_json, sha256_json
 from runtimes.errors import ArtifactError, InputError, one_line
-from runtimes.pipelines.statements.papers import read_papers
+from runtimes.search.papers import read_papers
 
 SCHEMA = 1
 EMBEDDINGS, METADATA, INFO = "embeddings.safetensors", "metadata.jsonl", "info.json"
 UNFINISHED = "unfinished.json"  # what info.json will be
 OLD_EMBEDDINGS = "embeddings.pt"
 DTYPES = {"float16": "F16", "float32": "F32"}
-REMEDY = "precompute it: python -m training.precompute statements --data FILE --out DIR"
+REMEDY = "precompute it: python -m training.precompute MODEL --data FILE --out DIR"
 LENGTH_TOLERANCE = 1e-2  # of a row's length from 1; float16 costs 1e-3
 SCAN_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Info:
-    """What made a collection. `model` is the digest of the checkpoint, `data` that of the file with the statements.
+    """The origin of a collection. `model` is the digest of the checkpoint, `data` that of the file with the statements.
 
     `base` is `{"source", "sha256"}` of the frozen model below the checkpoint; `size` names how much of the data was
     read.
@@ -68,7 +68,7 @@ class Info:
 
     @property
     def tensor(self) -> dict[str, Any]:
-        """What the head of the safetensors file says of `embeddings`."""
+        """The entry of `embeddings` in the header of the safetensors file."""
         size = self.rows * self.width * np.dtype(self.dtype).itemsize
         return {"dtype": DTYPES[self.dtype], "shape": [self.rows, self.width], "data_offsets": [0, size]}
 
@@ -91,7 +91,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """What one line of the metadata says. `paper` counts from 0; the rows of a paper stand together."""
+    """One line of the metadata. `paper` counts from 0; the rows of a paper stand together."""
 
     paper: int
     arxiv_id: str
@@ -108,7 +108,7 @@ class Entry:
 
 
 def read_entries(data: Path, statements: int | None = None) -> Iterator[Entry]:
-    """The first statements of a file, or all, with their papers: what the rows of a collection stand for."""
+    """The first statements of a file, or all, with their papers: the rows of a collection."""
     for number, paper in enumerate(read_papers(data, statements)):
         for statement in paper.statements:
             yield Entry(
@@ -144,7 +144,7 @@ class Collection:
 
     @classmethod
     def open(cls, folder: Path) -> "Collection":
-        """The collection in a folder; a one-line error says what is wrong with one that is unfinished or damaged.
+        """The collection in a folder; a one-line error for one that is unfinished or damaged.
 
         No row is read here; a search refuses those that are NaN.
         """
@@ -159,7 +159,7 @@ class Collection:
         return cls(folder, info, embeddings, lines)
 
     def entry(self, row: int) -> Entry:
-        """What is said of a row; `InputError` if there is no such row, `ArtifactError` if its line is no entry."""
+        """The entry of a row; `InputError` for a row that does not exist, `ArtifactError` for a damaged line."""
         if not 0 <= row < len(self):
             raise InputError(f"expected a row from 0 to {len(self) - 1}, found {row}")
         try:
@@ -179,7 +179,7 @@ class Collection:
             if not firsts or firsts[-1][1].paper != entry.paper:
                 firsts.append((row, entry))
             head = line[: max(0, line.find(b'"type"'))]
-            if b'"paper"' not in head:  # written by another hand, in another order: every line is parsed
+            if b'"paper"' not in head:  # another writer, with another order of keys: every line is parsed
                 head = b""
         stops = [*(row for row, _ in firsts[1:]), len(self)]
         return [
@@ -224,7 +224,7 @@ def _refuse_unfinished(folder: Path) -> None:
 
 
 def _map_embeddings(path: Path, info: Info) -> np.ndarray:
-    """The tensor `embeddings` [rows, width], mapped read-only; `ArtifactError` unless the file is what info says."""
+    """The tensor `embeddings` [rows, width], mapped read-only; `ArtifactError` unless the file agrees with the info."""
     try:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Embedder: texts as vectors, by a published model; what a search and the web page share."""
+"""Embedder: texts as vectors, by a published model; shared by the search command and the web page."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,20 +6,25 @@ from pathlib import Path
 
 import numpy as np
 
-from runtimes.artifact import artifact_name
-from runtimes.errors import ArtifactError, EngineError
-from runtimes.pipeline import open_pipeline
-from runtimes.repository import find
+from runtimes.artifact import Artifact
+from runtimes.errors import ArtifactError, InputError
+from runtimes.host.cli import artifact_arguments
+from runtimes.pipeline import all_pipelines, open_pipeline
+from runtimes.repository import find_artifact, published
 from runtimes.runtime import open_runtime
-
-MODEL = "statements"
+from runtimes.tensors import require_finite
 
 
 class Embedder:
-    """Texts as vectors, by the newest published artifact of the statements model. A context manager."""
+    """Texts as vectors, by the newest published artifact of `model`. A context manager.
 
-    def __init__(self, repository: Path, *, target: str = "onnx", precision: str = "fp32", threads: int = 2) -> None:
-        root = find(repository, artifact_name(MODEL, target, precision))
+    Without a name, the only published model whose pipeline embeds.
+    """
+
+    def __init__(
+        self, repository: Path, *, name: str = "", target: str = "onnx", precision: str = "fp32", threads: int = 2
+    ) -> None:
+        root = find_artifact(repository, name or find_model(repository, target, precision), target, precision)
         self._runtime = open_runtime(root, threads=threads)
         self._pipeline = open_pipeline(self._runtime.artifact, root)
         self.model = self._runtime.artifact.checkpoint
@@ -34,13 +39,12 @@ class Embedder:
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [texts, width], rows of length 1; `InputError` for a text that the model does not take."""
         outputs = self._runtime.fresh(self._pipeline.encode([{"text": text} for text in texts]))
+        require_finite(outputs)
         (vectors,) = outputs.values()
-        if not np.isfinite(vectors).all():
-            raise EngineError("expected finite vectors, found NaN or infinity; run export.verify")
         return np.asarray(vectors, np.float32)
 
     def refuse_another(self, name: object, model: str) -> None:
-        """`ArtifactError` unless `model`, which filled the collection of this name, is the one that answers here."""
+        """`ArtifactError` unless `model`, which filled the collection of this name, is the checkpoint used here."""
         if model != self.model:
             raise ArtifactError(
                 f"{name}: holds the vectors of another model: expected checkpoint {self.model[:12]}…, found "
@@ -48,16 +52,39 @@ class Embedder:
             )
 
 
+def find_model(repository: Path, target: str, precision: str) -> str:
+    """The only model with such an artifact whose pipeline embeds; `InputError` where there is none or a choice."""
+    pipelines = {name for name, pipeline in all_pipelines().items() if pipeline.embeds}
+    artifacts = map(Artifact.load, published(repository))
+    found = sorted(
+        each.model for each in artifacts if (each.target, each.precision) == (target, precision)
+        and each.pipeline in pipelines
+    )  # fmt: skip
+    if not found:
+        raise InputError(
+            f"expected a published model that embeds texts in {repository}, for target {target} and {precision}, "
+            f"found none; publish one: python -m export.all MODEL --target {target}"
+        )
+    if len(found) > 1:
+        raise InputError(f"expected one model that embeds texts, found {', '.join(found)}; choose one with --embedder")
+    return found[0]
+
+
 def open_embedder(arguments: argparse.Namespace) -> Embedder:
-    """The embedder that the flags of `embedder_flags` name."""
+    """The embedder that the options of `embedder_arguments` name."""
     return Embedder(
-        arguments.repository, target=arguments.target, precision=arguments.precision, threads=arguments.threads
+        arguments.repository,
+        name=arguments.embedder,
+        target=arguments.target,
+        precision=arguments.precision,
+        threads=arguments.threads,
     )
 
 
-def embedder_flags(to: argparse.ArgumentParser) -> None:
-    """The options that choose the artifact by which a text is embedded."""
-    to.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    to.add_argument("--target", default="onnx", help="target of the artifact (default: onnx)")
-    to.add_argument("--precision", default="fp32", help="precision of the artifact (default: fp32)")
-    to.add_argument("--threads", type=int, default=2, help="threads of a search (default: 2)")
+def embedder_arguments(to: argparse.ArgumentParser) -> None:
+    """The options that choose the artifact that embeds a text."""
+    to.add_argument(
+        "--embedder", default="", metavar="MODEL", help="model that embeds the text (default: the only published one)"
+    )
+    artifact_arguments(to)
+    to.add_argument("--threads", type=int, default=2, help="threads of a search (default: %(default)s)")

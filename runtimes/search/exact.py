@@ -1,4 +1,4 @@
-"""Exact search: the k rows of a matrix on the disk that are closest to a query, whatever else is asked with it."""
+"""Exact search: the k rows of a matrix on the disk that are closest to a query, independent of other queries."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple

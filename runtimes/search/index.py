@@ -1,4 +1,4 @@
-"""An index for a large collection, a little less than exact: python -m runtimes.search.index COLLECTION
+"""Build an approximate index of a large collection: python -m runtimes.search.index COLLECTION
 
 The rows stand in lists around centres, as bytes; the lists closest to a query are read, and the best of their rows are
 scored again, exactly, from the collection. Other indexes were slower or missed more
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from runtimes.artifact import read_manifest, sha256_file, write_manifest
 from runtimes.errors import ArtifactError, InputError, one_line, require
 from runtimes.host.cli import command, parser
+from runtimes.host.progress import progress
 from runtimes.search.collection import Collection
 from runtimes.search.exact import Hits, check_queries, top_k
 
@@ -53,7 +53,7 @@ class Index:
         self._index.nprobe = max(LISTS_READ, self._index.nlist // 32)
 
     def top_k(self, queries: np.ndarray, k: int, *, threads: int = 2) -> Hits:
-        """As `nearest.top_k`, but a row may be missed."""
+        """As `exact.top_k`, but a row may be missed."""
         require("faiss", extra="search").omp_set_num_threads(threads)
         queries = check_queries(queries, self.collection.info.width)
         k = min(k, len(self.collection))
@@ -80,7 +80,7 @@ def build_index(collection: Collection, *, threads: int = 2) -> None:
     index = faiss.index_factory(width, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     chosen = np.random.default_rng(0).choice(rows, min(rows, TRAINED_ON * lists), replace=False)
     index.train(np.asarray(collection.embeddings[np.sort(chosen)], np.float32))
-    for start in tqdm(range(0, rows, BLOCK_ROWS), desc="index", disable=not sys.stderr.isatty(), leave=False):
+    for start in progress(range(0, rows, BLOCK_ROWS), "index"):
         index.add(np.asarray(collection.embeddings[start : start + BLOCK_ROWS], np.float32))
     draft = collection.folder / f"{INDEX}.draft"
     (collection.folder / MANIFEST).unlink(missing_ok=True)
@@ -92,11 +92,11 @@ def build_index(collection: Collection, *, threads: int = 2) -> None:
 
 
 def _verify(path: Path, found: dict[str, Any]) -> None:
-    """The file is the one that its manifest names, which then knows its size and time."""
+    """The file is the one of its manifest, which then has its size and time."""
     stamp = _stamp(path) if path.is_file() else None
     if stamp is None or sha256_file(path) != found["file"]:
         raise ArtifactError(f"{path}: expected the index that its manifest names, found another or none; {REMEDY}")
-    with suppress(OSError):  # where nothing may be written, the bytes are read again next time
+    with suppress(OSError):  # in a read-only folder, the bytes are read again next time
         write_manifest(path.with_name(MANIFEST), FORMAT, {**found, "stamp": stamp})
 
 
@@ -112,7 +112,7 @@ def _made_from(collection: Collection) -> dict[str, Any]:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Build the index and say how large it is, or verify the one there is."""
+    """Build the index and print its size, or verify the present one."""
     arguments = _parser().parse_args(argv)
     collection = Collection.open(arguments.collection)
     if arguments.verify:
@@ -135,8 +135,8 @@ def _parser() -> Any:
         "collections/full --threads 8",
     )
     result.add_argument("collection", type=Path, metavar="COLLECTION", help="folder of the collection")
-    result.add_argument("--threads", type=int, default=2, help="threads to build with (default: 2)")
-    result.add_argument("--verify", action="store_true", help="read the index that is there, all of it, and build none")
+    result.add_argument("--threads", type=int, default=2, help="threads to build with (default: %(default)s)")
+    result.add_argument("--verify", action="store_true", help="verify the bytes of the present index, and build none")
     return result
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import ArtifactError, InputError, SlipwayError
+from runtimes.host.durable import sync, sync_stream
 from runtimes.search.collection import EMBEDDINGS, INFO, LENGTH_TOLERANCE, METADATA, UNFINISHED, Entry, Info
 
 SHARDS = "shards"
@@ -69,7 +70,7 @@ class Writer:
         return [(start, stop) for start, stop in ranges if not written[start:stop].all()]
 
     def write(self, start: int, rows: np.ndarray) -> None:
-        """Rows start, start + 1, ... are on the disk, and a record says so. Float [rows, width], each of length 1."""
+        """Rows start, start + 1, ... are on the disk, with a record. Float [rows, width], each of length 1."""
         stop = start + len(rows)
         if rows.ndim != 2 or rows.shape[1] != self.info.width or not 0 <= start < stop <= self.info.rows:
             expected = f"[n, {self.info.width}] within 0..{self.info.rows}"
@@ -83,8 +84,7 @@ class Writer:
         with (self.folder / EMBEDDINGS).open("r+b") as stream:
             stream.seek(len(self._header) + start * data.strides[0])
             stream.write(data.data)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         record = {"info": self.info.digest, "start": start, "stop": stop}
         _write_durably(self.folder / SHARDS / f"{start}-{stop}.json", [json.dumps(record).encode()])
 
@@ -94,11 +94,11 @@ class Writer:
             try:
                 self._refuse_missing()
             except SlipwayError:
-                if not self.finished:  # another worker was faster, and takes the records away
+                if not self.finished:  # another worker finished first and removes the records
                     raise
             with suppress(FileNotFoundError):  # as above
                 os.replace(self.folder / UNFINISHED, self.folder / INFO)
-            _sync_folder(self.folder)
+            sync(self.folder)
         self._refuse_another(INFO)
         shutil.rmtree(self.folder / SHARDS, ignore_errors=True)
 
@@ -159,7 +159,7 @@ def _metadata_lines(entries: Iterable[Entry], rows: int) -> Iterator[bytes]:
 
 
 def _allocate(descriptor: int, size: int) -> None:
-    """The file has this size, and its blocks where the system can promise them: a full disk is noticed now."""
+    """The file has this size, with its blocks reserved where the system can: a full disk is an error now."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
     os.ftruncate(descriptor, size)
@@ -171,8 +171,7 @@ def _write_durably(path: Path, pieces: Iterable[bytes], *, keep: bool = False) -
     try:
         with draft.open("xb") as stream:
             stream.writelines(pieces)
-            stream.flush()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         if keep:
             with suppress(FileExistsError):
                 os.link(draft, path)
@@ -180,12 +179,4 @@ def _write_durably(path: Path, pieces: Iterable[bytes], *, keep: bool = False) -
             os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

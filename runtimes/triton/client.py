@@ -1,4 +1,4 @@
-"""The two protocols of a Triton server behind one face: tensors by name in, tensors by name out, one-line errors."""
+"""One client for both protocols of a Triton server: tensors by name in, tensors by name out, one-line errors."""
 
 import queue
 import secrets
@@ -15,7 +15,7 @@ import numpy as np
 from runtimes.errors import EngineError, InputError, Overloaded, one_line, require
 from runtimes.tensors import Tensors
 
-BUSY = ("maximum queue size", "timeout expired")  # in the words of Triton's batcher
+BUSY = ("maximum queue size", "timeout expired")  # in messages of Triton's batcher
 REFUSED = ("400", "StatusCode.INVALID_ARGUMENT")
 UNREACHABLE = ("StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED")
 ANY_LENGTH = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -26,7 +26,7 @@ Answer = Callable[[], Tensors]
 class TritonClient(ABC):
     """A connection to the server at `url` ("host:port"), opened by the first call.
 
-    Every call raises `InputError` if the server refuses it, `Overloaded` if it has too many already, `EngineError` if
+    Every call raises `InputError` if the server refuses it, `Overloaded` if its queue is full, `EngineError` if
     it fails or takes longer than `timeout_s`.
     """
 
@@ -41,7 +41,7 @@ class TritonClient(ABC):
 
     @abstractmethod
     def _connect(self) -> Any:
-        """What `close` closes."""
+        """The connection that `close` closes."""
 
     @abstractmethod
     def _server_metadata(self) -> dict[str, Any]:
@@ -49,19 +49,19 @@ class TritonClient(ABC):
 
     @abstractmethod
     def _model_metadata(self, model: str) -> dict[str, Any]:
-        """What `metadata` returns."""
+        """The result of `metadata`."""
 
     @abstractmethod
     def _request(self, model: str, inputs: Mapping[str, np.ndarray], sequence: Mapping[str, Any]) -> Any:
-        """What is sent, which may be more than once."""
+        """A request, which may be sent more than once."""
 
     @abstractmethod
     def _submit(self, request: Any) -> "Future[Any]":
-        """The server's answer, to come, to a request that is on its way."""
+        """The future answer to a request that is sent now."""
 
     @abstractmethod
     def _infer(self, request: Any) -> Any:
-        """The server's answer to a request, sent and waited for in this thread."""
+        """The answer to a request that this thread sends and waits for."""
 
     @abstractmethod
     def _result(self, answered: Any) -> Any:
@@ -72,7 +72,7 @@ class TritonClient(ABC):
             return str(self._server_metadata()["version"])
 
     def metadata(self, model: str) -> dict[str, Any]:
-        """What the server says of a model: versions, platform, inputs, outputs."""
+        """The server's metadata of a model: versions, platform, inputs, outputs."""
         with self._translated():
             return self._model_metadata(model)
 
@@ -85,7 +85,7 @@ class TritonClient(ABC):
         alone: bool = False,
         **sequence: Any,
     ) -> Answer:
-        """A call that waits for the outputs of a request that is on its way.
+        """A call that waits for the outputs of a request that is sent now.
 
         One that is `alone` is sent by that call, in its thread: without the library's threads between, it takes a third
         less. Called again, it sends the same request again. `sequence` are its sequence_id, sequence_start and
@@ -105,7 +105,7 @@ class TritonClient(ABC):
         then: Callable[[Answer], object],
         **sequence: Any,
     ) -> None:
-        """A request is on its way; once answered, `then` gets the call for its outputs, in a thread of the library."""
+        """Send a request; once it is answered, `then` gets the call for its outputs, in a thread of the library."""
         with self._translated():
             future = self._submit(self._request(model, inputs, sequence))
         future.add_done_callback(lambda done: then(self._answer(done.result, outputs)))
@@ -122,7 +122,7 @@ class TritonClient(ABC):
         """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
 
         An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, and
-        `Overloaded` where it says so in words, for it arrives without a status: Triton 2.51 would send one for the
+        `Overloaded` by its text, for it arrives without a status: Triton 2.51 would send one for the
         header `triton_grpc_error`, but may crash then.
         """
         raise InputError(f"expected protocol grpc for a stream of responses, found {self.protocol}")
@@ -140,12 +140,12 @@ class TritonClient(ABC):
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """Inside, the errors of the library become ours."""
+        """Inside, errors of the library become errors of this package."""
         try:
             yield
         except self.utils.InferenceServerException as error:
             if any(sign in str(error.message()) for sign in BUSY):
-                raise Overloaded(f"Triton at {self.url} is busy: {one_line(error)}; ask again later") from error
+                raise Overloaded(f"Triton at {self.url} is busy: {one_line(error)}; try again later") from error
             if error.status() in UNREACHABLE:
                 raise self._unreachable(error) from error
             kind = InputError if error.status() in REFUSED else EngineError
@@ -159,7 +159,7 @@ class TritonClient(ABC):
 
 
 class GrpcClient(TritonClient):
-    """Speaks the protocol itself, with the library's messages: a request is built once and may be sent again."""
+    """Calls the gRPC service directly with the library's messages: a request is built once and may be sent again."""
 
     protocol = "grpc"
 
@@ -170,12 +170,12 @@ class GrpcClient(TritonClient):
         return channel
 
     def _server_metadata(self) -> dict[str, Any]:
-        asked = self.library.service_pb2.ServerMetadataRequest()
-        return self._as_dict(self.stub.ServerMetadata(asked, timeout=self.timeout_s))
+        request = self.library.service_pb2.ServerMetadataRequest()
+        return self._as_dict(self.stub.ServerMetadata(request, timeout=self.timeout_s))
 
     def _model_metadata(self, model: str) -> dict[str, Any]:
-        asked = self.library.service_pb2.ModelMetadataRequest(name=model)
-        return self._as_dict(self.stub.ModelMetadata(asked, timeout=self.timeout_s))
+        request = self.library.service_pb2.ModelMetadataRequest(name=model)
+        return self._as_dict(self.stub.ModelMetadata(request, timeout=self.timeout_s))
 
     def _as_dict(self, message: Any) -> dict[str, Any]:
         to_dict = require("google.protobuf.json_format", extra="client").MessageToDict
@@ -215,7 +215,7 @@ class GrpcClient(TritonClient):
             final = False
             while not final:
                 response, final = self._arrived(arrived)
-                if response:  # a model may say that it is done in a response without tensors
+                if response:  # the final response of a model may have no tensors
                     yield response
         finally:
             connection.stop_stream(cancel_requests=True)
@@ -292,7 +292,7 @@ class HttpClient(TritonClient):
 
 
 def new_sequence() -> int:
-    """A sequence id that no other client has; 0 would mean none."""
+    """A random sequence id, which no other client uses; 0 would mean none."""
     return 1 + secrets.randbelow(2**63 - 1)
 
 

@@ -1,4 +1,4 @@
-"""Who waits for a model that makes its own batches: Triton hands it every request at once, and has no queue for it."""
+"""Queue of a model that makes its own batches: Triton passes it every request at once and queues none."""
 
 import threading
 import time
@@ -9,16 +9,16 @@ from typing import Any, Generic, TypeVar
 
 from runtimes.errors import Overloaded
 
-WAITING = 64  # where the export named no limit
+WAITING = 64  # without a limit in the config
 SIZE, TIMEOUT_MS = "max_queue_size", "queue_timeout_ms"  # parameters in the model's config
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """At most `size` requests wait, and none for longer than `timeout_s`; 0 is for ever.
+    """At most `size` requests wait, and none for longer than `timeout_s`; 0 is no limit.
 
-    Whoever is refused is told so in the words of Triton's batcher, by which a client knows that the server is busy.
+    The errors use the phrases of Triton's batcher, by which a client recognizes a busy server.
     """
 
     size: int = WAITING
@@ -26,7 +26,7 @@ class Limits:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Limits":
-        """Those that a model's config, as Triton hands it out, asks for."""
+        """The limits in the parameters of a model's config, as Triton passes it to the model."""
         parameters = config.get("parameters", {})
         size, timeout_ms = (int(parameters.get(name, {}).get("string_value", 0)) for name in (SIZE, TIMEOUT_MS))
         return cls(size=size or WAITING, timeout_s=timeout_ms / 1000)
@@ -35,7 +35,7 @@ class Limits:
         return Overloaded(f"expected fewer than {self.size} requests waiting, found the maximum queue size reached")
 
     def passed(self, arrived_s: float) -> bool:
-        """Whether who arrived at this time of the monotonic clock has waited too long."""
+        """Whether a request that arrived at this time of the monotonic clock has waited too long."""
         return 0 < self.timeout_s < time.monotonic() - arrived_s
 
     def too_late(self) -> Overloaded:
@@ -43,7 +43,7 @@ class Limits:
 
 
 class RequestQueue(Generic[T]):
-    """First come, first served, within these limits; filled by some threads and emptied by others."""
+    """First in, first out, within the limits; safe for threads that put and get."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -52,7 +52,7 @@ class RequestQueue(Generic[T]):
         self._changed = threading.Condition()
 
     def put(self, one: T, free: int = 0) -> None:
-        """Who came waits; `Overloaded` where there is no room beside those for whom `free` places are."""
+        """Append a request; `Overloaded` if more than `size` wait beyond the `free` places of the model."""
         with self._changed:
             if len(self._waiting) >= self.limits.size + free:
                 raise self.limits.too_many()
@@ -60,14 +60,14 @@ class RequestQueue(Generic[T]):
             self._changed.notify()
 
     def get(self, *, block: bool = False) -> T | None:
-        """The next one; None where nobody waits, or with `block` once the line is closed."""
+        """The next request; None if none waits, or with `block` once the queue is closed."""
         with self._changed:
             while block and not self._waiting and not self.closed:
                 self._changed.wait()
             return self._waiting.popleft()[1] if self._waiting else None
 
     def overdue(self) -> list[T]:
-        """Those who have waited too long; they wait no more."""
+        """The requests that have waited too long, which are removed."""
         with self._changed:
             late = []
             while self._waiting and self.limits.passed(self._waiting[0][0]):
@@ -75,7 +75,7 @@ class RequestQueue(Generic[T]):
             return late
 
     def close(self) -> None:
-        """Whoever waits in `get` goes on."""
+        """Calls of `get` that wait return."""
         with self._changed:
             self.closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""The recurrent state of many sequences, by id, for a server that is asked one step at a time."""
+"""The recurrent state of many sequences, by id, for a server that computes one step per request."""
 
 import time
 from collections import OrderedDict
@@ -21,11 +21,11 @@ class SequenceMemory:
         return len(self._states)
 
     def begin(self, sequence: Hashable) -> None:
-        """The sequence is known, its state zero, whatever it was before."""
+        """The sequence starts, or starts again, with a state of zero."""
         self.keep(sequence, self.signature.zero_state(1))
 
     def state(self, sequence: Hashable) -> Tensors:
-        """Inputs that carry the state, each [1, ...]; `InputError` for a sequence that is not known."""
+        """Inputs that carry the state, each [1, ...]; `InputError` for an unknown sequence."""
         if sequence not in self._states:
             raise InputError(f"expected a sequence that was started, found id {sequence}; start it again")
         return self._states[sequence][1]
@@ -38,7 +38,7 @@ class SequenceMemory:
         self._states.pop(sequence, None)
 
     def evict(self) -> None:
-        """Forget every sequence that has been idle for too long: its client is gone."""
+        """Remove every sequence that has been idle for too long: its client is gone."""
         oldest = self.clock() - self.idle_s
         while self._states and next(iter(self._states.values()))[0] < oldest:
             self._states.popitem(last=False)

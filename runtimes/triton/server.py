@@ -1,8 +1,8 @@
-"""Starts a real Triton Inference Server on a model repository, and leaves nothing behind when it stops.
+"""Starts a real Triton Inference Server on a model repository, and removes its files when it stops.
 
 The server is NVIDIA's own when `tritonserver` is on PATH, as in NVIDIA's container, with that server's backends. Else
 it is the unmodified core inside the PyPI package nvidia-pytriton, which has the `python` backend only: the folders of
-`backends/` then stand in for the others under those names, so that one repository is served by both.
+`backends/` then replace the others under their names, so that both serve the same repository.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
+from runtimes import plugins
 from runtimes.errors import EngineError, MissingPackage
 from runtimes.host.background_server import (
     EVERYWHERE,
@@ -29,16 +30,15 @@ from runtimes.host.background_server import (
     choose_ports,
     find_venv,
 )
+from runtimes.runtime import Backend
 
-# A backend's name, and the folder that stands in for it.
-PROXY_BACKENDS = {"onnxruntime": "engine", "openvino": "engine", "vllm": "vllm"}
-VLLM_ENTRY = re.compile(r'^\s*backend\s*:\s*"vllm"', re.MULTILINE)
-START_TIMEOUT_S, VLLM_START_TIMEOUT_S = 60.0, 600.0
-# What would let a client change the server, write to its disk or map memory of other processes.
+BACKEND = re.compile(r'^\s*backend\s*:\s*"([^"]+)"', re.MULTILINE)
+USUAL = Backend(proxy="")  # the times of a server without a slower backend
+# Interfaces by which a client could change the server, write to its disk or map memory of other processes.
 CONTROL = ("model-repository", "shared-memory", "logging", "trace")
 CONTROL_KEY = "slipway-control"
 EVERY_MODEL = "*"
-# Of one request over HTTP, where the server can be told; 2.51 cannot; deploy/nginx.conf bounds gRPC too.
+# Limit of one request over HTTP, where the server has the option; 2.51 has not; deploy/nginx.conf limits gRPC too.
 HTTP_LIMIT, HTTP_BYTES = "--http-max-input-size", 16 << 20
 # The stub's embedded interpreter ignores PYTHONPATH, so our model.py files read this variable and import
 # `runtimes` from there: the server runs the same checkout as the program that started it.
@@ -66,17 +66,17 @@ class Bundle:
         return self.core / "bin" / "tritonserver"
 
     def copy_backends(self, folder: Path) -> None:
-        """`folder` holds the python backend and our stand-ins."""
+        """`folder` holds the python backend and the proxies of the others."""
         python = folder / "python"
         python.mkdir()
         stub = self.core / "python_backend_stubs" / self.python_version / "triton_python_backend_stub"
-        # Copies, because Triton refuses a linked library ("escapes backend directory") for a stand-in.
+        # Copies, because Triton refuses a linked library ("escapes backend directory") for a proxy.
         for source in (*(self.core / "backends" / "python").glob("*.*"), stub):
             if source.is_file():
                 shutil.copy(source, python)
-        for backend, proxy_engine in PROXY_BACKENDS.items():
-            source = PACKAGE / "triton" / "backends" / proxy_engine
-            shutil.copytree(source, folder / backend, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, backend in all_backends().items():
+            source = PACKAGE / "triton" / "backends" / backend.proxy
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
     def environment(self) -> dict[str, str]:
         """Variables that make the stub's interpreter find this environment and the server its libraries."""
@@ -88,7 +88,7 @@ class Bundle:
         }
 
     def arguments(self, backends: Path, complete: bool) -> Iterator[str]:
-        """What the core must be told beyond what NVIDIA's container needs; `complete` is what the configs are."""
+        """Arguments that the core needs and NVIDIA's container does not; `complete` where configs have all inputs."""
         yield f"--backend-directory={backends}"
         yield f"--cache-directory={self.core / 'caches'}"
         yield "--allow-gpu-metrics=false"
@@ -104,20 +104,20 @@ def find_bundle() -> Bundle:
             f"expected a Triton server: `tritonserver` on PATH or nvidia-pytriton in {venv}, found neither; "
             "run: make triton"
         )
-    return sample_inputs(venv)
+    return inspect_bundle(venv)
 
 
-def sample_inputs(venv: Path) -> Bundle:
-    """The bundle in `venv`, asked from its interpreter."""
-    asked = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
-    if asked.returncode:
-        raise EngineError(f"{venv}: expected an environment with numpy, found {asked.stderr[-200:]}; run: make triton")
-    version, site, libraries = asked.stdout.splitlines()
+def inspect_bundle(venv: Path) -> Bundle:
+    """The bundle in `venv`, as its interpreter reports it."""
+    ran = subprocess.run([venv / "bin" / "python3", "-c", PROBE], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise EngineError(f"{venv}: expected an environment with numpy, found {ran.stderr[-200:]}; run: make triton")
+    version, site, libraries = ran.stdout.splitlines()
     python_version, _, numpy_major = version.rpartition(".")
     bundle = Bundle(venv=venv, site=Path(site), python_libraries=libraries, python_version=python_version)
     if not bundle.server.is_file():
         raise MissingPackage(f"{venv}: expected nvidia-pytriton in this environment, found none; run: make triton")
-    # With numpy 2 this core's stub loads, says READY, and reads zeros from every tensor.
+    # With numpy 2 this core's stub loads, reports READY, and reads zeros from every tensor.
     if int(numpy_major) >= 2:
         raise EngineError(f"{venv}: expected numpy 1 for Triton's Python stub, found {numpy_major}; run: make triton")
     return bundle
@@ -126,10 +126,10 @@ def sample_inputs(venv: Path) -> Bundle:
 class TritonServer(BackgroundServer):
     """A context manager: inside it, a server is ready on `http_url`, `grpc_url` and `metrics_url` ("host:port").
 
-    Ports that are None are chosen among the free ones. `models` loads only these (and what they need, or EVERY_MODEL)
-    and later what it is told to `load`; `poll_s` looks for changed models that often by itself; with `strict` a model
+    Ports that are None are chosen among the free ones. `models` loads only these (and their parts, or EVERY_MODEL) and
+    later those of `load`; with `poll_s` the server looks for changed models that often; with `strict` a model
     that fails to load fails the start, without it the others are served. `log`, a file or a stream, gets the server's
-    output. The control interfaces answer only who knows `control_key`, which is drawn at random, unless they are
+    output. The control interfaces need the random `control_key`, unless they are
     `open_to_all`. `EngineError` if the server does not get ready.
     """
 
@@ -153,7 +153,7 @@ class TritonServer(BackgroundServer):
         log: Path | IO[bytes] | None = None,
         start_timeout_s: float | None = None,
     ) -> None:
-        usual_s = VLLM_START_TIMEOUT_S if has_vllm(repository) else START_TIMEOUT_S
+        usual_s = max(backend.start_timeout_s for backend in used_backends(repository))
         super().__init__(log=log, start_timeout_s=usual_s if start_timeout_s is None else start_timeout_s)
         self.repository = repository
         self.host = host
@@ -166,7 +166,7 @@ class TritonServer(BackgroundServer):
 
     @property
     def shared_memory_prefix(self) -> str:
-        """How the names of the shared memory between the server and its Python stubs begin."""
+        """The prefix of the names of the shared memory between the server and its Python stubs."""
         return self.folder.name if self.folder else ""
 
     @property
@@ -174,20 +174,20 @@ class TritonServer(BackgroundServer):
         return str(self.repository)
 
     def index(self) -> list[dict[str, str]]:
-        """Every model the server knows: name and, unless it never tried to load it, version, state, reason."""
+        """Every model of the server: name and, if it tried to load it, version, state, reason."""
         models: list[dict[str, str]] = json.loads(self._control("index", timeout_s=10))
         return models
 
     def load(self, model: str) -> None:
-        """The server has loaded the model as it lies in the repository; if it cannot, `index` says why."""
+        """The server has loaded the model of the repository; if it cannot, `index` has the reason."""
         self._control(f"models/{quote(model, safe='')}/load", self.start_timeout_s)
 
     def unload(self, model: str) -> None:
-        """The server no longer answers for the model."""
+        """The server no longer serves the model."""
         self._control(f"models/{quote(model, safe='')}/unload", self.start_timeout_s)
 
     def _control(self, path: str, timeout_s: float) -> bytes:
-        """What the server answers to an empty request at this path of its repository interface."""
+        """The answer to an empty request at this path of the server's repository interface."""
         with contextlib.closing(http.client.HTTPConnection(self.http_url, timeout=timeout_s)) as connection:
             # With urllib's default type, application/x-www-form-urlencoded, Triton 2.51 crashes on a body of 5 MiB.
             headers = {"Content-Type": "application/json", CONTROL_KEY: self.control_key}
@@ -205,9 +205,10 @@ class TritonServer(BackgroundServer):
             command = [installed]
         else:
             bundle = find_bundle()
+            complete = not any(backend.completes_config for backend in used_backends(self.repository))
             bundle.copy_backends(folder)
             environment |= bundle.environment()
-            command = [str(bundle.server), *bundle.arguments(folder, complete=not has_vllm(self.repository))]
+            command = [str(bundle.server), *bundle.arguments(folder, complete=complete)]
         if knows_option(command[0], HTTP_LIMIT, environment):
             command.append(f"{HTTP_LIMIT}={HTTP_BYTES}")
         self.start([*command, *self._arguments(ports, folder.name)], environment)
@@ -221,8 +222,7 @@ class TritonServer(BackgroundServer):
             yield f"--{service}-address={self.host}"
             yield f"--{service}-port={port}"
         yield f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix}"
-        # The default waits 30 s for a stub that hangs; vLLM takes some seconds to stop.
-        yield f"--exit-timeout-secs={12 if has_vllm(self.repository) else 5}"
+        yield f"--exit-timeout-secs={max(backend.exit_timeout_s for backend in used_backends(self.repository))}"
         if self.control_key:
             restricted = f"{','.join(CONTROL)}:{CONTROL_KEY}={self.control_key}"
             yield from (f"--http-restricted-api={restricted}", f"--grpc-restricted-protocol={restricted}")
@@ -238,11 +238,19 @@ class TritonServer(BackgroundServer):
 
 
 def knows_option(server: str, option: str, environment: Mapping[str, str]) -> bool:
-    """Whether the server's help names the option; one that it does not know would keep it from starting."""
-    asked = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
-    return re.search(rf"{option}\b", asked.stdout + asked.stderr) is not None  # 2.51 prints it on stderr
+    """Whether the server's help names the option; with an unknown one it would not start."""
+    ran = subprocess.run([server, "--help"], env=environment, capture_output=True, text=True, check=False, timeout=60)
+    return re.search(rf"{option}\b", ran.stdout + ran.stderr) is not None  # 2.51 prints it on stderr
 
 
-def has_vllm(repository: Path) -> bool:
-    """Whether an entry is for the vllm backend, which completes its config itself and takes a minute to start."""
-    return any(VLLM_ENTRY.search(config.read_text("utf-8", "replace")) for config in repository.glob("*/config.pbtxt"))
+def all_backends() -> dict[str, Backend]:
+    """The backends of Triton that our own engines can replace, by name."""
+    engines = {name: plugins.load("runtimes.engines", name, "RUNTIME") for name in plugins.names("runtimes.engines")}
+    return {name: engine.backend for name, engine in engines.items() if engine.backend}
+
+
+def used_backends(repository: Path) -> list[Backend]:
+    """The usual backend, and those that the models of a repository name."""
+    configs = (config.read_text("utf-8", "replace") for config in repository.glob("*/config.pbtxt"))
+    names = {name for config in configs for name in BACKEND.findall(config)}
+    return [USUAL, *(backend for name, backend in all_backends().items() if name in names)]

@@ -1,4 +1,4 @@
-"""Has a model loaded again whose Python stub died: Triton lets every further request to it fail (server#8604)."""
+"""Reload of a model whose Python stub died: Triton fails every further request to it (server#8604)."""
 
 import os
 from collections.abc import Iterator
@@ -10,22 +10,22 @@ STUB = "triton_python_backend_stub"
 
 
 class StubWatch:
-    """The stubs of the server whose shared memory has this prefix; `revive` is to be called every second or so."""
+    """The stubs of the server whose shared memory has this prefix; call `revive` about every second."""
 
     def __init__(self, shared_memory_prefix: str) -> None:
         self.prefix = shared_memory_prefix
         self.known: dict[int, Path] = {}
 
     def revive(self) -> list[str]:
-        """The models whose stub died since the last call; who looks for changed models loads them again.
+        """The models whose stub died since the last call; a watch of changed models then loads them again.
 
-        It does so because their version folder looks newer. A newer config alone would not do: where that says the
-        same as before, Triton keeps the instance it has. `EngineError` if the repository may not be written to.
+        Their version folders get a newer time. A newer config alone would not do: where its content is the same, Triton
+        keeps the instance it has. `EngineError` if the repository may not be written to.
         """
         alive = dict(stubs(self.prefix))
-        # A stub that Triton ended itself is gone; only one that died unasked stays a zombie, for Triton never looks.
+        # A stub that Triton ended itself is gone; one that died stays a zombie, for Triton does not wait for it.
         ended = {version for stub, version in self.known.items() if stub not in alive and is_zombie(stub)}
-        dead = {version for version in ended if version.is_dir()}  # one that is going may be a zombie for a moment
+        dead = {version for version in ended if version.is_dir()}  # one that ends normally may be a zombie for a moment
         self.known = alive
         for version in dead:
             try:
@@ -50,7 +50,7 @@ def stubs(shared_memory_prefix: str) -> Iterator[tuple[int, Path]]:
 
 
 def is_zombie(process: int) -> bool:
-    """Whether a process has ended and nobody has asked for its status."""
+    """Whether a process has ended and its parent has not read its status."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:

@@ -1,4 +1,4 @@
-"""Compares what a Triton server is to load with its manifests, for NVIDIA's own backends look at no digest."""
+"""Comparison of the models that a Triton server will load with their manifests: NVIDIA's backends check no digest."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ Seen = tuple[tuple[Path, ...], int]  # the versions that are loaded, and the new
 class VersionWatch:
     """The models of a repository, each in the versions that Triton loads.
 
-    `problems` says of a model what does not fit its manifest; nothing is read for that unless it is to `compare`.
+    `problems` has, by model, the fault by which it does not match its manifest; no file is read unless `compare`.
     """
 
     def __init__(self, repository: Path, compare: bool = True) -> None:
@@ -28,7 +28,7 @@ class VersionWatch:
         self.problems: dict[str, str] = {}
 
     def look(self) -> list[str]:
-        """The models that are new, changed or gone since the last call, gone being those that are not `known`."""
+        """The models that are new, changed or removed since the last call; removed ones are not `known`."""
         before, self.known = self.known, dict(self._loaded())
         changed = [model for model in sorted({*before, *self.known}) if before.get(model) != self.known.get(model)]
         for model in changed:
@@ -39,14 +39,14 @@ class VersionWatch:
         return changed
 
     def holds_back(self, model: str) -> bool:
-        """Whether a model has to wait until another fits: a step for its artifact, an ensemble for all its parts."""
+        """Whether a model waits until another is valid: a step for its artifact, an ensemble for all its parts."""
         newest = self.known[model][0][-1]
         return bool(self.problems) and (is_ensemble(newest) or Artifact.load(newest).name in self.problems)
 
     def _loaded(self) -> Iterator[tuple[str, Seen]]:
-        """What Triton loads of each model: as many of the newest versions as its config says."""
+        """The versions that Triton loads of each model: as many of the newest as its config names."""
         for model in self.repository.iterdir():
-            with suppress(FileNotFoundError, NotADirectoryError):  # it was replaced meanwhile, or is no model
+            with suppress(FileNotFoundError, NotADirectoryError):  # it was just replaced, or is no model
                 latest = LATEST.search((model / CONFIG).read_text("utf-8", "replace"))
                 if loaded := versions(model)[-int(latest[1]) if latest else 0 :]:
                     files = (model / CONFIG, *(path for version in loaded for path in (version, *version.rglob("*"))))
@@ -54,16 +54,16 @@ class VersionWatch:
 
 
 def is_ensemble(version: Path) -> bool:
-    """Whether there is nothing in a version to be compared: an ensemble is a config and the schema of a request."""
+    """Whether a version has no file to compare: an ensemble is a config and the schema of a request."""
     return {path.name for path in version.iterdir()} <= {REQUEST_SCHEMA}
 
 
 def problem_of(version: Path) -> str:
-    """What does not fit the manifest of a version folder, in one line, or nothing."""
+    """The fault by which a version folder does not match its manifest, in one line, or an empty text."""
     try:
         verify(version)
     except SlipwayError as error:
-        return f"{error}, and take {version} away"  # a newer one alone would not do: Triton loads the one before, too
+        return f"{error}, and take {version} away"  # a newer one alone would not do: Triton also loads the one before
     except OSError as error:
         return f"{version}: expected files that can be read, found {one_line(error)}"
     return ""

@@ -1,9 +1,9 @@
-"""What an artifact for vLLM holds and what it answers: where export, engine and Triton's backend agree.
+"""Files, inputs and outputs of an artifact for vLLM, as export, engine and Triton's backend share them.
 
     checkpoint/     a whole Hugging Face folder: config, weights, tokenizer, generation config; where it embeds also the
                     modules of sentence-transformers (modules.json, 1_Pooling, 2_Dense, 3_Normalize)
     tokenizer/      tokenizer.json and tokenizer_config.json once more, without a config.json: where transformers 5
-                    knows the model's type, such as qwen2, it builds that type's own tokenizer and reads no more than
+                    has the model's type, such as qwen2, it builds that type's own tokenizer and reads no more than
                     the vocabulary, and a text has other tokens than in our pipelines
     model.json      arguments of vLLM's AsyncEngineArgs, as NVIDIA's Triton backend reads them; its `model` and
                     `tokenizer` are the places of these folders in that server, ours are always the ones beside it
@@ -14,7 +14,7 @@ Inputs are `input_ids` and `attention_mask`, int64 [batch, tokens], padded on ei
     embed           one output, float32 [batch, width]
     generate        `token_logprobs` float32 [batch, tokens], of each token given those before it, in nats;
                     `next_ids` int64 [batch, tokens], the likeliest token after each. Both are 0 at padding, and the
-                    first token of a row has the logprob 0, for nothing stands before it
+                    first token of a row has the logprob 0, for no token precedes it
 """
 
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ TOKEN_LOGPROBS, NEXT_IDS = "token_logprobs", "next_ids"
 
 
 def task_of(artifact: Artifact) -> str:
-    """What the model does; `ArtifactError` if its manifest does not say."""
+    """The task of the model; `ArtifactError` if its manifest has none."""
     task = artifact.built_with.get(TASK)
     if task not in TASKS:
         raise ArtifactError(f"{artifact.name}: expected a task of {', '.join(TASKS)}, found {task}; export it again")

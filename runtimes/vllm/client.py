@@ -21,9 +21,9 @@ SAMPLE = re.compile(r"^(?P<name>[^#{ ]+)(?:\{.*\})? (?P<value>\S+)$", re.MULTILI
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a model wrote after a prompt, or the next piece of it.
+    """The completion of a prompt, or its next piece.
 
-    `logprobs` in nats, one a token, if they were asked for. `finish_reason` is None while more is to come.
+    `logprobs` in nats, one a token, if they were requested. `finish_reason` is None until the last piece.
     """
 
     text: str
@@ -36,8 +36,8 @@ class Completion:
 class VllmClient:
     """The server at `url` ("host:port").
 
-    `InputError` with the server's words for what it refuses, `EngineError` if it fails, is gone, or takes longer than
-    `timeout_s` to say anything.
+    `InputError` with the server's message for a refused request, `EngineError` if it fails, is gone, or sends
+    nothing for `timeout_s`.
     """
 
     def __init__(self, url: str, timeout_s: float = 600.0) -> None:
@@ -45,21 +45,21 @@ class VllmClient:
         self.timeout_s = timeout_s
 
     def complete(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Completion]:
-        """One completion for each prompt; `sampling` is what the API takes, such as max_tokens, temperature, stop."""
-        answer = self._post("/v1/completions", _asked(_together(prompts), sampling))
+        """One completion for each prompt; `sampling` has parameters such as max_tokens, temperature, stop."""
+        answer = self._post("/v1/completions", _completion_request(_together(prompts), sampling))
         return [_completion(choice) for choice in answer["choices"]]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[Completion]:
         """The pieces of one completion as they are made. An iterator that is closed, or dropped, ends the request."""
-        asked = _asked(_together([prompt]), {**sampling, "stream": True})
-        with self._sent("POST", "/v1/completions", asked) as response:
+        request = _completion_request(_together([prompt]), {**sampling, "stream": True})
+        with self._sent("POST", "/v1/completions", request) as response:
             for line in response:
                 printed = line.decode().removeprefix("data: ").strip()
                 if printed == LAST_LINE:
                     return
                 if printed:
                     yield _completion(_unless_error(json.loads(printed))["choices"][0])
-        raise EngineError(f"vLLM at {self.url}: expected a stream that ends with {LAST_LINE}, it broke off")
+        raise EngineError(f"vLLM at {self.url}: expected a stream that ends with {LAST_LINE}, found its end before")
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """For the token ids of each prompt: the logprob of each token given those before it, and the likeliest next.
@@ -67,14 +67,14 @@ class VllmClient:
         float32 and int64 [tokens]; the first logprob is 0.
         """
         sampling = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 1, "ignore_eos": True}
-        answer = self._post("/v1/completions", _asked([list(prompt) for prompt in prompts], sampling))
+        answer = self._post("/v1/completions", _completion_request([list(prompt) for prompt in prompts], sampling))
         pairs = zip(prompts, answer["choices"], strict=True)
         return [_scores(prompt, choice) for prompt, choice in pairs]
 
     def embed(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """The vectors of the prompts, float32 [prompts, width]."""
-        asked = {"model": SERVED_NAME, "input": _together(prompts), "encoding_format": "base64"}
-        answer = self._post("/v1/embeddings", asked)
+        request = {"model": SERVED_NAME, "input": _together(prompts), "encoding_format": "base64"}
+        answer = self._post("/v1/embeddings", request)
         rows = sorted(answer["data"], key=lambda row: row["index"])
         return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows])
 
@@ -108,8 +108,8 @@ class VllmClient:
             connection.close()
 
 
-def _asked(prompts: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
-    """A request for completions; logprobs, if wanted, are those of the tokens that were chosen."""
+def _completion_request(prompts: Any, sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """A request for completions; logprobs, if requested, are those of the chosen tokens."""
     ours = {"model": SERVED_NAME, "prompt": prompts, "return_token_ids": True}
     return {**sampling, **ours}
 
@@ -137,7 +137,7 @@ def _completion(choice: Mapping[str, Any]) -> Completion:
 def _scores(prompt: Sequence[int], choice: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     logprobs, likeliest = np.zeros(len(prompt), np.float32), np.zeros(len(prompt), np.int64)
     for place, (token, candidates) in enumerate(zip(prompt, choice["prompt_logprobs"], strict=True)):
-        if place > 0:  # nothing is said of the first: nothing stands before it
+        if place > 0:  # the first has no score: no token precedes it
             logprobs[place] = candidates[str(token)]["logprob"]
             likeliest[place - 1] = next(int(name) for name, each in candidates.items() if each["rank"] == 1)
     likeliest[-1] = choice["token_ids"][0]
@@ -151,8 +151,8 @@ def _unless_error(answer: Any) -> Any:
 
 
 def _refusal(path: str, status: int, body: bytes) -> InputError | EngineError:
-    if status == 404:  # it serves what its model can do
-        return InputError(f"vLLM refuses the request: its model does not do what {path} asks for")
+    if status == 404:  # it serves only the paths that its model supports
+        return InputError(f"vLLM refuses the request: its model does not support {path}")
     try:
         printed = _message(json.loads(body))
     except (ValueError, KeyError, TypeError):

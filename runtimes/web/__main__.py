@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.host.cli import command, existing_folder, parser
-from runtimes.search.embedder import embedder_flags, open_embedder
+from runtimes.search.embedder import embedder_arguments, open_embedder
 from runtimes.web.library import Library
 from runtimes.web.server import Server
 
@@ -32,8 +32,11 @@ def _parser() -> Any:
         "--collections collections",
         "--collections collections --host 0.0.0.0 --port 8010 --allow-host search.example.org",
     )
-    result.add_argument("--collections", type=Path, default=Path("collections"), metavar="DIR", help="their folder")
-    result.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    result.add_argument("--collections", type=Path, default=Path("collections"), metavar="DIR",
+                        help="folder of collections (default: %(default)s)")  # fmt: skip
+    result.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine only)"
+    )
     result.add_argument(
         "--allow-host",
         action="append",
@@ -41,8 +44,8 @@ def _parser() -> Any:
         metavar="NAME",
         help="name under which others reach this machine; requests for any other are then refused",
     )
-    result.add_argument("--port", type=int, default=0, help="port to listen on (default: any that is free)")
-    embedder_flags(result)
+    result.add_argument("--port", type=int, default=0, help="port to listen on (default: %(default)s, any free one)")
+    embedder_arguments(result)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Statements of a file embedded while the page waits: in memory, batch by batch, with progress."""
+"""Statements of a file are embedded in the background: in memory, batch by batch, with progress."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -57,13 +57,13 @@ class Job:
         return self._computed is not None
 
     def progress(self) -> dict[str, Any]:
-        """How far a job is that has not succeeded."""
+        """The progress of a job that has not succeeded."""
         if self._error:
             return {"state": "uncomputed", "reason": str(self._error)}
         return {"state": "computing", "done": self._done, "total": self._total}
 
     def result(self) -> Computed:
-        """What was computed; the error that ended it, if one did."""
+        """The computed collection; raises the error that ended the job, if one did."""
         if self._error:
             raise self._error
         if self._computed is None:
@@ -83,7 +83,7 @@ class Job:
         except (OSError, MemoryError) as error:
             self._error = EngineError(f"{self._path.name}: {one_line(error)}")
         finally:
-            if not self.finished:  # the thread may end in no other way without a word
+            if not self.finished:  # no end of the thread may leave the job unfinished
                 self._error = EngineError(f"{self._path.name}: the computation broke off; see the server's output")
 
     def _compute(self) -> Computed:

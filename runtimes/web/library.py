@@ -1,4 +1,4 @@
-"""The collections of a folder, as the web page knows them: ready, broken with a reason, or not computed yet."""
+"""The collections of a folder for the web page: ready, broken with a reason, or not computed yet."""
 
 import threading
 from bisect import bisect_right
@@ -50,7 +50,7 @@ class Opened:
 
 
 class Library:
-    """Collections below `folder`, opened when they are first asked for; texts are embedded by `open_embedder()`.
+    """Collections below `folder`, opened at first use; texts are embedded by `open_embedder()`.
 
     May be used by several threads. A context manager: leaving it closes the model.
     """
@@ -62,10 +62,10 @@ class Library:
         self._embedder: Embedder | None = None
         self._opened: dict[str, Opened] = {}
         self._jobs: dict[str, Job] = {}
-        self._lock = threading.Lock()  # over what the page knows; never held while anything is read from the disk
-        self._turns: dict[str, threading.Lock] = {}  # by collection: it is opened once, and keeps no other one waiting
+        self._lock = threading.Lock()  # over the state of the page; never held while something is read from the disk
+        self._turns: dict[str, threading.Lock] = {}  # by collection: it is opened once, and blocks no other one
         self._model_lock = threading.Lock()
-        self._search_lock = threading.Lock()  # one search has all threads; two would have twice the memory
+        self._search_lock = threading.Lock()  # one search uses all threads; two would use twice the memory
         self._exits = ExitStack()
 
     def __enter__(self) -> "Library":
@@ -77,14 +77,14 @@ class Library:
         self._exits.close()
 
     def describe_all(self) -> list[dict[str, Any]]:
-        """What there is: `{"name", "state"}`, and more by state.
+        """All collections: `{"name", "state"}`, and more by state.
 
         ready: `rows`, `papers`; broken: `reason`; computing: `done`, `total`; uncomputed: `reason`, if it was tried.
         """
         return [self.describe(name) for name in sorted(self._places())]
 
     def describe(self, name: str) -> dict[str, Any]:
-        """The entry of one collection in the list, whatever state it is in."""
+        """The entry of one collection in the list, in any state."""
         job = self._job(name)
         if self._place(name).is_file() and (job is None or not job.succeeded):
             return {"name": name, **(job.progress() if job else {"state": "uncomputed"})}
@@ -108,7 +108,7 @@ class Library:
             return opened
 
     def compute(self, name: str) -> None:
-        """Statements without vectors get them, in memory and in the background; `describe` says how far it is."""
+        """Statements without vectors get them, in memory and in the background; `describe` has the progress."""
         place = self._place(name)
         if not place.is_file():
             raise InputError(f"{name}: expected statements without vectors, found a collection")
@@ -135,7 +135,7 @@ class Library:
         return self._search(opened, embedder.vectors([text]), k)
 
     def embedder(self) -> Embedder:
-        """The model, opened at the first call; who asks for it meanwhile waits, and nobody else."""
+        """The model, opened at the first call; concurrent calls of this method wait until it is open."""
         with self._model_lock:
             if self._embedder is None:
                 self._embedder = self._exits.enter_context(self._open_embedder())
@@ -160,7 +160,7 @@ class Library:
         return opened
 
     def _turn(self, name: str) -> threading.Lock:
-        """The lock of a collection that there is."""
+        """The lock of an existing collection."""
         with self._lock:
             return self._turns.setdefault(name, threading.Lock())
 
@@ -184,7 +184,7 @@ class Library:
         return places[name]
 
     def _places(self) -> dict[str, Path]:
-        """Where each collection is, by name. A name that a request gives is only ever looked up here."""
+        """The path of each collection by name. A name of a request is only looked up here, never joined to a path."""
         try:
             paths = sorted(self.folder.iterdir())
         except OSError as error:
@@ -195,7 +195,7 @@ class Library:
 
 
 def statement(opened: Opened, row: int) -> dict[str, Any]:
-    """What the page shows of a row; `paper` is its place in the list of papers."""
+    """The fields of a row on the page; `paper` is its place in the list of papers."""
     entry = opened.source.entry(row)
     paper = opened.paper_of(row)
     return {

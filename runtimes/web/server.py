@@ -37,7 +37,7 @@ HEADERS = {
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BODY_BYTES = 1 << 20
 UNREAD_BYTES = 1 << 24  # up to here, a body that is too large is taken in, for most clients read no answer before
-PATIENCE_S = 30  # with a client that says nothing
+PATIENCE_S = 30  # to wait for a silent client
 K_MAX = 200
 PAGE_PAPERS = 200
 
@@ -59,7 +59,7 @@ STATUSES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """`names` are the parts of the path that the route leaves open; `query` and `body` what was asked."""
+    """`names` are the variable parts of the path; `query` and `body` those of the request."""
 
     names: tuple[str, ...]
     query: dict[str, str]
@@ -82,7 +82,7 @@ class Request:
 
 
 def collections(library: Library, request: Request) -> Answer:
-    """What `Library.describe_all` says of every collection."""
+    """The list of `Library.describe_all`."""
     return {"collections": library.describe_all()}
 
 
@@ -149,7 +149,7 @@ ROUTES: dict[tuple[str, str], Callable[[Library, Request], Answer]] = {
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the page for one library on `host`; port 0 takes a free one. `url` says where.
+    """Serves the page for one library on `host`; port 0 takes a free one. `url` is its address.
 
     Only requests for this machine, for `host` or for one of `names` are answered; on an address that others reach and
     without names, requests for any host are.
@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer("POST")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what is asked here is nobody else's business."""
+        """Nothing: requests are private."""
 
     def _answer(self, method: str) -> None:
         try:
@@ -217,11 +217,11 @@ class Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(pattern, path)
             if match and verb == method:
                 names = tuple(_decoded(name) for name in match.groups())
-                asked = {name: values[-1] for name, values in parse_qs(query).items()}
+                parameters = {name: values[-1] for name, values in parse_qs(query).items()}
                 body = self._body() if method == "POST" else None
                 try:
-                    return route(self.server.library, Request(names=names, query=asked, body=body))
-                except OSError as error:  # of a disk, and not of the client, who is to hear of it
+                    return route(self.server.library, Request(names=names, query=parameters, body=body))
+                except OSError as error:  # of a disk, not of the client: it is reported to the client
                     raise EngineError(one_line(error)) from error
         raise NotFound(f"expected a page of this server, found {method} {path[:80]}")
 

@@ -16,8 +16,8 @@ import pytest
 from runtimes.host import cli
 from runtimes.host.cli import flags, settings
 from tests.docs.blocks import ROOT, Block, blocks_of, commands, markdown_pages
-from training.loop import COMMON
-from training.spec import all_specs, find_spec, override
+from training.settings import defaults, override
+from training.spec import all_specs, find_spec
 
 PACKAGES = ("slipway", "runtimes", "training", "export", "benchmarks")
 SHELL = [block for page in markdown_pages() for block in blocks_of(page) if block.language == "bash"]
@@ -110,8 +110,8 @@ def check_settings(found: argparse.Namespace, changes: dict[str, str]) -> None:
     names = getattr(found, "models", None) or [found.model]
     names = [spec.name for spec in all_specs().values() if spec.trained] if names == ["all"] else names
     for name in names:
-        preset = find_spec(name).preset(getattr(found, "preset", "tiny"))
-        known = {**COMMON, **preset.training, **preset.config}
+        config, training = defaults(find_spec(name), getattr(found, "preset", "tiny"))
+        known = {**config, **training}
         assert set(changes) <= set(known), f"{name} has no setting {', '.join(set(changes) - set(known))}"
         override(known, {name: value for name, value in changes.items() if not value.startswith("$")})
 

@@ -20,6 +20,7 @@ from export.targets import onnx as onnx_target
 from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import ParityError
+from runtimes.host.cli import program
 from runtimes.repository import newest, published
 from runtimes.runtime import open_runtime
 from tests.exported import Exports
@@ -91,11 +92,11 @@ def test_another_checkpoint_gives_another_key(
 
     shutil.copytree(gru_repository, tmp_path / "repository")
     spec = find_spec(MODEL)
-    config = spec.preset("tiny").config
+    config = spec.preset("tiny")
     torch.manual_seed(1)
     sample_inputs = Checkpoint.load(checkpoints / MODEL).sample_inputs()
     other = tmp_path / "other"
-    module = spec.build(config)
+    module = spec.interface.build(config)
     save_checkpoint(
         other / MODEL,
         spec,
@@ -177,8 +178,8 @@ def test_a_dry_run_touches_nothing(run: Any, tmp_path: Path) -> None:
 def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
     vllm = plugins.load("export.targets", "vllm", "TARGET")
     for spec in all_specs().values():
-        refused, own = vllm.refuse(spec), spec.skips.get("vllm")
-        assert (refused is None) == (spec.language_model is not None)
+        refused, own = vllm.refuse(spec), spec.export.skips.get("vllm")
+        assert (refused is None) == (spec.export.language_model is not None)
         if refused:
             cell = Cell(spec=spec, target=vllm, precision=vllm.precisions[0])
             assert own != refused
@@ -186,9 +187,60 @@ def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
 
 
 def test_a_model_without_checkpoint_is_skipped_with_the_command_that_makes_one(run: Any, tmp_path: Path) -> None:
-    status, (cell,) = run("--target", "onnx", "--model", MODEL, source=tmp_path)
-    assert (status, cell["status"]) == (0, "skipped")
+    status, (cell,) = run("--target", "onnx", MODEL, source=tmp_path)
+    assert (status, cell["status"]) == (1, "skipped"), "a named model was not exported"
     assert f"python -m training.run {MODEL}" in cell["reason"]
+    for everything in ([], ["all"]):
+        status, cells = run(*everything, "--target", "onnx", source=tmp_path)
+        assert (status, {cell["status"] for cell in cells}) == (0, {"skipped"})
+
+
+def test_a_named_model_that_no_requested_target_takes_is_not_exported(run: Any) -> None:
+    status, (cell,) = run(MODEL, "--target", "vllm")
+    assert (status, cell["status"], cell["reason"]) == (1, "skipped", "not a decoder language model")
+    status, cells = run(MODEL, "--target", "vllm,onnx")
+    assert (status, [cell["status"] for cell in cells]) == (0, ["skipped", "ok"])
+    assert run(MODEL, "--target", "vllm,onnx", "--dry-run", "--force")[0] == 0
+
+
+def test_models_are_positional_and_lists_take_commas_repetition_and_any_case(run: Any) -> None:
+    def cells(*arguments: str) -> list[tuple[str, str, str]]:
+        status, found = run(*arguments, "--dry-run")
+        assert status == 0
+        return [(cell["model"], cell["target"], cell["precision"]) for cell in found]
+
+    expected = [
+        (model, target, precision)
+        for model in ("policy_gru", "policy_lstm")
+        for target in ("onnx", "torch")
+        for precision in ("fp32", "fp16")
+    ]
+    assert cells("policy_gru", "policy_lstm", "--target", "onnx,torch", "--precision", "fp32,fp16") == expected
+    assert cells("Policy_GRU,policy_lstm", "--target", "ONNX", "--target", "torch", "--precision", "FP32",
+                 "--precision", "fp16") == expected  # fmt: skip
+    assert cells("--model", "policy_gru", "--model", "policy_lstm", "--target", "onnx,torch,onnx", "--precision",
+                 "fp32,fp16") == expected  # fmt: skip
+
+
+def test_the_table_is_followed_by_three_commands(
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "repository"
+    places = ["--checkpoints", str(checkpoints), "--repository", str(repository)]
+    assert export_all.main([MODEL, "--target", "onnx", *places]) == 0
+    *_, following, predict, bench, serve = capsys.readouterr().out.splitlines()
+    assert following == "next:"
+    assert predict.startswith(f"  python -m runtimes.predict {MODEL} --target onnx --precision fp32")
+    assert bench == f"  python -m runtimes.bench {MODEL} --repository {repository}"
+    assert serve == f"  python -m runtimes.serve --repository {repository}"
+    token = program.set("slipway export")
+    try:
+        assert export_all.main([MODEL, "--target", "onnx", *places]) == 0
+    finally:
+        program.reset(token)
+    assert f"\n  slipway bench {MODEL}" in capsys.readouterr().out
+    assert export_all.main([MODEL, "--target", "vllm", *places]) == 1
+    assert "next:" not in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_model_fails_its_cell(run: Any, tmp_path: Path, checkpoints: Path) -> None:
@@ -201,13 +253,18 @@ def test_a_checkpoint_of_another_model_fails_its_cell(run: Any, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--target", "nonsense"], "onnx"),
-        (["--target", "onnx", "--model", "nonsense"], "policy_gru"),
-        (["--target", "onnx", "--precision", "fp7"], "fp32"),
+        (["--target", "onx"], "expected a known target, found 'onx'; did you mean 'onnx'?"),
+        (
+            ["policy_gruu", "--target", "onnx"],
+            "expected a known model, found 'policy_gruu'; did you mean 'policy_gru'?",
+        ),
+        (["--target", "onnx", "--model", "nonsense"], "expected a known model, found 'nonsense'; list them"),
+        (["--target", "onnx", "--precision", "fp31"], "expected a known precision, found 'fp31'; did you mean 'fp32'?"),
+        (["--target", "onnx", "--jobs", "0"], "--jobs: expected 1 or more, found 0"),
         ([], "--target"),
     ],
 )
-def test_what_does_not_exist_is_refused_in_one_line_that_names_what_does(
+def test_an_unknown_name_is_refused_in_one_line_with_the_nearest_known_one(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert export_all.main(arguments) == 2
@@ -276,7 +333,7 @@ def halves(answer: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
 def test_a_wrong_output_fails_its_own_check(source: Source, change: Any, failing: str) -> None:
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 2, "time": 5})
     got = Echo(source, change).fresh(inputs)
-    checks = parity.compare(source, got, source.answer(inputs), source.spec.tolerance["fp32"])
+    checks = parity.compare(source, got, source.answer(inputs), source.spec.parity.tolerance["fp32"])
     assert not checks[failing].passed
     with pytest.raises(ParityError, match=failing):
         parity.require_passed(checks)
@@ -288,7 +345,7 @@ def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(sour
     inputs = source.draw_inputs(np.random.default_rng(0), {"batch": 8, "time": 30})
     want = source.answer(inputs)
     got = {**want, "main_x": want["main_x"][..., ::-1]}
-    checks = source.spec.agreement(got, want, source.spec.tolerance["fp32"])
+    checks = source.spec.parity.agreement(got, want, source.spec.parity.tolerance["fp32"])
     assert not checks["same_main_x"].passed
     assert not checks["clear_main_x"].passed
     assert checks["same_main_y"].passed
@@ -337,4 +394,4 @@ def test_an_artifact_names_its_checkpoint_and_libraries(gru_repository: Path, ch
     assert artifact.checkpoint == Checkpoint.load(checkpoints / MODEL).digest
     assert artifact.built_with["opset"] == "20"
     assert {"torch", "onnx", "onnxruntime"} <= set(artifact.built_with)
-    assert artifact.proved
+    assert artifact.verified

@@ -86,10 +86,10 @@ def test_the_cost_of_a_byte_is_that_of_cross_entropy() -> None:
 
 def test_the_state_of_the_step_is_that_of_the_model() -> None:
     spec = find_spec("hnet_step")
-    for preset in spec.presets.values():
-        signature = spec.signature(preset.config)
+    for config in spec.presets.values():
+        signature = spec.interface.signature(config)
         shapes = {tensor.name: tensor.shape[1:] for tensor in signature.inputs[1:]}
-        assert shapes == {f"{name}_in": shape for name, shape in state_shapes(preset.config).items()}
+        assert shapes == {f"{name}_in": shape for name, shape in state_shapes(config).items()}
         assert len(signature.state) == len(shapes)
 
 

@@ -18,7 +18,7 @@ from runtimes.tensors import Axis, Signature, TensorSpec
 from tests.conftest import write_untrained
 from training.checkpoint import Checkpoint
 from training.layers.scan import Form, selective_scan
-from training.spec import ModelSpec, Preset, Tolerance, find_spec
+from training.spec import Interface, ModelSpec, Parity, Tolerance, find_spec
 
 SIGNATURE = Signature(
     inputs=(TensorSpec(name="x", dtype="float32", shape=("batch", "time", 4)),),
@@ -34,16 +34,16 @@ class OfModule(Source):
         spec = ModelSpec(
             name="toy",
             pipeline="none",
-            presets={"tiny": Preset(config={}, training={})},
-            signature=lambda config: signature,
-            build=lambda config: module,
-            draw_inputs=lambda config, rng, sizes, sample_inputs: {
-                tensor.name: rng.normal(size=tensor.resolve(sizes)).astype(tensor.dtype)
-                for tensor in signature.free_inputs
-            },
-            agreement=lambda got, want, tolerance: {},
-            tolerance={"fp32": Tolerance(absolute=1e-5, relative=1e-5)},
-            recipe=lambda: (_ for _ in ()).throw(NotImplementedError),
+            presets={"tiny": {}},
+            interface=Interface(signature=lambda config: signature, build=lambda config: module),
+            parity=Parity(
+                draw_inputs=lambda config, rng, sizes, sample_inputs: {
+                    tensor.name: rng.normal(size=tensor.resolve(sizes)).astype(tensor.dtype)
+                    for tensor in signature.free_inputs
+                },
+                agreement=lambda got, want, tolerance: {},
+                tolerance={"fp32": Tolerance(absolute=1e-5, relative=1e-5)},
+            ),
         )
         self.spec, self.signature, self.config = spec, signature, {}
         self._programs, self.onnx_programs = {}, {}

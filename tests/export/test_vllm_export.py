@@ -27,7 +27,7 @@ from runtimes.runtime import open_runtime
 from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER
 from runtimes.vllm.server import find_python
 from training.checkpoint import Checkpoint, save_checkpoint
-from training.loop import COMMON
+from training.settings import COMMON
 from training.spec import find_spec
 
 MODELS = ("statements", "hallucination_generator")
@@ -39,7 +39,7 @@ Run = Callable[..., tuple[int, list[Any]]]
 def require_llmcompressor() -> None:
     """Not by importing it, for then it logs to stdout."""
     if importlib.util.find_spec("llmcompressor") is None:
-        pytest.skip("llmcompressor is not installed: pip install 'slipway[quantize]'")
+        pytest.skip("llmcompressor is not installed: pip install '.[quantize]'")
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +53,14 @@ def adapted(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def save_adapted(untrained: Checkpoint, folder: Path) -> None:
     spec = find_spec(untrained.model)
-    preset = spec.preset("tiny")
+    training = {**COMMON, **spec.training.settings["tiny"], "papers": 40}
     torch.manual_seed(1)
-    module = spec.build(untrained.config)
+    module = spec.interface.build(untrained.config)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    sample_inputs = spec.recipe()(untrained.config, {**COMMON, **preset.training, "papers": 40}, None).sample_inputs()
+    sample_inputs = spec.training.recipe()(untrained.config, training, None).sample_inputs()
     settings = {"preset": "tiny", "config": untrained.config, "training": {}, "step": 1, "metrics": {}}
     save_checkpoint(folder, spec, module, sample_inputs=sample_inputs, **settings)
 
@@ -255,7 +255,7 @@ def test_vllm_itself_says_what_the_original_says(
 def test_what_is_no_decoder_is_skipped_with_that_reason(model: str, run: Run) -> None:
     status, (cell,) = run("--model", model)
     assert (status, cell["status"]) == (0, "skipped")
-    assert "decoder language model" in cell["reason"] or "--model hallucination_generator" in cell["reason"]
+    assert "decoder language model" in cell["reason"] or "export hallucination_generator" in cell["reason"]
 
 
 def test_an_encoder_as_the_base_is_skipped_with_its_kind(run: Run, tmp_path: Path, checkpoints: Path) -> None:
@@ -288,7 +288,9 @@ def based_on(model: Any, tmp_path: Path, checkpoints: Path, targets: str) -> Pat
     config = {**untrained.config, "base": str(tmp_path / "base"), "lora_targets": targets, "max_tokens": 64}
     settings = {"preset": "tiny", "config": config, "training": {}, "step": 1, "metrics": {}}
     sample_inputs = {name: values[:, :64] for name, values in untrained.sample_inputs().items()}
-    save_checkpoint(tmp_path / "own" / "statements", spec, spec.build(config), sample_inputs=sample_inputs, **settings)
+    save_checkpoint(
+        tmp_path / "own" / "statements", spec, spec.interface.build(config), sample_inputs=sample_inputs, **settings
+    )
     return tmp_path / "own"
 
 

@@ -166,14 +166,14 @@ def test_a_write_that_fails_leaves_the_old_manifest(tmp_path: Path, monkeypatch:
 
 
 def test_every_check_must_pass_to_be_a_proof(tmp_path: Path) -> None:
-    assert make(tmp_path).proved
-    assert not make(tmp_path, parity={**GOOD, "more": Check(value=1.1, limit=1.0)}).proved
-    assert not make(tmp_path, parity={**GOOD, "same": Check(value=0.999, limit=1.0, at_least=True)}).proved
+    assert make(tmp_path).verified
+    assert not make(tmp_path, parity={**GOOD, "more": Check(value=1.1, limit=1.0)}).verified
+    assert not make(tmp_path, parity={**GOOD, "same": Check(value=0.999, limit=1.0, at_least=True)}).verified
 
 
 def test_nothing_compared_is_not_a_proof(tmp_path: Path) -> None:
-    assert not make(tmp_path, parity={}).proved
-    assert not make(tmp_path, facts=replace(RAN, compared=False)).proved
+    assert not make(tmp_path, parity={}).verified
+    assert not make(tmp_path, facts=replace(RAN, compared=False)).verified
 
 
 @pytest.mark.parametrize("at_least", [False, True])
@@ -183,7 +183,7 @@ def test_nan_is_not_a_proof_also_after_it_was_saved(tmp_path: Path, at_least: bo
     make(tmp_path, parity={**GOOD, "nan": check})
     loaded = Artifact.load(tmp_path)
     assert math.isnan(loaded.parity["nan"].value)
-    assert not loaded.proved
+    assert not loaded.verified
     assert not Check(value=0.0, limit=math.nan, at_least=at_least).passed
 
 

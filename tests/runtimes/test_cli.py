@@ -1,11 +1,12 @@
 """A command line ends in an exit status and says what is wrong in one line, never in a traceback."""
 
+import argparse
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -21,17 +22,15 @@ from runtimes.errors import (
     require,
 )
 from runtimes.host.cli import (
+    EXTRAS,
     command,
     existing_folder,
     flags,
-    hidden_alias,
-    models_argument,
     parser,
     settings,
     table,
-    target_argument,
-    unknown_name,
 )
+from runtimes.host.output_capture import bars_on_a_terminal_only
 from runtimes.host.progress import Progress, progress
 
 ROOT = Path(__file__).parents[2]
@@ -206,56 +205,87 @@ def test_a_missing_package_names_the_extra_that_brings_it() -> None:
 
 def test_no_published_artifact_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert predict.main(["policy_gru", "--repository", str(tmp_path)]) == 2
-    assert "found no 'policy_gru_onnx'; published: none" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"expected an artifact 'policy_gru_onnx' in {tmp_path}, found none; publish it: " in error
+    assert error.endswith("python -m export.all policy_gru --target onnx\n")
 
 
-def named(most: int | None = None, least: int = 0) -> Any:
-    made = parser("toy", "Does nothing.")
-    models_argument(made, "models", least=least, most=most)
-    target_argument(made, "targets")
-    made.add_argument("--concurrency", type=int, action="append", default=[])
-    hidden_alias(made, "--lanes", "--concurrency")
-    return made
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["a", "b"], ["--model", "a", "--model", "b"], ["--model", "A,b"], ["a", "--model", "b"], ["A,B"]],
-)
-def test_models_are_positional_or_an_option_and_case_does_not_matter(arguments: list[str]) -> None:
-    assert named().parse_args(arguments).models == ["a", "b"]
-
-
-@pytest.mark.parametrize("arguments", [["gru"], ["--model", "gru"]])
-def test_a_command_for_one_model_has_its_name(arguments: list[str]) -> None:
-    assert named(most=1, least=1).parse_args(arguments).model == "gru"
-
-
-@pytest.mark.parametrize(("arguments", "error"), [([], "required: MODEL"), (["a", "b"], "expected one MODEL")])
-def test_too_few_and_too_many_models_are_refused(
-    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("module", ["export.all", "training.run"])
+def test_a_package_that_is_not_installed_is_one_line_with_its_extra(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
-        named(most=1, least=1).parse_args(arguments)
-    assert error in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+    def main(argv: list[str] | None = None) -> int:
+        import torch
+
+        return torch.initial_seed()
+
+    main.__module__ = module
+    assert command(main)([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: expected package 'torch', found none")
+    assert ("[export,train]'" if module == "export.all" else "[train]'") in error
+    assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--target", "onnx,torch"], ["--target", "ONNX", "--target", "torch"]])
-def test_targets_are_separated_by_commas_or_repeated(arguments: list[str]) -> None:
-    assert named().parse_args(arguments).target == ["onnx", "torch"]
-    assert named().parse_args([]).target == []  # the default is not shared with an earlier call
+def test_a_module_of_ours_that_is_missing_is_a_fault_with_a_traceback() -> None:
+    @command
+    def main(argv: list[str] | None = None) -> int:
+        import runtimes.no_such_module
+
+        return runtimes.no_such_module.status
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main([])
 
 
-def test_an_older_name_of_an_option_works_and_is_not_in_the_help() -> None:
-    assert named().parse_args(["--lanes", "1", "--concurrency", "2"]).concurrency == [1, 2]
-    assert "--lanes" not in named().format_help()
+def test_every_extra_of_a_package_brings_it() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    distribution = {"onnx_ir": "onnxscript", "sklearn": "scikit-learn", "torch_geometric": "torch-geometric"}
+    for package, extra in EXTRAS.items():
+        name = distribution.get(package, package)
+        assert any(re.split(r"[^\w-]", each)[0] == name for each in declared[extra]), f"{package}: {extra}"
 
 
-def test_an_unknown_name_gets_the_nearest_one_and_the_remedy() -> None:
-    known = [f"model_{i}" for i in range(20)] + ["policy_gru"]
-    text = str(unknown_name("model", "policy_gur", known, "list them: slipway list"))
-    assert text == "expected a known model, found 'policy_gur'; did you mean 'policy_gru'? list them: slipway list"
-    assert "model_3" not in str(unknown_name("model", "zebra", known, "list them: slipway list"))
+def test_output_into_a_closed_pipe_is_no_traceback() -> None:
+    code = """
+import sys
+from runtimes.host.cli import command
+
+@command
+def main(argv=None):
+    print("x\\n" * 100_000)
+    return 0
+
+sys.exit(main([]))
+"""
+    script = f'"{sys.executable}" -c "$0" | head -n 1'
+    ran = subprocess.run(["bash", "-c", script, code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (ran.stdout, ran.stderr) == ("x\n", "")
+
+
+def test_an_error_of_the_command_line_is_one_line_with_the_nearest_option(capsys: pytest.CaptureFixture[str]) -> None:
+    made = parser("toy", "Does nothing.")
+    made.add_argument("--concurrency", type=int)
+    hidden = made.add_argument("--concurrent", help=argparse.SUPPRESS)
+    assert hidden.dest == "concurrent"
+    with pytest.raises(SystemExit, match="2"):
+        made.parse_args(["--concurency", "1"])
+    found = capsys.readouterr().err
+    assert found == (
+        "error: unrecognized arguments: --concurency 1; did you mean --concurrency; see python -m toy --help\n"
+    )
+
+
+@pytest.mark.parametrize("package", ["runtimes", "training", "export"])
+def test_a_package_lists_its_commands(package: str) -> None:
+    ran = subprocess.run([sys.executable, "-m", package], capture_output=True, text=True, check=True, cwd=ROOT)
+    own = [name for name in COMMANDS if name.startswith(f"{package}.")]
+    listed = [line.split()[2] for line in ran.stdout.splitlines()[2:]]
+    assert listed == [name for name in own if "previous_names" not in name]
+    assert all(len(line.split()) > 4 for line in ran.stdout.splitlines()[2:])  # each with its purpose
 
 
 def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -263,8 +293,29 @@ def test_progress_without_a_terminal_is_lines_also_while_a_step_computes(capsys:
         bar.advance()
         time.sleep(0.3)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 2
+    assert len(lines) >= 3
     assert lines[0].startswith("export: 1 of 2, ")
+    assert [line.endswith(", ended") for line in lines] == [*[False] * (len(lines) - 1), True]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with Progress("export", 2, every_s=0.01) as bar:
+        bar.advance()
+        bar.describe("verify")
+        time.sleep(0.05)
+    text = capsys.readouterr().err
+    assert "verify:  50%" in text
+    assert "1 of 2" not in text
+
+
+def test_progress_goes_on_where_the_bars_of_a_library_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("export", every_s=0.05), bars_on_a_terminal_only():
+        print("a bar", file=sys.stderr)
+        time.sleep(0.3)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 2
+    assert all(line.startswith("export: ") for line in lines)
 
 
 def test_short_work_prints_no_progress(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Comparing: folders measured in turns, results files, verdicts and exit statuses."""
+"""Comparisons: folders in interleaved runs, results files, verdicts and exit statuses."""
 
 import json
 import shutil
@@ -20,9 +20,9 @@ RUNS = 20
 
 
 class Machine:
-    """Stands in for `Worker`: a run of a folder takes a second, more where the folder's name says so, with noise.
+    """A stub of `Worker`: a run of a folder takes a second with noise, a fifth more in a folder named "slower".
 
-    The noise is that of `test_statistics.rounds`: the machine slows down by half meanwhile.
+    The noise is that of `test_statistics.rounds`: the machine becomes slower by half during the test.
     """
 
     def __init__(self, seed: int) -> None:
@@ -60,7 +60,7 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("clock", compare.CLOCKS)
-def test_a_planted_slowdown_is_caught_and_a_thing_compared_with_itself_raises_no_alarm(
+def test_a_planted_slowdown_is_found_and_an_a_a_comparison_finds_none(
     folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, clock: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in range(20):
@@ -71,16 +71,14 @@ def test_a_planted_slowdown_is_caught_and_a_thing_compared_with_itself_raises_no
     assert capsys.readouterr().err == ""
 
 
-def test_a_slowdown_within_what_is_tolerated_is_let_pass(
-    folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_slowdown_within_the_tolerance_passes(folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for tolerated, status in (("5", 1), ("30", 0)):
         monkeypatch.setattr(compare, "Worker", Machine(0))
         arguments = [str(folders["base"]), str(folders["slower"]), "--runs", str(RUNS), "--fail-slower", tolerated]
         assert compare.main(arguments) == status
 
 
-def test_what_only_base_has_is_a_failure(
+def test_a_cell_that_only_base_has_is_a_failure(
     folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.move(folders["same"] / "doubling_onnx", folders["same"] / "doubling_openvino")
@@ -99,17 +97,17 @@ def checkouts(tmp_path: Path) -> tuple[Path, Path]:
         make(checkout / "model_repository" / "doubling_onnx" / "1", DOUBLING)
     engine = made[1] / "runtimes" / "engines" / "onnxruntime.py"
     source = engine.read_text()
-    call = "    def infer(self, feeds: Mapping[str, np.ndarray]) -> Tensors:\n"
+    call = "    def infer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:\n"
     assert call in source
     engine.write_text(source.replace(call, call + "        import time\n        time.sleep(0.002)\n"))
     return made[0], made[1]
 
 
 @pytest.mark.slow
-def test_checkouts_are_measured_by_their_own_code_in_turns(
+def test_checkouts_are_measured_by_their_own_code_in_interleaved_runs(
     checkouts: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A call takes some 20 microseconds, and 2 ms more in NEW: far beyond what any noise could hide or make."""
+    """A call takes some 20 microseconds, and 2 ms more in NEW: far beyond any noise."""
     out = tmp_path / "cells.json"
     arguments = ["--runs", "5", "--seconds", "0.01", "--out", str(out), "--json"]
     assert compare.main([*map(str, checkouts), *arguments]) == 1
@@ -152,10 +150,10 @@ def test_results_files_are_compared_by_the_medians_of_their_runs(
     capsys.readouterr()
     assert compare.main([base, failed]) == 1
     assert "no such engine" in capsys.readouterr().out
-    assert compare.main([failed, base]) == 2, "what failed in BASE cannot get slower"
+    assert compare.main([failed, base]) == 2, "a failed row of BASE is not compared"
 
 
-def test_files_whose_medians_are_of_other_windows_are_not_compared(
+def test_files_with_medians_of_other_windows_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, older = results(tmp_path / "base.json", 1.0), Path(results(tmp_path / "older.json", 1.0))
@@ -179,7 +177,7 @@ def test_a_row_is_compared_with_itself_only(tmp_path: Path, capsys: pytest.Captu
         (lambda base, folder: [base, base, "--fail-slower", "-1"], "expected a percentage of 0 or more, found -1.0"),
         (lambda base, folder: [base, base, "--fail-slower", "nan"], "expected a percentage of 0 or more, found nan"),
         (lambda base, folder: [base, folder], "expected two folders or two results files"),
-        (lambda base, folder: [folder, folder], "expected a cell that"),
+        (lambda base, folder: [folder, folder], "expected a cell in both"),
         (lambda base, folder: [base, "/nowhere"], "expected two folders or two results files"),
     ],
 )

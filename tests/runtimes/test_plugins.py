@@ -219,10 +219,10 @@ def test_a_new_model_is_found_and_keeps_to_its_signature(toy_model: ModelSpec, t
     base = tmp_path / "base.safetensors"
     save_file({"weight": torch.ones(4, 3), "bias": torch.zeros(4)}, base)
     assert all_specs()["toy"] is toy_model
-    config = {**toy_model.preset("tiny").config, "base": str(base)}
-    own, built = toy_model.signature(config), toy_model.build(config)
-    assert [part.prefix for part in toy_model.frozen(config)] == ["base"]
-    inputs = toy_model.draw_inputs(config, np.random.default_rng(0), own.sizes("opt"), {})
+    config = {**toy_model.preset("tiny"), "base": str(base)}
+    own, built = toy_model.interface.signature(config), toy_model.interface.build(config)
+    assert [part.prefix for part in toy_model.interface.frozen(config)] == ["base"]
+    inputs = toy_model.parity.draw_inputs(config, np.random.default_rng(0), own.sizes("opt"), {})
     (scores,) = built(*(torch.from_numpy(inputs[tensor.name]) for tensor in own.inputs))
     own.check_outputs({"scores": scores.detach().numpy()}, own.check_inputs(inputs))
 
@@ -240,7 +240,7 @@ def test_an_unknown_name_lists_what_there_is(package: str) -> None:
 
 
 def test_an_unknown_model_or_preset_lists_what_there_is() -> None:
-    with pytest.raises(InputError, match=r"expected a model of .*policy_gru.*; found 'policy'"):
+    with pytest.raises(InputError, match=r"expected a known model, found 'policy'; did you mean"):
         find_spec("policy")
     with pytest.raises(InputError, match="policy_gru: expected a preset of tiny, full; found 'huge'"):
         find_spec("policy_gru").preset("huge")

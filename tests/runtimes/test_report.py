@@ -1,4 +1,4 @@
-"""What is made of a results file: the page, Markdown, advice, and the matrix of the README."""
+"""The uses of a results file: the page, Markdown, advice, and the matrix."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def results(tmp_path: Path) -> Path:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_one_file_that_asks_for_nothing(results: Path, tmp_path: Path) -> None:
+def test_the_page_is_one_file_that_loads_nothing(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert report.main([str(results), "--html", str(page)]) == 0
     text = page.read_text()
@@ -76,11 +76,11 @@ def test_the_page_is_one_file_that_asks_for_nothing(results: Path, tmp_path: Pat
     assert "<script" not in text
 
 
-def test_the_page_has_a_figure_for_every_question_that_the_rows_answer(results: Path, tmp_path: Path) -> None:
+def test_the_page_has_every_plot_that_the_rows_have_data_for(results: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     report.main([str(results), "--html", str(page)])
     text = page.read_text()
-    for title in ("Latency, one request at a time", "requests side by side", "by batch", "under arrivals", "Memory",
+    for title in ("Latency, one request at a time", "concurrent requests", "by batch", "under arrivals", "Memory",
                   "Speed against accuracy"):  # fmt: skip
         assert title in text
     assert "Memory on the GPU" not in text, "no row has any"
@@ -110,7 +110,7 @@ def test_markdown_has_every_row_with_as_many_cells_as_its_header(
     assert "| 8.00 | 0.970 |" in int8
 
 
-def test_what_a_gpu_took_has_columns_where_a_row_has_any(
+def test_gpu_figures_have_columns_where_a_row_has_any(
     results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = {"device": "cuda", "device_p50_s": 0.00025, "gpu_memory_bytes": 70_000_000}
@@ -121,9 +121,9 @@ def test_what_a_gpu_took_has_columns_where_a_row_has_any(
     assert report.main([str(tmp_path / "gpu.json")]) == 0
     header, _, first, *_, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
     names, cpu, gpu = ([cell.strip() for cell in line.strip("|").split("|")] for line in (header, first, last))
-    told = [names.index(name) for name in ("device", "device ms", "GPU MB")]
-    assert [cpu[i] for i in told] == ["cpu", "-", "-"]
-    assert [gpu[i] for i in told] == ["cuda", "0.250", "70"]
+    columns = [names.index(name) for name in ("device", "device ms", "GPU MB")]
+    assert [cpu[i] for i in columns] == ["cpu", "-", "-"]
+    assert [gpu[i] for i in columns] == ["cuda", "0.250", "70"]
     assert report.main([str(tmp_path / "gpu.json"), "--html", str(tmp_path / "gpu.html")]) == 0
     assert "<th>device ms</th>" in (tmp_path / "gpu.html").read_text()
 
@@ -168,14 +168,14 @@ def test_every_branch_is_answered_from_the_rows(results: Path, capsys: pytest.Ca
     assert "the least is onnx int8 with 25 MB, 8.0 times less than torch eager" in memory
     assert "onnx int8 takes 25 MB where onnx takes 50 MB, at an agreement of 0.970" in memory
     assert "the fastest for one request is onnx int8: 0.5" in slow
-    assert "onnx at batch=4 tokens=16 does 1300 rows/s, 1.3 times what it does at batch=1" in slow
+    assert "onnx at batch=4 tokens=16 has 1300 rows/s, 1.3 times its throughput at batch=1" in slow
     assert "triton onnx has its knee at 2 in flight" in slow
     assert "not measured at all: openvino, tensorrt, vllm" in slow
-    assert "onnx int8 keeps 0.970 of the original's decisions" in accuracy
-    assert "onnx is the fastest that decides as the original" in accuracy
+    assert "onnx int8 has 0.970 of the original's decisions" in accuracy
+    assert "onnx is the fastest with all decisions of the original" in accuracy
 
 
-def test_what_was_not_measured_is_named_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_measurement_is_named_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "single.json"
     write_json(path, {"schema": SCHEMA, "environment": ENVIRONMENT, "rows": ROWS[:1]})
     _, found = advice(path, capsys)
@@ -185,7 +185,7 @@ def test_what_was_not_measured_is_named_with_the_command(tmp_path: Path, capsys:
     assert len(commands) == 3
 
 
-def test_what_was_not_stable_or_failed_is_said_first(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unstable_and_failed_engines_are_warnings(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warnings = advice(results, capsys)[1]["warnings"]
     assert not any("not on" in warning for warning in warnings)
     assert any("not stable while measured: torch.compile" in warning for warning in warnings)
@@ -198,19 +198,19 @@ def test_of_another_machine_only_agreement_carries_over_and_nothing_is_chosen(
     """The figures of a CPU once ended in a choice for a T4."""
     status, found = advice(results, capsys, "--device", "colab-t4", "--agreement", "0.99")
     assert (status, found["choose"]) == (1, None)
-    assert found["measure"].startswith("python -m runtimes.bench --model toy --device cuda --scenario all --out ")
+    assert found["measure"].startswith("python -m runtimes.bench toy --device cuda --scenario all --out ")
     (warning,) = found["warnings"]
     assert warning == "measured on Toy CPU, not on Tesla T4: agreement carries over, times and memory do not"
     memory, slow, accuracy = (found["findings"][problem] for problem in advise.PROBLEMS)
     assert memory[0] == slow[0] == f"not measured on Tesla T4; {found['measure']}"
     assert "--profile colab-t4: loading nf4" in memory[1]
-    assert "decide as the original does on all that they were proved on: torch, torch.compile, onnx" in accuracy
+    assert "all decisions of the original, on all inputs of the parity checks: torch, torch.compile, onnx" in accuracy
     assert {option["name"]: option["misses"] for option in found["options"]}["onnx int8"] == ["agreement"]
     assert {option["p50_s"] for option in found["options"]} == {None}
     capsys.readouterr()
     assert advise.main(["toy", "--results", str(results), "--device", "colab-t4"]) == 1
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"nothing to choose from yet; measure there: {found['measure']}"
+    assert printed.splitlines()[-1] == f"no engine was measured on the device; measure there: {found['measure']}"
     assert not re.search("fastest|choose onnx", printed)
 
 
@@ -245,27 +245,25 @@ def test_advice_is_from_the_rows_of_the_device_alone(
     assert bool(found["measure"]) == ("colab-a100" in arguments)
 
 
-def test_memory_of_a_gpu_that_is_not_known_is_not_that_of_the_host(
+def test_the_memory_of_the_host_does_not_stand_for_that_of_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = of_a_gpu(tmp_path / "gpu.json", [{**each, "gpu_memory_bytes": None} for each in GPU_ROWS])
     status, found = advice(path, capsys, "--device", "cuda", "--memory-mb", "100000")
     assert (status, found["choose"]) == (1, None)
-    assert {miss for option in found["options"] for miss in option["misses"]} == {"memory, which is not known"}
-    assert "not known: the driver told no memory of these processes" in found["findings"]["out-of-memory"][0]
+    assert {miss for option in found["options"] for miss in option["misses"]} == {"memory, which is unknown"}
+    assert "unknown: the driver reports no memory of these processes" in found["findings"]["out-of-memory"][0]
     assert advice(path, capsys, "--device", "colab-t4")[1]["choose"] == "torch bf16", "it ran there, so it fits"
 
 
-def test_what_failed_on_the_device_is_told_where_nothing_else_was_measured_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failure_on_the_device_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed = {**GPU_ROWS[0], "failed": "CUDA out of memory"}
     _, found = advice(of_a_gpu(tmp_path / "gpu.json", [failed, GPU_ROWS[2]]), capsys, "--device", "cuda")
     assert found["choose"] is None
-    assert any("torch could not be measured" in each and "CUDA out of memory" in each for each in found["warnings"])
+    assert any("torch failed" in each and "CUDA out of memory" in each for each in found["warnings"])
 
 
-def test_one_branch_can_be_asked_for_and_the_text_ends_with_the_choice(
+def test_one_branch_can_be_requested_and_the_text_ends_with_the_choice(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert advise.main(["toy", "--results", str(results), "--problem", "too-slow"]) == 0
@@ -278,12 +276,13 @@ def test_one_branch_can_be_asked_for_and_the_text_ends_with_the_choice(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nobody"], "expected single-stream rows of nobody"),
+        (["nobody"], "expected a known model with single-stream rows in"),
+        (["tpy"], "found 'tpy'; did you mean 'toy'? measure it: python -m runtimes.bench tpy --out"),
         (["toy", "--latency-ms", "nan"], "--latency-ms: expected a number of 0 or more, found nan"),
         (["toy", "--agreement", "-1"], "--agreement: expected a number of 0 or more, found -1"),
     ],
 )
-def test_a_question_that_cannot_be_answered_is_one_line(
+def test_a_wrong_command_line_is_one_line(
     results: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert advise.main([*arguments, "--results", str(results)]) == 2
@@ -318,59 +317,135 @@ CELLS = [
 ]
 
 
-def test_a_cell_tells_parity_size_and_speed_or_why_not() -> None:
-    made = matrix.matrix(CELLS, ROWS, ENVIRONMENT).splitlines()
-    assert made[0] == "| model | torch | onnx | tensorrt | vllm | openvino |"
-    cells = [text.strip() for text in made[2].strip("|").split("|")]
-    assert re.fullmatch(r"fp32 0\.12 · 1\.3 MB · 4 ms", cells[1])
-    assert cells[2] == "fp32 0.12 · 1.3 MB · 4.0x<br>int8 0.12 (0.970) · 1.3 MB · 8.0x"
-    assert cells[3] == "fp32 built, not run<sup>1</sup> · 1.3 MB"
-    assert cells[4:] == ["–<sup>2</sup>", "fp32 failed<sup>3</sup>"]
-    unmeasured = "fp32 –<sup>2</sup><br>awq 0.12 · 1.3 MB"
-    assert made[3] == f"| new | – | –<sup>4</sup> | – | {unmeasured} | – |", "a model that is there from now on"
-    assert made[-6] == "- For comparison, `torch.compile` in fp32: toy ~2.0x", "a baseline that is no target"
-    assert made[-4:] == ["1. no GPU here", "2. not a decoder", "3. it broke", "4. no checkpoint of the model"]
+def made(rows: list[Row], cells: list[Row] | None = None) -> dict[str, dict[str, str]]:
+    """The cells of every line of the matrix by the name of the line."""
+    lines = matrix.lines_of(CELLS if cells is None else cells, rows)
+    return {line.name: dict(zip(matrix.HEADER, line.cells(), strict=True)) for line in lines}
 
 
-def test_a_speed_that_was_not_steady_is_marked_and_so_is_a_multiple_of_one() -> None:
-    def speeds(*stable: bool) -> list[str]:
-        rows = [
-            row(engine, ms, stable=each) for engine, ms, each in zip(("torch", "onnx"), (4, 1), stable, strict=True)
-        ]
-        line = matrix.matrix([cell("torch"), cell("onnx")], rows, ENVIRONMENT).splitlines()[2]
-        return [text.rpartition(" · ")[2].strip() for text in line.strip("|").split("|")[1:]]
+def test_a_line_has_one_number_in_each_column_and_its_status() -> None:
+    lines = made(ROWS)
+    assert list(lines["toy/onnx/int8"].values()) == [
+        *("toy", "onnx", "int8", "1.30", "0.123", "0.970", lines["toy/onnx/int8"]["p50 ms"], "8.00", "-", "2000"),
+        *("1", "25", "ok"),
+    ]
+    assert float(lines["toy/onnx/int8"]["p50 ms"]) == pytest.approx(0.5, rel=0.1)
+    assert (lines["toy/onnx/fp32"]["rows/s"], lines["toy/onnx/fp32"]["batch"]) == ("1300", "4")
+    assert lines["toy/torch/fp32"]["x eager"] == "1.00"
+    for line in lines.values():
+        for column in set(matrix.HEADER) - set(matrix.TEXTS):
+            assert line[column] == "-" or float(line[column]) >= 0
 
-    assert speeds(True, True) == ["4 ms", "4.0x"]
-    assert speeds(True, False) == ["4 ms", "~4.0x"]
-    assert speeds(False, True) == ["~4 ms", "~4.0x"]
-    assert "`~`: the engine, or torch eager beside it, was unstable" in matrix.legend(ENVIRONMENT)
+
+def test_a_line_without_figures_has_the_reason() -> None:
+    status = {name: line["status"] for name, line in made(ROWS).items()}
+    assert status["toy/tensorrt/fp32"] == "no GPU here"
+    assert status["toy/vllm/fp32"] == "skipped: not a decoder"
+    assert status["toy/openvino/fp32"] == "failed: it broke"
+    assert status["new/onnx/fp32"] == "skipped: no checkpoint of new"
+    assert status["new/vllm/awq"] == "ok"
+    assert "new/vllm/int8" not in status, "the target has no such precision"
+    failed = [{**row("openvino", 1.0), "failed": "cannot | open it"}]
+    assert made(failed, [cell("openvino")])["toy/openvino/fp32"]["status"] == "ok, not measured: cannot | open it"
 
 
-def test_the_matrix_is_put_between_its_marks_and_checked(
-    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_engine_that_is_no_target_is_a_comparison() -> None:
+    line = made(ROWS)["toy/torch.compile/fp32"]
+    assert (line["MB"], line["x eager"], line["status"]) == ("-", "2.00", "comparison, unstable")
+    failed = [row("torch", 4.0), {**row("torch.compile", 2.0), "failed": "it cannot"}]
+    assert made(failed)["toy/torch.compile/fp32"]["status"] == "comparison, not measured: it cannot"
+
+
+def test_throughput_is_of_rows_of_the_same_sizes() -> None:
+    """A row of 30 steps is no row of one step."""
+    long = row("onnx", 1.0, sizes={"batch": 8, "tokens": 999}, rows_per_s=9e9)
+    assert made([*ROWS, long])["toy/onnx/fp32"]["rows/s"] == "1300"
+
+
+@pytest.mark.parametrize(
+    ("eager", "other", "status"),
+    [(True, True, "ok"), (True, False, "ok, unstable"), (False, True, "ok, unstable")],
+)
+def test_a_speed_that_was_not_stable_is_marked_and_so_is_a_multiple_of_one(
+    eager: bool, other: bool, status: str
 ) -> None:
-    readme = tmp_path / "README.md"
-    write_json(tmp_path / "export.json", {"cells": CELLS})
-    readme.write_text(f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n")
-    arguments = [str(results.parent), "--readme", str(readme)]
+    lines = made([row("torch", 4, stable=eager), row("onnx", 1, stable=other)], [cell("torch"), cell("onnx")])
+    assert lines["toy/onnx/fp32"]["status"] == status
+
+
+def test_a_speed_has_its_interval_where_the_windows_are_paired() -> None:
+    windows = {"counted": [True] * 6, "window_cpu_s_per_call": [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]}
+    half = {**windows, "window_cpu_s_per_call": [0.5, 1.0, 1.5, 0.5, 1.0, 1.5]}
+    line = made([row("torch", 4, **windows), row("onnx", 1, **half)])["toy/onnx/fp32"]
+    assert (line["x eager"], line["95 % interval"]) == ("2.00", "2.00 to 2.00")
+
+
+def test_the_table_is_markdown_with_a_legend_above() -> None:
+    text = matrix.full(list(matrix.lines_of(CELLS, ROWS)), ENVIRONMENT)
+    header = text.index("| target | precision | MB |")
+    assert all(0 < text.index(f"**{column}**") < header for column in matrix.HEADER[3:])
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in tables} == {len(matrix.HEADER)}
+    assert text.index("## toy") < text.index("## new")
+
+
+@pytest.fixture
+def measured_folder(results: Path) -> Path:
+    write_json(results.parent / "export.json", {"cells": CELLS})
+    return results.parent
+
+
+NAMES = "toy/onnx/fp32 toy/onnx/int8"
+BEGIN_EXCERPT = matrix.EXCERPT.replace("MODEL/TARGET/PRECISION ...", NAMES)
+
+
+@pytest.mark.parametrize("flag", ["--into", "--readme"])
+@pytest.mark.parametrize(("begin", "lines"), [(matrix.FULL, 10), (BEGIN_EXCERPT, 2)], ids=["full", "excerpt"])
+def test_the_matrix_is_written_between_its_markers_and_checked(
+    measured_folder: Path, capsys: pytest.CaptureFixture[str], flag: str, begin: str, lines: int
+) -> None:
+    page = measured_folder / "page.md"
+    page.write_text(f"before\n{begin}\nold\n{matrix.END}\nafter\n")
+    arguments = [str(measured_folder), flag, str(page)]
     assert matrix.main([*arguments, "--check"]) == 2
     assert "found another" in capsys.readouterr().err
     assert matrix.main(arguments) == 0
     assert matrix.main([*arguments, "--check"]) == 0
-    assert readme.read_text().startswith("before\n")
-    assert readme.read_text().endswith("\nafter\n")
-    readme.write_text("no marks")
-    assert matrix.main(arguments) == 2
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n")
+    assert text.endswith(f"\n{matrix.END}\nafter\n")
+    rows = [line for line in text.splitlines() if re.match(r"\| (toy|onnx|torch|tensorrt|vllm|openvino)\b", line)]
+    assert len(rows) == lines
 
 
-def test_a_later_file_adds_its_models_and_replaces_cells(results: Path, tmp_path: Path) -> None:
-    write_json(tmp_path / "export.json", {"cells": CELLS})
-    write_json(tmp_path / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]})
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("no markers", "expected one pair of markers, found 0"),
+        (f"{matrix.FULL}{matrix.END}" * 2, "expected one pair of markers, found 2"),
+        (BEGIN_EXCERPT.replace("int8", "int7") + matrix.END, "did you mean 'toy/onnx/int8'"),
+    ],
+)
+def test_a_file_with_other_markers_is_refused_and_not_changed(
+    measured_folder: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    page = measured_folder / "page.md"
+    page.write_text(text)
+    assert matrix.main([str(measured_folder), "--into", str(page)]) == 2
+    assert message in capsys.readouterr().err
+    assert page.read_text() == text
+
+
+def test_a_later_file_adds_its_models_and_replaces_cells(measured_folder: Path) -> None:
+    write_json(
+        measured_folder / "export_hnet.json", {"cells": [cell("onnx", model="hnet"), cell("onnx", bytes=9_000_000)]}
+    )
     faster = [row("onnx", 0.25)]
-    write_json(tmp_path / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
-    made = matrix.matrix_of(tmp_path)
-    assert "fp32 0.12 · 9.0 MB · 16.0x<br>int8" in made
-    assert "| hnet |" in made
+    write_json(measured_folder / "results_hnet.json", {"schema": SCHEMA, "environment": {}, "rows": faster})
+    lines = {line.name: line for line in matrix.read_matrix(measured_folder)[0]}
+    assert lines["toy/onnx/fp32"].bytes == 9_000_000
+    assert lines["toy/onnx/fp32"].speedup.times == pytest.approx(16)  # type: ignore[union-attr]
+    assert "hnet/onnx/fp32" in lines
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,5 +453,6 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "expected export*.json and results*.json" in capsys.readouterr().err
 
 
-def test_the_matrix_of_the_readme_is_that_of_the_results_kept_here() -> None:
-    assert matrix.main([str(RESULTS), "--readme", str(ROOT / "README.md"), "--check"]) == 0
+@pytest.mark.parametrize("page", ["README.md", "docs/matrix.md"])
+def test_the_published_matrix_is_that_of_the_results_kept_here(page: str) -> None:
+    assert matrix.main([str(RESULTS), "--into", str(ROOT / page), "--check"]) == 0

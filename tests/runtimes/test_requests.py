@@ -24,7 +24,7 @@ NAMES = [name for name in SPECS if not name.startswith("policy_") or name == "po
 
 def open_one(spec: ModelSpec, checkpoints: Path) -> Pipeline:
     checkpoint = Checkpoint.load(checkpoints / spec.checkpoint)
-    if reason := spec.absent(checkpoint.config):
+    if reason := spec.interface.absent(checkpoint.config):
         pytest.skip(reason)
     pipeline = find_pipeline(spec.pipeline)
     return pipeline(checkpoint.config, checkpoint.assets)

@@ -105,5 +105,5 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, RTX, None)
-    with pytest.raises(MissingPackage, match=r"slipway\[tensorrt-rtx\]"):
+    with pytest.raises(MissingPackage, match=r"pip install '\.\[tensorrt-rtx\]'"):
         build(RTX, tmp_path / "any.onnx", square())

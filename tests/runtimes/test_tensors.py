@@ -230,10 +230,10 @@ def test_any_signature_survives_json(data: st.DataObject) -> None:
 @pytest.mark.parametrize("spec", all_specs().values(), ids=lambda spec: spec.name)
 @pytest.mark.parametrize("bound", ["min", "opt", "max"])
 def test_the_feeds_of_every_model_fit_its_signature(spec: ModelSpec, bound: Any) -> None:
-    config = spec.preset("tiny").config
-    own = spec.signature(config)
+    config = spec.preset("tiny")
+    own = spec.interface.signature(config)
     sizes = own.sizes(bound)
-    arrays = spec.draw_inputs(config, np.random.default_rng(0), sizes, {})
+    arrays = spec.parity.draw_inputs(config, np.random.default_rng(0), sizes, {})
     assert own.check_inputs({**arrays, **own.zero_state(sizes["batch"])}) == sizes
 
 

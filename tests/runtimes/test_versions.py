@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from export.triton.config import Scheduling
-from export.triton.lint import lint, read_config
+from export.triton.lint import lint
 from export.triton.repository import publish_ensemble, reschedule
+from export.triton.scheduling import Scheduling
+from export.triton.schema import read_config
 from runtimes.artifact import FORMAT, Artifact, write_manifest
 from runtimes.tensors import Signature
 from tests import toys

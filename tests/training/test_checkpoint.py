@@ -65,7 +65,7 @@ def test_every_model_comes_back_bit_for_bit(spec: ModelSpec, tmp_path: Path) -> 
     trained = write_untrained(spec, tmp_path / "model", {})
     restored = restore(Checkpoint.load(tmp_path / "model"), spec)
     assert not restored.training
-    wanted = spec.part(trained).state_dict()  # what others are shown of it: `statements` has its adapters merged
+    wanted = spec.interface.part(trained).state_dict()  # in `statements` the adapters are merged
     assert restored.state_dict().keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.equal(restored.state_dict()[name], tensor), name
@@ -74,10 +74,10 @@ def test_every_model_comes_back_bit_for_bit(spec: ModelSpec, tmp_path: Path) -> 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_the_manifest_and_the_probe_of_every_model_come_back(spec: ModelSpec, checkpoints: Path) -> None:
     checkpoint = Checkpoint.load(checkpoints / spec.name)
-    config = spec.preset("tiny").config
+    config = spec.preset("tiny")
     assert (checkpoint.model, checkpoint.preset, checkpoint.step) == (spec.name, "tiny", 7)
     assert (checkpoint.config, checkpoint.metrics) == (config, {"nats": 1.5})
-    want = spec.draw_inputs(config, np.random.default_rng(0), spec.signature(config).sizes("opt"), {})
+    want = spec.parity.draw_inputs(config, np.random.default_rng(0), spec.interface.signature(config).sizes("opt"), {})
     assert checkpoint.sample_inputs().keys() == want.keys()
     for name, array in checkpoint.sample_inputs().items():
         np.testing.assert_array_equal(array, want[name])
@@ -262,8 +262,8 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_old_checkpoint_or_the_new_one
 def save(spec: ModelSpec, folder: Path, factor: float) -> None:
     """Save what `write_untrained` saves with every parameter times `factor`."""
     torch.manual_seed(0)
-    config = spec.preset("tiny").config
-    trained = spec.build(config)
+    config = spec.preset("tiny")
+    trained = spec.interface.build(config)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.mul_(factor)

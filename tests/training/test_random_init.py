@@ -8,17 +8,17 @@ from tokenizers import Tokenizer
 
 from runtimes.errors import InputError
 from training.frozen import FrozenModule, digest, freeze, stored_tokenizer
-from training.random_init import BYTES, byte_tokenizer, geometry, seeded, train_tokenizer
+from training.random_init import BYTES, byte_tokenizer, geometry, train_tokenizer, with_seed
 
 
 def test_seeded_weights_are_the_same_and_disturb_no_other_random_numbers() -> None:
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
-    one = seeded(0, lambda: torch.nn.Linear(3, 3))
+    one = with_seed(0, lambda: torch.nn.Linear(3, 3))
     assert torch.equal(torch.rand(3), want)
-    assert digest(one) == digest(seeded(0, lambda: torch.nn.Linear(3, 3)))
-    assert digest(one) != digest(seeded(1, lambda: torch.nn.Linear(3, 3)))
+    assert digest(one) == digest(with_seed(0, lambda: torch.nn.Linear(3, 3)))
+    assert digest(one) != digest(with_seed(1, lambda: torch.nn.Linear(3, 3)))
 
 
 def test_what_is_frozen_stays_in_eval_mode_and_has_no_gradients() -> None:

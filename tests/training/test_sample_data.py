@@ -8,8 +8,9 @@ import pytest
 from training import sample_data
 from training.models.hallucination.data import read_ragtruth, synthetic_examples
 from training.models.hnet.data import read_corpora, synthetic_corpora
-from training.models.statements.data import split_by_paper, synthetic_papers
+from training.models.statements.data import split_by_paper
 from training.models.statements.data import train_and_valid as read_statements
+from training.models.statements.synthetic import synthetic_papers
 from training.models.strategy.data import read_samples, synthetic_samples
 
 

@@ -9,7 +9,8 @@ import pytest
 from runtimes.errors import InputError
 from training import sweep
 from training.models.hnet.spec import SPECS
-from training.spec import Sweep
+from training.models.hnet.training import TRAINING
+from training.recipe import Sweep
 
 ROW = {
     "step": 3,
@@ -24,10 +25,13 @@ TWO = Sweep(
 )
 
 
+EXPERIMENTS = replace(TRAINING, sweep=TWO)
+
+
 def test_rows_are_kept_and_only_what_changed_is_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran: list[dict[str, str]] = []
     monkeypatch.setattr(sweep, "run_one", lambda spec, preset, changes, *_: (ran.append(changes), ROW)[1])
-    monkeypatch.setattr(sweep, "find_spec", lambda name: replace(SPECS[0], sweep=TWO))
+    monkeypatch.setattr(sweep, "find_spec", lambda name: replace(SPECS[0], training_path=f"{__name__}:EXPERIMENTS"))
     arguments = ["hnet", "--out", str(tmp_path), "--lr", "1e-3"]
     assert sweep.main(arguments) == 0
     assert sweep.main(arguments) == 0

@@ -14,7 +14,8 @@ from training import evaluate, run
 from training.checkpoint import Checkpoint, restore
 from training.models.policy import recipe as recipe_module
 from training.models.policy.data import synthetic_games
-from training.models.policy.recipe import PolicyRecipe, Trainee, measure, stream_game
+from training.models.policy.recipe import PolicyRecipe, PolicyWithLoss, measure, stream_game
+from training.settings import configure
 from training.spec import ModelSpec, all_specs, find_spec
 
 MODEL = "policy_gru"
@@ -50,7 +51,7 @@ def test_a_short_training_ends_in_a_checkpoint_that_loads(trained: Path) -> None
     assert checkpoint.step > 0
     module = restore(checkpoint, find_spec(MODEL))
     assert all(parameter.isfinite().all() for parameter in module.parameters())
-    signature = find_spec(MODEL).signature(checkpoint.config)
+    signature = find_spec(MODEL).interface.signature(checkpoint.config)
     sample_inputs = checkpoint.sample_inputs()
     signature.check_inputs({**sample_inputs, **signature.zero_state(len(sample_inputs["frames"]))})
 
@@ -59,9 +60,9 @@ def test_training_moves_every_parameter_but_those_without_a_gradient(trained: Pa
     import transformers
 
     spec = find_spec(MODEL)
-    config, training = run.configure(spec, "tiny", {})
+    config, training = configure(spec, "tiny", {})
     transformers.set_seed(training["seed"])
-    before = spec.build(config).state_dict()
+    before = spec.interface.build(config).state_dict()
     after = restore(Checkpoint.load(trained), spec).state_dict()
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == []
@@ -123,22 +124,22 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = [MODEL, *sets(epochs=3)]
-    assert run.main([*arguments, "--out", str(tmp_path / "whole"), "--work", str(tmp_path / "w1")]) == 0
+    assert run.main([*arguments, "--out", str(tmp_path / "whole"), "--state-dir", str(tmp_path / "w1")]) == 0
     whole = Checkpoint.load(tmp_path / "whole" / MODEL)
-    forward, calls, last = Trainee.forward, 0, whole.step // 2  # in the second of three epochs
+    forward, calls, last = PolicyWithLoss.forward, 0, whole.step // 2  # in the second of three epochs
 
-    def counted(self: Trainee, frames: Tensor, labels: Tensor, carried: Tensor) -> dict[str, Tensor]:
+    def counted(self: PolicyWithLoss, frames: Tensor, labels: Tensor, carried: Tensor) -> dict[str, Tensor]:
         nonlocal calls
         calls += self.training
         if calls > last:
             raise KeyboardInterrupt
         return forward(self, frames, labels, carried)
 
-    monkeypatch.setattr(Trainee, "forward", counted)
-    assert run.main([*arguments, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "w2")]) == 130
+    monkeypatch.setattr(PolicyWithLoss, "forward", counted)
+    assert run.main([*arguments, "--out", str(tmp_path / "out"), "--state-dir", str(tmp_path / "w2")]) == 130
     assert not (tmp_path / "out").exists(), "half a training is no checkpoint"
     calls, last = 0, whole.step
-    assert run.main([*arguments, "--out", str(tmp_path / "out"), "--work", str(tmp_path / "w2"), "--resume"]) == 0
+    assert run.main([*arguments, "--out", str(tmp_path / "out"), "--state-dir", str(tmp_path / "w2"), "--resume"]) == 0
     assert calls == whole.step * 2 // 3, "the first epoch is not trained again"
     resumed = Checkpoint.load(tmp_path / "out" / MODEL)
     assert resumed.step == whole.step
@@ -148,7 +149,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(
 
 
 def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Worsening(Trainee):
+    class Worsening(PolicyWithLoss):
         """Judged the worse the longer it trains, so that the first epoch is the best."""
 
         judged = 0
@@ -159,8 +160,10 @@ def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeyp
             self.judged += 1
             return {"loss": torch.tensor(float(self.judged))}
 
-    monkeypatch.setattr(recipe_module, "Trainee", Worsening)
-    assert run.main([MODEL, *sets(epochs=3, patience=2), "--out", str(tmp_path), "--work", str(tmp_path / "w")]) == 0
+    monkeypatch.setattr(recipe_module, "PolicyWithLoss", Worsening)
+    assert (
+        run.main([MODEL, *sets(epochs=3, patience=2), "--out", str(tmp_path), "--state-dir", str(tmp_path / "w")]) == 0
+    )
     states = sorted(int(path.name.partition("-")[2]) for path in (tmp_path / "w" / MODEL).glob("checkpoint-*"))
     assert Checkpoint.load(tmp_path / MODEL).step == states[0] < states[-1]
 
@@ -171,10 +174,10 @@ def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["policy_rnn"], "expected a model of .*policy_attention, .*; found 'policy_rnn'"),
+        (["policy_rnn"], "expected a known model, found 'policy_rnn'; did you mean"),
         ([MODEL, "--preset", "huge"], "expected a preset of tiny, full; found 'huge'"),
-        ([MODEL, "--set", "speed=9"], "expected a setting of .*; found 'speed'"),
-        ([MODEL, "--speed", "9"], "expected a setting of .*; found 'speed'"),
+        ([MODEL, "--set", "speed=9"], f"expected a known setting of {MODEL}, found 'speed'"),
+        ([MODEL, "--speed", "9"], f"expected a known setting of {MODEL}, found 'speed'"),
         ([MODEL, "--set", "lr"], "expected NAME=VALUE, found 'lr'"),
         ([MODEL, "--set", "lr=fast"], "--set lr: expected float such as .*, found 'fast'"),
         ([MODEL, "--set", "lr=nan"], "--set lr: expected float such as .*, found 'nan'"),
@@ -184,8 +187,8 @@ def test_the_step_of_a_checkpoint_is_that_of_its_weights(tmp_path: Path, monkeyp
         ([MODEL, "--set", "seed=-1"], "--set seed: expected 0 or more, found -1"),
         ([MODEL, "--set", "half_table=maybe"], "--set half_table: expected bool such as False, found 'maybe'"),
         ([MODEL, "--data", "/nowhere/replays"], "expected a folder of .slp replays at /nowhere/replays, found nothing"),
-        ([MODEL, "--resume"], "--resume: expected states of an earlier run in --work, found none"),
-        ([MODEL, "--resume", "--work", "/nowhere"], "--resume: expected states .* found none in /nowhere"),
+        ([MODEL, "--resume"], "--resume: expected states of an earlier run in --state-dir, found none"),
+        ([MODEL, "--resume", "--state-dir", "/nowhere"], "--resume: expected states .* found none in /nowhere"),
         ([MODEL, "--windows"], "expected --NAME VALUE, found '--windows'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -207,7 +210,7 @@ def test_a_wrong_command_line_is_refused_in_one_line(
         ("policy_attention", "dropout=1", "expected a dropout in"),
         ("policy_gru", "window=0", "expected a window and a stride of 1 or more"),
         ("policy_gru", "windows=slow", "expected mode lazy, eager or auto, found 'slow'"),
-        ("policy_gru", "valid_share=0", "valid_share: expected games to judge by, found none"),
+        ("policy_gru", "valid_share=0", "valid_share: expected games to evaluate on, found none"),
         ("policy_gru", "games=1", "expected 2 or more replays"),
     ],
 )
@@ -240,7 +243,7 @@ def test_training_learns_and_a_long_stream_stays_as_good_as_windows(spec: ModelS
     arguments = [spec.name, *sets(games=10, frames=1000, epochs=3), "--out", str(tmp_path)]
     assert run.main(arguments) == 0
     checkpoint = Checkpoint.load(tmp_path / spec.name)
-    recipe = PolicyRecipe(*run.configure(spec, "tiny", {"games": "10", "frames": "1000"}), None)
+    recipe = PolicyRecipe(*configure(spec, "tiny", {"games": "10", "frames": "1000"}), None)
     majority = recipe.evaluate(restore(checkpoint, spec)).baselines["majority"]
     metrics = checkpoint.metrics
     assert metrics["windowed_main_x_accuracy"] > majority["windowed_main_x_accuracy"] + 0.2

@@ -8,11 +8,12 @@ and values that are kept are those of the plain reading, so that no later score 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from runtimes.errors import InputError, require
+from runtimes.runtime import Runtime
 from runtimes.tensors import Signature
 
 if TYPE_CHECKING:
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
 
 Head = tuple[int, int]
 Step = Callable[[Mapping[str, "Tensor"]], Mapping[str, "Tensor"]]
-KEPT = {"keys": 3, "values": 3, "finals": 1}  # what is kept of every token, and the axis of the tokens in it
+INPUTS = {"token_ids", "keys", "values", "finals", "prompt_range", "attend", "know"}
+KEPT = {"keys": 3, "values": 3, "finals": 1}  # cached tensors, and the axis of the tokens in each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mitigation:
-    """What AARF does, with the paper's numbers for Llama-2 7B on RAGTruth.
+    """The settings of AARF; defaults are the paper's for Llama-2 7B on RAGTruth.
 
     tau          scores above it are those of hallucinations
     attend       factor of the chosen heads, know of the chosen layers' feed-forward parts
@@ -57,6 +59,13 @@ class Generated:
     reweighted: list[bool] = field(default_factory=list)
 
 
+@runtime_checkable
+class DeviceRuntime(Protocol):
+    """An engine that computes on tensors of torch where they lie."""
+
+    def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
+
+
 def likeliest(logits: np.ndarray) -> int:
     """The number of the largest logit, the first among equals."""
     return int(logits.argmax())
@@ -82,7 +91,7 @@ class Generator:
         ends: Sequence[int] = (),
         choose: Callable[[np.ndarray], int] = likeliest,
     ) -> Generated:
-        """What follows `ids`, whose places `prompt` hold the context, up to one of `ends`.
+        """The tokens after `ids`, whose places `prompt` hold the context, up to one of `ends`.
 
         Every token is scored; none is reweighted without a mitigation. `choose` takes the next token from the logits.
         """
@@ -110,7 +119,7 @@ class Generator:
         return result
 
     def _factors(self, mitigation: Mitigation, *, weighted: bool = True) -> dict[str, "Tensor"]:
-        """What heads and feed-forward parts are multiplied by: 1, or for the chosen ones the mitigation's factors."""
+        """Factors of heads and feed-forward parts: 1, or for the chosen ones those of the mitigation."""
         torch = require("torch", extra="export")
         shapes = {tensor.name: tensor.resolve({"batch": 1}) for tensor in self.signature.inputs[-2:]}
         result = {name: torch.ones(shape, device=self.device) for name, shape in shapes.items()}
@@ -122,7 +131,7 @@ class Generator:
         return result
 
     def _weights(self, mitigation: Mitigation) -> dict[str, "Tensor"]:
-        """What each feature counts in a token's score."""
+        """The weight of each feature in a token's score."""
         torch = require("torch", extra="export")
         heads = self._chosen("head", mitigation.heads, self.heads)
         layers = self._chosen("layer", mitigation.layers, self.layers)
@@ -154,8 +163,25 @@ class Generator:
             raise InputError(f"expected a context inside the {length} tokens, found places {prompt[0]} to {prompt[1]}")
 
 
+def open_generator(runtime: Runtime) -> Generator:
+    """The generator of an open runtime; keys and values stay on its device from token to token.
+
+    `InputError` for an engine that only takes arrays, and for an artifact that does not generate.
+    """
+    if not {tensor.name for tensor in runtime.signature.inputs} >= INPUTS:
+        raise InputError(f"expected an artifact that generates, found {runtime.artifact.name}")
+    if not isinstance(runtime, DeviceRuntime):
+        raise InputError(f"expected an engine that takes tensors of torch, found {runtime.engine}; use --target torch")
+    config = runtime.artifact.config
+    heads = sorted(
+        (int(layer), int(head)) for layer, head in (text.split(".") for text in set(config["heads"].split()))
+    )
+    layers = sorted(map(int, set(config["layers"].split())))
+    return Generator(step=runtime.call, signature=runtime.signature, heads=heads, layers=layers, device=runtime.device)
+
+
 class KVCache:
-    """Keys, values and final states of the tokens so far, behind a row that nobody looks at."""
+    """Keys, values and final states of the tokens so far, behind one row that is never attended to."""
 
     def __init__(self, signature: Signature, tokens: int, device: str) -> None:
         torch = require("torch", extra="export")
@@ -168,11 +194,11 @@ class KVCache:
         }
 
     def rows(self, *, but: int = 0) -> dict[str, "Tensor"]:
-        """What is kept, without its last `but` tokens."""
+        """The cache without its last `but` tokens."""
         return {name: held.narrow(KEPT[name], 0, self.length - but) for name, held in self.held.items()}
 
     def add(self, printed: Mapping[str, "Tensor"]) -> None:
-        """Keep what a step said of its new tokens."""
+        """Append the keys, values and final states of a step's new tokens."""
         new = printed["new_finals"].shape[1]
         for name, held in self.held.items():
             held.narrow(KEPT[name], self.length, new).copy_(printed[f"new_{name}"])

@@ -24,14 +24,20 @@ ENCODER_TOKENIZER = "encoder_tokenizer.json"
 LABELS = ("faithful", "hallucinated")
 
 
+class DetectorCache(AnswerCache):
+    """The answers of the detector by content."""
+
+    model = "hallucination"
+
+
 class HallucinationPipeline(Pipeline):
     """A request is `{contexts, question, answer}` or `{prompt, answer}`; `spans` and `prompt_spans` may be given.
 
     An answer is `{spans: [{start, end, score, ecs, pks}], response_score, label, threshold}`: characters of the answer,
-    each higher score likelier hallucinated, with what the scorer's heads and layers say.
+    a higher score is more likely hallucinated; `ecs` and `pks` are the features by head and by layer.
     """
 
-    cascade = AnswerCache
+    cascade = DetectorCache
 
     def __init__(self, config: Mapping[str, Any], assets: Path) -> None:
         super().__init__(config, assets)
@@ -60,7 +66,7 @@ class HallucinationPipeline(Pipeline):
         rows = max(text.answer[1] - text.answer[0] for text in texts)
         result = {
             "token_ids": padded([text.ids for text in texts], tokens),
-            # Row t says the token t: it is the position before it, which predicted it.
+            # Row t is the position before token t, which predicted the token.
             "rows": padded([range(text.answer[0] - 1, text.answer[1] - 1) for text in texts], rows),
             "prompt_range": np.array([self.columns(text) for text in texts], np.int64),
             "row_spans": padded_spans([text.spans for text in texts]),
@@ -69,7 +75,7 @@ class HallucinationPipeline(Pipeline):
         return {**result, **self.chunk_tensors(texts)} if self.by_chunk else result
 
     def columns(self, text: Tokenized) -> tuple[int, int]:
-        """What a head may attend to as context: the prompt, or all that stands before the answer."""
+        """The positions that count as context for a head: the prompt, or all before the answer."""
         return text.prompt if self.config["columns"] == "prompt" else (0, text.answer[0])
 
     def chunk_tensors(self, texts: Sequence[Tokenized]) -> Tensors:

@@ -25,7 +25,7 @@ EXAMPLE = {
 
 
 class TooLong(InputError):
-    """An answer has more tokens than are read; whoever reads many may leave it out."""
+    """An answer has more tokens than are read; a reader of many may leave it out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +45,7 @@ class Grounded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """What the generator's chat format puts around a prompt."""
+    """The generator's chat format: the text before and after a prompt."""
 
     before: str
     after: str
@@ -72,7 +72,7 @@ class Tokenized:
 
 
 def read_request(request: Any, where: str, chunk_characters: int, most: tuple[int, int]) -> Grounded:
-    """A request as `EXAMPLE` shows, or with a `prompt` in place of contexts; `InputError` says what is wrong with it.
+    """A request as `EXAMPLE` shows, or with a `prompt` in place of contexts; `InputError` for any other.
 
     `spans` and `prompt_spans` may be given; else the texts are split into at most `most` (answer, prompt) chunks.
     """
@@ -106,15 +106,17 @@ def read_prompt(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
 
 
 def request_schema(most: tuple[int, int]) -> Schema:
-    """What `read_request` reads, with at most so many spans of answer and prompt; where they may lie, it cannot say."""
+    """The schema of `read_request` with at most `most` spans of answer and prompt; it does not check their places."""
     spans, prompt_spans = (array(array(whole(0), 2, 2), 1, count) for count in most)
     more = {"spans": spans, "prompt_spans": prompt_spans}
-    asked = {"contexts": array(TEXT, 1), "answer": TEXT}
-    return {"anyOf": [record({"prompt": TEXT, "answer": TEXT}, more), record(asked, {**more, "question": TEXT})]}
+    from_contexts = {"contexts": array(TEXT, 1), "answer": TEXT}
+    return {
+        "anyOf": [record({"prompt": TEXT, "answer": TEXT}, more), record(from_contexts, {**more, "question": TEXT})]
+    }
 
 
 def prompt_schema() -> Schema:
-    """What a request without an answer may be."""
+    """The schema of a request without an answer."""
     return {"anyOf": [record({"prompt": TEXT}), record({"contexts": array(TEXT, 1)}, {"question": TEXT})]}
 
 
@@ -192,11 +194,11 @@ class GroundedTokens:
         return cls((assets / TOKENIZER).read_bytes(), template, max_tokens=max_tokens, max_rows=max_rows)
 
     def text(self, ids: Sequence[int]) -> str:
-        """What these tokens say, special ones left out."""
+        """The text of these tokens without special ones."""
         return str(self._tokenizer.decode(list(ids)))
 
     def known(self, tokens: Sequence[str]) -> list[int]:
-        """The ids of those tokens that there are."""
+        """The ids of those tokens that the vocabulary has."""
         found = map(self._tokenizer.token_to_id, tokens)
         return [number for number in found if number is not None]
 

@@ -1,4 +1,4 @@
-"""Text as the bytes of its UTF-8: what may be asked of a byte language model, and which byte may follow which."""
+"""Text as the bytes of its UTF-8: requests to a byte language model, and which byte may follow which."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _LEADS = (
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """The text of these bytes; `InputError` says where they are no UTF-8."""
+    """The text of these bytes; `InputError` names the first byte that is no UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -50,7 +50,7 @@ def check_text(text: str | bytes, where: str, limit: int, *, least: int = 1) -> 
 
 
 def read_request(request: Any, row: int, limit: int) -> bytes:
-    """The bytes that `{"text": ...}` or `{"bytes": [...]}` asks about, at most `limit`; `InputError` for any other."""
+    """The bytes that `{"text": ...}` or `{"bytes": [...]}` contains, at most `limit`; `InputError` for any other."""
     where = f"request {row}"
     if isinstance(request, dict) and request.keys() == {"text"} and isinstance(request["text"], str):
         return check_text(request["text"], where, limit)
@@ -136,10 +136,10 @@ def choose(logits: np.ndarray, allowed: np.ndarray, rng: np.random.Generator, *,
 
 
 def segments(text: bytes, begins: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The segments of a text: each begins at a byte where `begins` [bytes] says so; the first at the first byte.
+    """The segments of a text: each begins at a byte where `begins` [bytes] is true; the first at the first byte.
 
     `begin` and `end` count bytes, `code_point` those that begin before the segment. A segment that holds no whole text
-    shows what its bytes are, `�` for the rest.
+    has the characters that its bytes form, and `�` for the rest.
     """
     starts = np.flatnonzero(begins)
     starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])

@@ -1,7 +1,7 @@
-"""Texts that a byte language model goes on with: what may be asked, and many of them written together.
+"""Generation with a byte language model: requests, and many texts that are generated together.
 
 A request is `{"text": prompt, "max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}`; all but `text` may be left
-out, and the prompt may be empty. What is written is UTF-8: a character is told when it is complete.
+out, and the prompt may be empty. The output is UTF-8: a character is sent when it is complete.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
+from runtimes.generation import generate_one
 from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
 from runtimes.runtime import Runtime
@@ -32,7 +33,7 @@ EXAMPLE = {"text": "తెలుగు", "max_bytes": 120, "temperature": 0.8, "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerationRequest:
-    """What is to be written: after `prompt`, at most `max_bytes`; 0 is the temperature of the likeliest byte."""
+    """At most `max_bytes` after `prompt`; temperature 0 always takes the likeliest byte."""
 
     prompt: bytes
     max_bytes: int
@@ -50,7 +51,7 @@ def can_write(signature: Signature) -> bool:
 
 
 def read_generation_request(request: Any, where: str) -> GenerationRequest:
-    """What a request asks for; `InputError` for anything that is not a right one."""
+    """The request, checked; `InputError` for a wrong one."""
     if not isinstance(request, dict) or not isinstance(request.get("text"), str):
         raise InputError(f'{where}: expected {{"text": "..."}}, found {ascii(request)[:60]}')
     if unknown := sorted(request.keys() - SCHEMA["properties"].keys()):
@@ -70,20 +71,20 @@ def read_generation_request(request: Any, where: str) -> GenerationRequest:
 
 
 class Writing:
-    """A text on its way: the byte to be read next, first of the prompt, then what was chosen.
+    """A text in generation: `next` is the byte to read, first of the prompt, then the chosen ones.
 
-    `finish_reason` is None while it goes on, then `stop`, where the model ended the text, or `length`. Each `row` of a
+    `finish_reason` is None during generation, then `stop`, where the model ended the text, or `length`. Each `row` of a
     batch has random numbers of its own.
     """
 
-    def __init__(self, wish: GenerationRequest, row: int = 0) -> None:
-        self.wish = wish
+    def __init__(self, request: GenerationRequest, row: int = 0) -> None:
+        self.request = request
         self.row = row
         self.next = BOS
         self.finish_reason: str | None = None
-        self._prompt = iter(wish.prompt)
-        self._text = Utf8Writer(wish.max_bytes)
-        self._rng = np.random.default_rng((wish.seed, row))
+        self._prompt = iter(request.prompt)
+        self._text = Utf8Writer(request.max_bytes)
+        self._rng = np.random.default_rng((request.seed, row))
 
     def take(self, logits: np.ndarray) -> str:
         """Choose what follows the byte that was just read; the character it completes, or nothing yet."""
@@ -93,7 +94,7 @@ class Writing:
             return ""
         require_finite({"logits": logits})
         allowed = self._text.allowed()
-        self.next = choose(logits, allowed, self._rng, temperature=self.wish.temperature, top_k=self.wish.top_k)
+        self.next = choose(logits, allowed, self._rng, temperature=self.request.temperature, top_k=self.request.top_k)
         if self._text.ends_with(self.next):
             self.finish_reason = "stop" if self.next == BOS else "length"
             return ""
@@ -104,32 +105,34 @@ class Writing:
 
 
 class ContinuousBatcher:
-    """Texts that are written together: one step of the model reads a byte of each, wherever each of them stands.
+    """Texts that are generated together: one step of the model reads a byte of each, at any place in each text.
 
-    `runtime` is open and holds a step. No more than `places` texts fit, for which the artifact was proved.
+    `runtime` is open and holds a step, else `InputError`. At most `places` texts fit, the batch that was verified.
     """
 
     def __init__(self, runtime: Runtime) -> None:
+        if not can_write(runtime.signature):
+            raise InputError(f"expected a step of a byte language model, found {runtime.artifact.name}")
         self.runtime = runtime
         self.places = runtime.signature.axis(BATCH).max
         self.writings: list[Writing] = []
         self._stream = runtime.carried(0)
 
     def add(self, writing: Writing) -> None:
-        """Let a text begin at the next step."""
+        """The text begins at the next step."""
         if len(self.writings) == self.places:
             raise InputError(f"expected at most {self.places} texts at once, found one more")
         self._stream.choose([*range(len(self.writings)), None])
         self.writings.append(writing)
 
     def remove(self, writing: Writing) -> None:
-        """Forget a text that is finished or not wanted any more; one that is not here is forgotten already."""
+        """Remove a text that is finished or cancelled; one that is not here is ignored."""
         kept = [row for row, each in enumerate(self.writings) if each is not writing]
         self._stream.choose(kept)
         self.writings = [self.writings[row] for row in kept]
 
     def step(self) -> list[tuple[Writing, str]]:
-        """Every text with the character that this step completed in it; finished ones are removed."""
+        """Every text with the character that this step completed; finished texts are removed."""
         ids = np.array([[writing.next] for writing in self.writings], np.int64)
         logits = self._stream.step({"byte_ids": ids})["logits"]
         printed = [(writing, writing.take(row[0])) for writing, row in zip(self.writings, logits, strict=True)]
@@ -139,16 +142,6 @@ class ContinuousBatcher:
         return printed
 
 
-def write(runtime: Runtime, wish: GenerationRequest) -> Iterator[dict[str, str]]:
-    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same wherever it stands."""
-    desk, writing = ContinuousBatcher(runtime), Writing(wish)
-    desk.add(writing)
-    while writing.finish_reason is None:
-        for _, text in desk.step():
-            if text or writing.finish_reason:
-                yield piece(text, writing)
-
-
-def piece(text: str, writing: Writing) -> dict[str, str]:
-    """A piece of text as it is sent; the last one says why it ends."""
-    return {"text": text} | ({"finish_reason": writing.finish_reason} if writing.finish_reason else {})
+def write(runtime: Runtime, request: GenerationRequest) -> Iterator[dict[str, str]]:
+    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same, wherever it stands."""
+    return generate_one(ContinuousBatcher(runtime), Writing(request))

@@ -1,4 +1,4 @@
-"""H-Net: a text in, what each of its bytes costs and where its segments begin out."""
+"""H-Net: a text in; the bits of each of its bytes, and the beginnings of its segments, out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from runtimes.pipeline import TEXT, Pipeline, Schema, array, record, refuse_no_r
 from runtimes.pipelines.hnet.byte_text import VOCABULARY, padded_rows, read_request, segments
 from runtimes.tensors import Tensors, require_finite
 
-BYTES_MAX = 1023  # of a text: the longest row the model is proved for, less what begins it
+BYTES_MAX = 1023  # of a text: the longest row the model is verified for, less the byte that begins it
 
 
 class HNetPipeline(Pipeline):

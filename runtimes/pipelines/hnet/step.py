@@ -1,4 +1,4 @@
-"""One byte of an H-Net after another: a byte in, whether a segment begins there and what may follow out."""
+"""One step of an H-Net: a byte in; whether a segment begins there, and the likeliest next bytes, out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,18 +6,63 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.pipeline import Pipeline, Schema, record, whole
+from runtimes.generation import BatchingPipeline, Option
+from runtimes.pipeline import Schema, record, whole
 from runtimes.pipelines.hnet.byte_text import VOCABULARY
+from runtimes.pipelines.hnet.generation import DEFAULTS, SCHEMA, ContinuousBatcher, Writing, read_generation_request
+from runtimes.pipelines.hnet.generation import EXAMPLE as GENERATION_EXAMPLE
+from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors, require_finite
 
 LIKELIEST = 8
 
 
-class HNetStepPipeline(Pipeline):
-    """A request is `{"byte": 0..255}`, the next of a text that 254 begins; what came before, the server knows.
+class HNetStepPipeline(BatchingPipeline):
+    """A request is `{"byte": 0..255}`, the next of a text that begins with 254; the server keeps the state.
 
-    An answer has p and decision of every stage, and the likeliest next bytes with their probabilities.
+    An answer has p and decision of every stage, and the likeliest next bytes with their probabilities. Many such steps
+    generate a text (`runtimes.generate`).
     """
+
+    generation_target = "onnx"
+    generation_schema = SCHEMA
+    generation_options = (
+        Option(name="text", kind=str, meaning="beginning of the text"),
+        Option(name="max_bytes", kind=int, meaning="bytes to generate at most", default=DEFAULTS["max_bytes"]),
+        Option(
+            name="temperature", kind=float, meaning="0 is always the likeliest byte", default=DEFAULTS["temperature"]
+        ),
+        Option(
+            name="top_k",
+            kind=int,
+            meaning="likeliest bytes to draw among; 0 is all",
+            default=DEFAULTS["top_k"],
+        ),
+        Option(name="seed", kind=int, meaning="seed of the random numbers", default=DEFAULTS["seed"]),
+    )
+    generation_commands = (
+        "hnet --text 'తెలుగు' --max-bytes 200 --temperature 0.8",
+        "hnet --text 'తెలుగు' --url 127.0.0.1:8001 --json",
+    )
+    name_suffix, served_suffix = "_step", "_generate"
+
+    @classmethod
+    def generation_example(cls) -> Any:
+        return GENERATION_EXAMPLE
+
+    @classmethod
+    def generation_request(cls, request: Any | None, options: Mapping[str, Any]) -> Any:
+        if request is None and "text" not in options:
+            raise InputError("expected --text TEXT or --input FILE, found neither; --example prints a request")
+        complete = {**request, **options} if isinstance(request, dict) else options if request is None else request
+        read_generation_request(complete, "request")
+        return complete
+
+    def begin(self, request: Any, where: str) -> Writing:
+        return Writing(read_generation_request(request, where))
+
+    def batcher(self, runtime: Runtime) -> ContinuousBatcher:
+        return ContinuousBatcher(runtime)
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
         """byte_ids int64 [batch, 1]"""

@@ -16,6 +16,7 @@ class StatementsPipeline(TextPipeline):
     Of a longer text, the first `max_tokens` are read.
     """
 
+    embeds = True
     tokenizer = "tokenizer.json"
     max_tokens = "max_tokens"
     keep = "first"

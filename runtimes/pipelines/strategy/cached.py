@@ -1,4 +1,4 @@
-"""The parts of a model in a row with a store between them: a frozen part runs only on texts that are new."""
+"""The parts of a model with a store between them: a frozen part runs only on new texts."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifact import ASSETS, artifact_name, read_json
+from runtimes.artifact import ASSETS, read_json
 from runtimes.cache.store import Namespace, Store
 from runtimes.pipeline import refuse_no_requests
 from runtimes.pipelines.strategy.dialogue import (
@@ -25,16 +25,16 @@ from runtimes.pipelines.strategy.discourse import (
     parser_dialogue,
     parser_text,
 )
-from runtimes.repository import find
+from runtimes.repository import find_artifact
 from runtimes.runtime import Runtime, open_runtime
 from runtimes.tensors import BATCH, Tensors
 from runtimes.text_pipeline import Tokens
 
-SHELVES = "shelves.json"  # among the assets: what names the frozen parts in a store
+NAMESPACES = "shelves.json"  # asset with the identities of the frozen parts in a store
 
 
 class Reader:
-    """A frozen part with its shelf: texts in, an array for each out."""
+    """A frozen part with its namespace in the store: texts in, an array for each out."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class Reader:
         self.runtime, self.namespace, self.encode, self.decode = runtime, namespace, encode, decode
 
     def read(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """From the shelf where it is there, else from the model, and then kept."""
-        return self.namespace.complete(texts, self._ask)
+        """Stored outputs, and outputs of the model for the other texts, which are then stored."""
+        return self.namespace.complete(texts, self._compute)
 
-    def _ask(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _compute(self, texts: Sequence[str]) -> list[np.ndarray]:
         most = self.runtime.signature.axis(BATCH).max
         result: list[np.ndarray] = []
         for start in range(0, len(texts), most):
@@ -59,9 +59,9 @@ class Reader:
 
 
 class StrategyCascade:
-    """Answers the requests of `strategy` by strategy_graph, with what the frozen parts said taken from a store.
+    """Answers the requests of `strategy` by strategy_graph, with the outputs of the frozen parts from a store.
 
-    A context manager. `ArtifactError` if the store holds what other models said.
+    A context manager. `ArtifactError` if the store holds outputs of other models.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class StrategyCascade:
     ) -> None:
         self._stack = ExitStack()
         self._open: Callable[[str], Runtime] = lambda part: self._stack.enter_context(
-            open_runtime(find(repository, artifact_name(f"strategy_{part}", target, precision)), device=device)
+            open_runtime(find_artifact(repository, f"strategy_{part}", target, precision), device=device)
         )
         self.store = store
 
@@ -93,7 +93,7 @@ class StrategyCascade:
         return read_answers(self.graph.run(self.inputs(requests)), self.strategies)
 
     def inputs(self, requests: Sequence[Any]) -> Tensors:
-        """The tensors of strategy_graph; what is not in the store yet is read by the frozen parts."""
+        """The tensors of strategy_graph; the frozen parts run on texts that are not stored yet."""
         refuse_no_requests(requests)
         dialogues = [
             self._complete(read_dialogue(request, self.strategies, f"request {i}").newest(self.config["max_turns"]))
@@ -117,7 +117,7 @@ class StrategyCascade:
     def _text_reader(self, part: str, namespace: str, max_tokens: str) -> Reader:
         runtime = self._open(part)
         tokens = Tokens.load(runtime.root / ASSETS / f"{namespace}_tokenizer.json", self.config[max_tokens])
-        return Reader(runtime, self._shelf(runtime, namespace), lambda texts: {"token_ids": tokens.ids(texts)})
+        return Reader(runtime, self._namespace(runtime, namespace), lambda texts: {"token_ids": tokens.ids(texts)})
 
     def _parser(self) -> Reader:
         runtime = self._open("parser")
@@ -126,8 +126,8 @@ class StrategyCascade:
         def encode(texts: Sequence[str]) -> Tensors:
             return pair_tensors([parser_dialogue(text) for text in texts], tokens)
 
-        return Reader(runtime, self._shelf(runtime, "discourse"), encode, best_trees)
+        return Reader(runtime, self._namespace(runtime, "discourse"), encode, best_trees)
 
-    def _shelf(self, runtime: Runtime, name: str) -> Namespace:
-        identity = read_json(runtime.root / ASSETS / SHELVES)[name]
+    def _namespace(self, runtime: Runtime, name: str) -> Namespace:
+        identity = read_json(runtime.root / ASSETS / NAMESPACES)[name]
         return self.store.namespace(name, {**identity, "precision": runtime.artifact.precision})

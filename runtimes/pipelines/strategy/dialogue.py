@@ -91,7 +91,7 @@ class Dialogue:
 
 
 def read_dialogue(request: Any, strategies: Sequence[str], where: str) -> Dialogue:
-    """The dialogue of a JSON object as `EXAMPLE` shows; `InputError` says what is wrong with it, and `where`."""
+    """The dialogue of a JSON object as `EXAMPLE` shows; `InputError` names the fault, and `where` it is."""
     _object(request, DIALOGUE_KEYS, ("turns",), where)
     rows = request["turns"]
     if not isinstance(rows, list) or not 1 <= len(rows) <= TURNS_LIMIT:
@@ -144,7 +144,7 @@ def graph_tensors(dialogues: Sequence[Dialogue], strategies: int, longest: int =
 
 
 def dialogue_schema(strategies: Sequence[str]) -> Schema:
-    """What `read_dialogue` reads. That edges join turns there are, and a row stands for every turn, it cannot say."""
+    """The schema of `read_dialogue`; it does not check that edges join existing turns, or that every turn has a row."""
     strategy = {"anyOf": [choice(strategies), whole(0, len(strategies) - 1)]}
     turn = record({"speaker": choice(SPEAKERS), "text": TEXT | {"maxLength": TEXT_LIMIT}}, {"strategy": strategy})
     edge = array(whole(0, TURNS_LIMIT), 3, 3)
@@ -174,7 +174,7 @@ def emotion_tensors(dialogues: Sequence[Dialogue]) -> Tensors:
 def read_answers(outputs: Mapping[str, np.ndarray], strategies: Sequence[str]) -> list[Any]:
     """`{label, probs, emotions, attention}` per row; `EngineError` if an output is not finite.
 
-    Padding is told from turns by its emotions, which sum to 0.
+    The emotions of padding sum to 0, those of turns do not.
     """
     require_finite({name: outputs[name] for name in ("logits", "emotions", "attention")})
     answers = []

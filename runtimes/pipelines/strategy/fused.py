@@ -26,7 +26,7 @@ from runtimes.text_pipeline import Tokens
 class StrategyPipeline(Pipeline):
     """A request is a dialogue as `example` shows; a turn's `strategy`, `edges` and `emotion_logits` may be left out.
 
-    Without edges the parser is asked, if the model was trained with one; else there are none.
+    Without edges the parser computes them, if the model was trained with one; else there are none.
 
     An answer is `{label, probs, emotions, attention}`: the likeliest strategy, the probability of each, and for every
     turn that was read, oldest first, its emotions and its share of the last layer's attention.

@@ -38,9 +38,9 @@ class GraphPipeline(Pipeline):
             rest = {name: value for name, value in request.items() if name != "context"}
             dialogue = read_dialogue(rest, self.strategies, f"request {i}")
             if dialogue.emotion_logits is None:
-                raise InputError(f"request {i}: expected 'emotion_logits', found none; ask the emotion classifier")
+                raise InputError(f"request {i}: expected 'emotion_logits', found none; run strategy_emotion")
             if dialogue.edges is None and self.config["parser"] == "sddp":
-                raise InputError(f"request {i}: expected 'edges', found none; ask strategy_parser, as in training")
+                raise InputError(f"request {i}: expected 'edges', found none; run strategy_parser")
             dialogues.append(dialogue.newest(self.config["max_turns"]))
         emotions = emotion_tensors(dialogues)["emotion_logits"]
         graph = graph_tensors(dialogues, len(self.strategies))

@@ -1,7 +1,7 @@
 """A step of an ensemble, in Triton's Python backend: a JSON request becomes tensors, or tensors become a JSON answer.
 
-Export copies this file beside the manifest and the files of the artifact it was made for; which of the two steps it is,
-the config's parameter `step` says.
+Export copies this file beside the manifest and the files of the artifact it was made for; the config's parameter `step`
+selects the step.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Triton's embedded interpreter ignores PYTHONPATH. The path is left again at once: what else lies on it, such as
-# another numpy, is not for this environment.
+# Triton's embedded interpreter ignores PYTHONPATH. The path is removed again at once: other packages on it, such as
+# another numpy, are not for this environment.
 if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.insert(0, source)
     import runtimes  # noqa: F401
@@ -29,7 +29,7 @@ from runtimes.tensors import Tensors
 
 
 class TritonPythonModel:
-    """The pipeline of one model, or rather half of it. Requests are handled one by one, so a wrong one fails alone."""
+    """Half of the pipeline of one model. Requests are handled separately, so that a wrong one fails alone."""
 
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
@@ -56,7 +56,7 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse([pb_utils.Tensor(*named) for named in tensors.items()])
 
     def encode(self, given: Mapping[str, np.ndarray]) -> Tensors:
-        """Checked tensors for `request`, bytes [batch, 1]; `InputError` for what is not a right request."""
+        """Checked tensors for `request`, bytes [batch, 1]; `InputError` for a wrong request."""
         requests = [parse_request(text, f"request {row}") for row, text in enumerate(given["request"].ravel())]
         inputs = self.pipeline.encode(requests)
         self.signature.check_inputs({**inputs, **self.signature.zero_state(len(requests))})

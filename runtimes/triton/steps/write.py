@@ -1,7 +1,7 @@
-"""A byte language model that writes, in Triton's Python backend: a JSON request in, pieces of text out as they come.
+"""A model that generates, in Triton's Python backend: a JSON request in, pieces of text out as they are generated.
 
 Export copies this file, as model.py, beside the manifest and all files of the artifact of one step. The texts of all
-clients are written together: one step of the model reads a byte of each. A client that has gone ends its text.
+clients are generated together: one step of the model continues each. A text ends when its client disconnects.
 """
 
 import json
@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Triton's embedded interpreter ignores PYTHONPATH. The path is left again at once: what else lies on it, such as
-# another numpy, is not for this environment.
+# Triton's embedded interpreter ignores PYTHONPATH. The path is removed again at once: other packages on it, such as
+# another numpy, are not for this environment.
 if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.insert(0, source)
     import runtimes  # noqa: F401
 
     sys.path.remove(source)
 
-from runtimes.errors import SlipwayError
-from runtimes.pipeline import parse_request, write_answer
-from runtimes.pipelines.hnet.generation import ContinuousBatcher, Writing, piece, read_generation_request
+from runtimes.artifact import Artifact
+from runtimes.errors import ArtifactError, SlipwayError
+from runtimes.generation import BatchingPipeline, Writing, piece
+from runtimes.pipeline import open_pipeline, parse_request, write_answer
 from runtimes.runtime import open_runtime
 from runtimes.triton.request_queue import Limits, RequestQueue
 
@@ -34,7 +35,7 @@ FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 def end_process(failure: threading.ExceptHookArgs) -> None:
-    """A thread that fails takes the process along: Triton tells those who wait, and serve has it loaded again."""
+    """A failed thread ends the process: Triton fails the waiting requests, and runtimes.serve loads the model again."""
     traceback.print_exception(failure.exc_type, failure.exc_value, failure.exc_traceback)
     os._exit(1)
 
@@ -43,42 +44,43 @@ threading.excepthook = end_process
 
 
 class TritonPythonModel:
-    """One instance: a thread that writes, and those who wait for it."""
+    """One instance: a thread that generates, and the requests that wait for it."""
 
     def initialize(self, args: dict[str, str]) -> None:
         folder = Path(args["model_repository"], args["model_version"])
         try:
             self.runtime = open_runtime(folder, device=DEVICES[args["model_instance_kind"]])
+            self.pipeline = open_batching(self.runtime.artifact, folder)
             self.runtime.open()
+            self.batcher = self.pipeline.batcher(self.runtime)
         except SlipwayError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self.desk = ContinuousBatcher(self.runtime)
         self.senders: dict[Writing, Any] = {}
-        self.line: RequestQueue[tuple[Writing, Any]] = RequestQueue(Limits.of(json.loads(args["model_config"])))
-        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.queue: RequestQueue[tuple[Writing, Any]] = RequestQueue(Limits.of(json.loads(args["model_config"])))
+        self.thread = threading.Thread(target=self._generate, daemon=True)
         self.thread.start()
 
     def execute(self, requests: list[Any]) -> None:
-        """Nothing yet: what is right waits for the thread that writes; what is wrong, or too much, is refused alone."""
+        """Right requests are queued for the thread that generates; a wrong one, or one too many, is refused alone."""
         for request in requests:
             sender = request.get_response_sender()
             try:
                 text = pb_utils.get_input_tensor_by_name(request, "request").as_numpy().ravel()[0]
-                wish = read_generation_request(parse_request(text, "request"), "request")
-                self.line.put((Writing(wish), sender), free=self.desk.places - len(self.desk.writings))
+                writing = self.pipeline.begin(parse_request(text, "request"), "request")
+                self.queue.put((writing, sender), free=self.batcher.places - len(self.batcher.writings))
             except SlipwayError as error:
                 refuse(sender, error)
 
     def finalize(self) -> None:
         """Texts that are not finished end where they are."""
-        self.line.close()
+        self.queue.close()
         self.thread.join()
         self.runtime.close()
 
-    def _write(self) -> None:
-        while self._seat():
+    def _generate(self) -> None:
+        while self._admit():
             try:
-                printed = self.desk.step()
+                printed = self.batcher.step()
             except SlipwayError as error:
                 for writing in list(self.senders):
                     self._leave(writing, error)
@@ -91,15 +93,15 @@ class TritonPythonModel:
             for writing in [each for each, sender in self.senders.items() if sender.is_cancelled()]:
                 self._leave(writing)
 
-    def _seat(self) -> bool:
-        """Those who wait begin, as far as there is room; where nobody writes, the next is waited for. False at the end.
+    def _admit(self) -> bool:
+        """Queued requests begin while there is room; with no text under way, this waits for one. False at the end.
 
-        Who has gone while waiting is not begun, and who has waited too long is refused.
+        A request whose client has disconnected is not begun; one that has waited too long is refused.
         """
-        for _, sender in self.line.overdue():
-            refuse(sender, self.line.limits.too_late())
-        while not self.line.closed and len(self.desk.writings) < self.desk.places:
-            next_one = self.line.get(block=not self.senders)
+        for _, sender in self.queue.overdue():
+            refuse(sender, self.queue.limits.too_late())
+        while not self.queue.closed and len(self.batcher.writings) < self.batcher.places:
+            next_one = self.queue.get(block=not self.senders)
             if next_one is None:
                 break
             writing, sender = next_one
@@ -107,21 +109,29 @@ class TritonPythonModel:
             if sender.is_cancelled():
                 self._leave(writing)
             else:
-                self.desk.add(writing)
-        if self.line.closed:
+                self.batcher.add(writing)
+        if self.queue.closed:
             for writing in list(self.senders):
                 self._leave(writing)
-            while left := self.line.get():
+            while left := self.queue.get():
                 left[1].send(flags=FINAL)
-        return not self.line.closed
+        return not self.queue.closed
 
     def _leave(self, writing: Writing, error: SlipwayError | None = None) -> None:
-        self.desk.remove(writing)
+        self.batcher.remove(writing)
         sender = self.senders.pop(writing)
         if error:
             refuse(sender, error)
         else:
             sender.send(flags=FINAL)
+
+
+def open_batching(artifact: Artifact, folder: Path) -> BatchingPipeline:
+    """The pipeline of the artifact; `ArtifactError` unless it generates texts in batches."""
+    pipeline = open_pipeline(artifact, folder)
+    if not isinstance(pipeline, BatchingPipeline):
+        raise ArtifactError(f"expected an artifact that generates texts in batches, found {artifact.name}")
+    return pipeline
 
 
 def send(sender: Any, answer: bytes) -> None:

@@ -4,17 +4,17 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from google.protobuf import text_format
+from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2 as schema
 
-from export.triton.config import Scheduling, Word, ensemble_config, model_config, render, step_config, writer_config
+from export.triton import backends
+from export.triton.config import ensemble_config, model_config, step_config, writer_config
+from export.triton.scheduling import Scheduling
+from export.triton.schema import CONFIG, has_config, message, read_config, to_text
+from runtimes import plugins
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, InputError
 from tests import toys
-
-
-def parsed(text: str) -> schema.ModelConfig:
-    return text_format.Parse(text, schema.ModelConfig())
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def running(tmp_path: Path) -> Artifact:
 
 
 def test_a_stateless_model_is_batched_and_warmed_up(doubling: Artifact) -> None:
-    config = parsed(model_config(doubling, "onnxruntime"))
+    config = model_config(doubling, "onnxruntime")
     assert (config.name, config.backend, config.max_batch_size) == ("doubling_onnx", "onnxruntime", 8)
     assert [(each.name, list(each.dims)) for each in config.input] == [("x", [-1, 3])]
     assert config.HasField("dynamic_batching")
@@ -39,7 +39,7 @@ def test_a_stateless_model_is_batched_and_warmed_up(doubling: Artifact) -> None:
 
 
 def test_one_number_per_row_is_reshaped(doubling: Artifact) -> None:
-    total = parsed(model_config(doubling, "onnxruntime")).output[1]
+    total = model_config(doubling, "onnxruntime").output[1]
     assert (total.name, list(total.dims), total.HasField("reshape"), list(total.reshape.shape)) == (
         "total",
         [1],
@@ -49,7 +49,7 @@ def test_one_number_per_row_is_reshaped(doubling: Artifact) -> None:
 
 
 def test_the_state_of_a_recurrent_model_is_kept_by_triton_and_seen_by_nobody(running: Artifact) -> None:
-    config = parsed(model_config(running, "onnxruntime"))
+    config = model_config(running, "onnxruntime")
     assert ([each.name for each in config.input], [each.name for each in config.output]) == (["x"], ["y"])
     (state,) = config.sequence_batching.state
     assert (state.input_name, state.output_name, list(state.dims)) == ("h", "h_next", [3])
@@ -60,21 +60,21 @@ def test_the_state_of_a_recurrent_model_is_kept_by_triton_and_seen_by_nobody(run
 
 
 def test_a_tensorrt_engine_runs_on_the_gpu(doubling: Artifact) -> None:
-    config = parsed(model_config(doubling, "tensorrt"))
+    config = model_config(doubling, "tensorrt")
     assert (config.platform, config.backend) == ("tensorrt_plan", "")
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
 def test_an_onnx_model_runs_where_it_was_built_for(doubling: Artifact) -> None:
     for_gpu = dataclasses.replace(doubling, built_with={"gpu": "sm_90"})
-    assert parsed(model_config(doubling, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
-    assert parsed(model_config(for_gpu, "onnxruntime")).instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
+    assert model_config(doubling, "onnxruntime").instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
+    assert model_config(for_gpu, "onnxruntime").instance_group[0].kind == schema.ModelInstanceGroup.KIND_GPU
 
 
 @pytest.mark.parametrize(("task", "more"), [("generate", set()), ("embed", {"embedding_request"})])
 def test_vllm_takes_text_and_sends_what_it_writes_piece_by_piece(doubling: Artifact, task: str, more: set[str]) -> None:
     """As NVIDIA's vllm backend completes its own config."""
-    config = parsed(model_config(dataclasses.replace(doubling, built_with={"task": task}), "vllm"))
+    config = model_config(dataclasses.replace(doubling, built_with={"task": task}), "vllm")
     assert (config.backend, config.max_batch_size) == ("vllm", 0)
     assert config.model_transaction_policy.decoupled
     assert config.instance_group[0].kind == schema.ModelInstanceGroup.KIND_MODEL
@@ -91,9 +91,22 @@ def test_a_backend_that_triton_lacks_is_refused(doubling: Artifact) -> None:
         model_config(doubling, "torch")
 
 
+def test_a_backend_is_a_file_in_a_folder(doubling: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from export.triton.backend import Backend\nBACKEND = Backend(name='summing', file='sums.bin')\n"
+    (tmp_path / "summing.py").write_text(source)
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(tmp_path)])
+    assert model_config(doubling, "summing").backend == "summing"
+
+
+@pytest.mark.parametrize("name", plugins.names("export.triton.backends"))
+def test_every_backend_has_the_name_of_its_file_and_of_an_engine(name: str) -> None:
+    assert plugins.load("export.triton.backends", name, "BACKEND").name == name
+    assert name in plugins.names("runtimes.engines")
+
+
 def test_the_ensemble_leads_from_request_to_answer(running: Artifact) -> None:
     numbers = {"running_onnx": 7, "running_encode": 2, "running_decode": 3}
-    ensemble = parsed(ensemble_config(running, numbers))
+    ensemble = ensemble_config(running, numbers)
     steps = ensemble.ensemble_scheduling.step
     found = [(step.model_name, step.model_version) for step in steps]
     assert found == [("running_encode", 2), ("running_onnx", 7), ("running_decode", 3)]
@@ -103,26 +116,72 @@ def test_the_ensemble_leads_from_request_to_answer(running: Artifact) -> None:
 
 @pytest.mark.parametrize("step", ["encode", "decode"])
 def test_a_step_knows_which_one_it_is(doubling: Artifact, step: str) -> None:
-    config = parsed(step_config(doubling, step))
+    config = step_config(doubling, step)
     assert (config.name, config.backend) == (f"doubling_{step}", "python")
     assert config.parameters["step"].string_value == step
 
 
-def test_text_is_quoted_and_words_are_not() -> None:
-    assert (
-        render({"name": 'a "b"', "kind": Word("KIND_CPU"), "on": True})
-        == 'name: "a \\"b\\""\nkind: KIND_CPU\non: true\n'
-    )
+def test_a_config_is_written_and_read_in_the_text_format_of_protobuf(tmp_path: Path) -> None:
+    config = message({"name": 'a "b"', "dynamic_batching": {}, "instance_group": [{"kind": "KIND_CPU", "count": 2}]})
+    (tmp_path / CONFIG).write_text(to_text(config))
+    assert read_config(tmp_path) == config
+    assert config.HasField("dynamic_batching")
+    assert not message({"name": "a"}).HasField("dynamic_batching")
+
+
+@pytest.mark.parametrize("wrong", [{"nme": "a"}, {"max_batch_size": "many"}, {"instance_group": [{"kind": "KIND_X"}]}])
+def test_a_field_or_value_that_the_schema_lacks_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(json_format.ParseError):
+        message(wrong)
+
+
+PUBLISHED = Path(__file__).parent / "configs_0_1"  # as version 0.1 wrote them
+
+
+def configs_now(doubling: Artifact, running: Artifact) -> dict[str, schema.ModelConfig]:
+    limited = Scheduling(instances=3, queue=64, timeout_ms=250)
+    on_gpu = dataclasses.replace(doubling, built_with={"gpu": "sm_90"})
+    generator, embedder = (dataclasses.replace(doubling, built_with={"task": task}) for task in ("generate", "embed"))
+    numbers = {"running_onnx": 7, "running_encode": 2, "running_decode": 3}
+    return {
+        "onnxruntime": model_config(doubling, "onnxruntime"),
+        "onnxruntime_limited": model_config(doubling, "onnxruntime", limited, 1),
+        "onnxruntime_gpu": model_config(on_gpu, "onnxruntime"),
+        "onnxruntime_recurrent": model_config(running, "onnxruntime"),
+        "openvino": model_config(doubling, "openvino"),
+        "tensorrt": model_config(doubling, "tensorrt"),
+        "vllm_generate": model_config(generator, "vllm"),
+        "vllm_embed_limited": model_config(embedder, "vllm", limited),
+        "encode": step_config(doubling, "encode"),
+        "decode_limited": step_config(doubling, "decode", limited),
+        "encode_recurrent": step_config(running, "encode"),
+        "writer": writer_config(doubling, "writes"),
+        "writer_limited": writer_config(doubling, "writes", limited),
+        "ensemble": ensemble_config(running, numbers),
+    }
+
+
+def test_every_config_equals_that_of_version_0_1(doubling: Artifact, running: Artifact, tmp_path: Path) -> None:
+    configs = configs_now(doubling, running)
+    assert configs.keys() == {path.stem for path in PUBLISHED.iterdir()}
+    for name, config in configs.items():
+        model = tmp_path / name
+        model.mkdir()
+        (model / CONFIG).write_text((PUBLISHED / f"{name}.pbtxt").read_text())
+        assert read_config(model) == config, name
+        assert has_config(model, config)
+        config.max_batch_size += 1
+        assert not has_config(model, config)
 
 
 def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, running: Artifact) -> None:
     limited = Scheduling(instances=3, queue=64, timeout_ms=250)
-    config = parsed(model_config(doubling, "onnxruntime", limited))
+    config = model_config(doubling, "onnxruntime", limited)
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
     assert policy.timeout_action == schema.ModelQueuePolicy.REJECT
     assert config.instance_group[0].count == 3
-    recurrent = parsed(model_config(running, "onnxruntime", limited))  # Triton has no such limits for sequences
+    recurrent = model_config(running, "onnxruntime", limited)  # Triton has no such limits for sequences
     assert recurrent.instance_group[0].count == 1
     assert recurrent.HasField("sequence_batching")
 
@@ -131,24 +190,24 @@ def test_what_queues_by_itself_is_told_the_limits(doubling: Artifact) -> None:
     limited = Scheduling(instances=2, queue=64, timeout_ms=250)
     generator = dataclasses.replace(doubling, built_with={"task": "generate"})
     for text in (writer_config(doubling, "writes", limited), model_config(generator, "vllm", limited)):
-        found = {name: value.string_value for name, value in parsed(text).parameters.items()}
+        found = {name: value.string_value for name, value in text.parameters.items()}
         assert {"max_queue_size": "64", "queue_timeout_ms": "250"}.items() <= found.items()
-        assert parsed(text).instance_group[0].count == 1
+        assert text.instance_group[0].count == 1
     for text in (writer_config(doubling, "writes"), model_config(generator, "vllm")):
-        assert "max_queue_size" not in parsed(text).parameters
+        assert "max_queue_size" not in text.parameters
 
 
 @pytest.mark.parametrize("step", ["encode", "decode"])
 def test_the_steps_have_the_limits_of_their_model(doubling: Artifact, running: Artifact, step: str) -> None:
     limited = Scheduling(instances=3, queue=64, timeout_ms=250)
-    config = parsed(step_config(doubling, step, limited))
+    config = step_config(doubling, step, limited)
     policy = config.dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (64, 250_000)
     assert list(config.dynamic_batching.preferred_batch_size) == [1]
     assert config.instance_group[0].count == 3
     for free in (step_config(doubling, step), step_config(doubling, step, Scheduling(instances=3))):
-        assert not parsed(free).HasField("dynamic_batching")
-    recurrent = parsed(step_config(running, step, limited))
+        assert not free.HasField("dynamic_batching")
+    recurrent = step_config(running, step, limited)
     assert not recurrent.HasField("dynamic_batching")
     assert recurrent.instance_group[0].count == 1
 

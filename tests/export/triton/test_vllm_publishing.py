@@ -10,11 +10,12 @@ import pytest
 
 from export import verify
 from export.triton.lint import lint
-from export.triton.repository import CONFIG, publish, publish_again
+from export.triton.repository import publish, publish_again
+from export.triton.schema import CONFIG
 from runtimes.artifact import Artifact, Facts, digests, read_json, write_json
 from runtimes.repository import versions
 from runtimes.vllm.artifact import CHECKPOINT, ENGINE_FILE, TOKENIZER, engine_arguments
-from training.models.hallucination.generator import signature
+from training.models.hallucination.generator_spec import signature
 
 NAME = "writer_vllm_w4a16_awq"
 
@@ -138,7 +139,7 @@ def without_tokenizer(repository: Path) -> None:
     ("change", "message"),
     [
         (in_config("decoupled: true", "decoupled: false"), "expected model_transaction_policy decoupled"),
-        (in_config("max_batch_size: 0", "max_batch_size: 8"), "expected max_batch_size 0"),
+        (in_config('backend: "vllm"', 'backend: "vllm" max_batch_size: 8'), "expected max_batch_size 0"),
         (in_config("KIND_MODEL", "KIND_CPU"), "expected one instance group of KIND_MODEL with count 1"),
         (in_config("count: 1", "count: 2"), "expected one instance group of KIND_MODEL with count 1"),
         (

@@ -1,4 +1,4 @@
-"""The suite: who takes turns for how long, results in the published schema, tables, the command line."""
+"""The suite: interleaved runs and their plans, results in the published schema, tables, the command line."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -16,10 +16,19 @@ from runtimes import plugins
 from runtimes.artifact import Artifact, Check
 from runtimes.bench import __main__ as bench
 from runtimes.bench import interleave, suite
-from runtimes.bench.interleave import Settings, Subject, Taken, joined
+from runtimes.bench.interleave import InterleavedRuns, Observation, Subject, joined, sessions
 from runtimes.bench.load import Window
 from runtimes.bench.measure import Measurement, Worker
-from runtimes.bench.results import counted_samples, load_results, row_table, times_eager
+from runtimes.bench.plan import PLANS, ClosedLoop, OpenLoop, Point, Settings
+from runtimes.bench.results import (
+    COMPILED,
+    counted_samples,
+    failed_artifacts,
+    load_results,
+    row_table,
+    speedup_of,
+    times_eager,
+)
 from runtimes.bench.statistics import SAMPLES_FOR
 from runtimes.host.memory_sampler import Peak
 from runtimes.repository import find
@@ -28,6 +37,7 @@ from tests.toys import DOUBLING, gone, make, needs_server
 
 MODEL = "policy_gru"
 TOY: Any = SimpleNamespace(name="toy", parity={}, model="toy", target="onnx", precision="fp32", checkpoint="1")
+DOUBLING_ARTIFACT: Any = SimpleNamespace(signature=DOUBLING)
 STEP, WINDOW = {"batch": 1, "time": 1}, {"batch": 8, "time": 30}
 KEYS = {
     *(
@@ -79,7 +89,7 @@ def test_bench_writes_the_documented_schema(
     gru_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], started_pids: list[int]
 ) -> None:
     out, summary = tmp_path / "rows.json", tmp_path / "summary.json"
-    arguments = ["--repository", str(gru_repository), "--rounds", "3", "--seconds", "0.03", "--runs", "2"]
+    arguments = ["--repository", str(gru_repository), "--windows", "3", "--seconds", "0.03", "--runs", "2"]
     capsys.readouterr()
     assert bench.main([*arguments, "--out", str(out), "--summary", str(summary), "--json"]) == 0
     data = load_results(out)
@@ -126,7 +136,7 @@ def test_what_was_measured_before_an_interruption_is_kept(
     assert len(load_results(tmp_path / "rows.json")["rows"]) == 1
 
 
-def test_a_row_that_failed_is_in_the_status_and_costs_no_other(
+def test_a_failed_artifact_is_in_the_status_and_affects_no_other_row(
     gru_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{**row("torch", 3), "failed": "the engine's process died with status -9"}, row("onnx", 3)]
@@ -139,6 +149,35 @@ def test_a_row_that_failed_is_in_the_status_and_costs_no_other(
     assert bench.main(["--repository", str(gru_repository)]) == 0
 
 
+def test_a_failed_comparison_is_in_the_table_and_not_in_the_status(
+    gru_repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile cannot compile every model at every size; no artifact of this repository is at fault."""
+    comparison = {**row(COMPILED, 3), "failed": "InductorError: it cannot compile this"}
+    artifact = {**row("onnx", 3), "failed": "it cannot open this"}
+    assert failed_artifacts([comparison, artifact, row("onnx", 3)]) == [artifact]
+    for rows, status in (([comparison, row("onnx", 3)], 0), ([comparison, artifact], 1)):
+        monkeypatch.setattr(bench, "measure", lambda *_, rows=rows: iter(rows))
+        capsys.readouterr()
+        assert bench.main(["--repository", str(gru_repository)]) == status
+        assert "InductorError: it cannot compile this" in capsys.readouterr().out
+
+
+def test_flags_of_the_version_before_still_work(
+    gru_repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Settings] = []
+    monkeypatch.setattr(bench, "measure", lambda subjects, scenarios, settings: given.append(settings) or iter([]))
+    old = ["--rounds", "3", "--most-rounds", "4", "--bound-ms", "50", "--lanes", "2", "--lanes", "3"]
+    new = ["--windows", "3", "--max-windows", "4", "--slo-ms", "50", "--concurrency", "2", "--concurrency", "3"]
+    for flags in (old, new):
+        assert bench.main([MODEL, "--repository", str(gru_repository), *flags]) == 0
+    assert given[0] == given[1] == Settings(windows=3, max_windows=4, slo_s=0.05, concurrency=(2, 3))
+    assert bench.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert not any(flag in text for flag in ("--rounds", "--most-rounds", "--bound-ms", "--lanes", "--model"))
+
+
 def test_every_scenario_has_its_rows(gru_repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     more = [
@@ -148,13 +187,13 @@ def test_every_scenario_has_its_rows(gru_repository: Path, capsys: pytest.Captur
         "server",
         "--scenario",
         "concurrency",
-        "--lanes",
+        "--concurrency",
         "1",
-        "--lanes",
+        "--concurrency",
         "2",
     ]
-    rates = ["--rate", "100", "--bound-ms", "10000"]
-    arguments = ["--repository", str(gru_repository), "--rounds", "1", "--seconds", "0.01", "--json", *more, *rates]
+    rates = ["--rate", "100", "--slo-ms", "10000"]
+    arguments = ["--repository", str(gru_repository), "--windows", "1", "--seconds", "0.01", "--json", *more, *rates]
     assert bench.main(arguments) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     found = {name: [row for row in rows if row["scenario"] == name] for name in ("offline", "server", "concurrency")}
@@ -169,40 +208,106 @@ def test_every_scenario_has_its_rows(gru_repository: Path, capsys: pytest.Captur
     assert len(row_table(rows).splitlines()) == 2 + len(rows)
 
 
-@pytest.mark.parametrize(("rounds", "most", "expected"), [(2, 9, 4), (2, 3, 3), (6, 9, 6)])
-def test_an_engine_has_turns_until_it_is_stable_or_has_had_the_most(
-    rounds: int, most: int, expected: int, monkeypatch: pytest.MonkeyPatch
+class Stub:
+    """A contestant without a process. Its first window takes twice as long; `log` has every call."""
+
+    log: ClassVar[list[tuple[str, str, Any]]] = []
+    opened = 0
+
+    def __init__(self, subject: Subject, sampler: object) -> None:
+        self.subject, self.result = subject, measurement([])
+        Stub.log.append(("open", subject.label, Stub.opened))
+        Stub.opened += 1
+
+    @property
+    def capacity_per_s(self) -> float:
+        return {"a": 10.0, "b": 20.0}[self.subject.label]
+
+    def prepare(self, sizes: Mapping[str, int]) -> None:
+        self.result = measurement([])
+        Stub.log.append(("prepare", self.subject.label, dict(sizes)))
+
+    def window(self, load: Mapping[str, Any]) -> None:
+        seconds = 1.0 if self.result.windows else 2.0
+        self.result.windows.append(Window(samples_s=[seconds] * 9, wall_s=9 * seconds, cpu_s=0))
+        Stub.log.append(("window", self.subject.label, dict(load)))
+
+    def close(self) -> None:
+        Stub.log.append(("close", self.subject.label, None))
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> list[Subject]:
+    """Two subjects whose contestants are stubs."""
+    monkeypatch.setattr(interleave, "Contestant", Stub)
+    monkeypatch.setattr(Stub, "log", [])
+    monkeypatch.setattr(Stub, "opened", 0)
+    return [Subject(artifact=TOY, root=Path(), label=label) for label in "ab"]
+
+
+def points(*changes: Mapping[str, Any]) -> list[Point]:
+    common = {"scenario": "offline", "sizes": STEP, "load": ClosedLoop(seconds=1.0), "windows": 3, "max_windows": 3}
+    return [Point(**{**common, **change}) for change in changes]
+
+
+def measured_order(kind: str = "window") -> str:
+    return "".join(label for act, label, _ in Stub.log if act == kind)
+
+
+@pytest.mark.parametrize(("windows", "most", "expected"), [(2, 9, 4), (2, 3, 3), (6, 9, 6)])
+def test_an_engine_has_windows_until_it_is_stable_or_has_had_the_most(
+    windows: int, most: int, expected: int, two: list[Subject]
 ) -> None:
     """The first window is twice as slow: four windows end in three alike."""
-    subject = Subject(artifact=TOY, root=Path(), label="onnx")
-
-    class Toy:
-        def __init__(self, subject: Subject, sampler: object) -> None:
-            self.subject, self.result = subject, measurement([])
-
-        def prepare(self, sizes: object) -> None:
-            pass
-
-        def window(self, load: object) -> None:
-            seconds = 1.0 if self.result.windows else 2.0
-            self.result.windows.append(Window(samples_s=[seconds] * 9, wall_s=9 * seconds, cpu_s=0))
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(interleave, "Entrant", Toy)
-    settings = Settings(rounds=rounds, most_rounds=most)
-    monkeypatch.setattr(suite, "request_sizes", lambda artifact: {"batch": 1})
-    toy = interleave.Turns([subject], sampler=None, settings=settings)  # type: ignore[arg-type]
-
-    def points(entrants: Any) -> Iterator[list[Taken]]:
-        toy.point(entrants, STEP, interleave.always({}))
-        yield suite._taken(entrants, "single-stream", STEP)
-
-    ((row,),) = toy.run(points)
+    ((row,),) = InterleavedRuns(two[:1], sampler=None).rows(points({"windows": windows, "max_windows": most}))  # type: ignore[arg-type]
     assert len(row["windows"]) == len(row["counted"]) == expected
-    assert row["counted"][0] is (expected < 4), "what came before the steady stretch does not count"
+    assert row["counted"][0] is (expected < 4), "windows before the steady stretch do not count"
     assert row["stable"] is (expected >= 4)
+
+
+def test_windows_alternate_and_each_contestant_is_first_as_often(two: list[Subject]) -> None:
+    list(InterleavedRuns(two, sampler=None).rows(points({}, {"windows": 1, "max_windows": 1})))  # type: ignore[arg-type]
+    assert measured_order() == "abbaab" + "ab"
+    assert measured_order("open") == "ab", "points share processes"
+
+
+def test_every_run_and_every_point_with_new_processes_opens_the_contestants_anew(two: list[Subject]) -> None:
+    plan = points({"new_processes": True}, {"new_processes": True}, {})
+    assert [len(session) for session in sessions(plan)] == [1, 2]
+    rows = list(InterleavedRuns(two, sampler=None, runs=2).rows(plan))  # type: ignore[arg-type]
+    assert (measured_order("open"), measured_order("close")) == ("ab" * 4, "ba" * 4)
+    assert [len(by_engine) for by_engine in rows] == [2, 2, 2]
+    assert all(len(row["windows"]) == 6 for by_engine in rows for row in by_engine), "both runs are in one row"
+
+
+def test_an_open_loop_measures_the_capacity_of_each_engine_first(two: list[Subject]) -> None:
+    """Its first point has one window and no row; the rates are shares of the capacity, with the same seed for both."""
+    plan = PLANS["server"](DOUBLING_ARTIFACT, Settings(seconds=0.5, windows=9, max_windows=9))
+    assert [point.measures_capacity for point in plan] == [True, False, False]
+    assert (plan[0].windows, plan[0].max_windows) == (1, 1)
+    rows = list(InterleavedRuns(two, sampler=None).rows(plan))  # type: ignore[arg-type]
+    assert [[row["rate_per_s"] for row in by_engine] for by_engine in rows] == [[5.0, 10.0], [8.0, 16.0]]
+    assert {row["bound_s"] for by_engine in rows for row in by_engine} == {0.1}
+    loads = [load for act, _, load in Stub.log if act == "window"]
+    assert loads[0] == loads[1] == {"do": "one_by_one", "seconds": 0.5}
+    assert loads[2:5] == [
+        {"do": "arriving", "rate_per_s": 5.0, "seconds": 6.0, "seed": [0, 0]},
+        {"do": "arriving", "rate_per_s": 10.0, "seconds": 3.0, "seed": [0, 0]},
+        {"do": "arriving", "rate_per_s": 10.0, "seconds": 3.0, "seed": [0, 1]},
+    ]
+
+
+def test_plans_have_the_points_of_their_scenario() -> None:
+    settings = Settings(windows=10, max_windows=30, rates=(7.0,), concurrency=(1, 4), slo_s=0.2)
+    found = {name: plan(DOUBLING_ARTIFACT, settings) for name, plan in PLANS.items()}
+    single = found["single-stream"]
+    assert [point.sizes for point in single] == [{"batch": 1, "time": 4}, {"batch": 2, "time": 4}]
+    assert [(point.windows, point.max_windows, point.new_processes) for point in single] == [(10, 30, True)] * 2
+    assert [point.sizes["batch"] for point in found["offline"]] == [1, 2, 4, 8]
+    assert {(point.windows, point.max_windows) for point in found["offline"]} == {(3, 10)}
+    assert [point.load.columns(1.0) for point in found["concurrency"]] == [{"lanes": 1}, {"lanes": 4}]
+    assert found["server"][1].load == OpenLoop(rate_per_s=7.0, seconds=0.2, slo_s=0.2)
+    assert not any(point.measures_capacity for name in found if name != "server" for point in found[name])
 
 
 def test_an_engine_that_fails_or_dies_costs_its_own_row(gru_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +330,7 @@ def test_an_engine_that_fails_or_dies_costs_its_own_row(gru_repository: Path, mo
 
     monkeypatch.setattr(Worker, "window", die_once)
     monkeypatch.setattr(artifact.signature.__class__, "sizes", lambda self, bound: dict(STEP))
-    rows = list(suite.measure(subjects, ["single-stream"], Settings(seconds=0.01, rounds=3, most_rounds=3)))[:3]
+    rows = list(suite.measure(subjects, ["single-stream"], Settings(seconds=0.01, windows=3, max_windows=3)))[:3]
     assert [row["engine"] for row in rows] == ["torch", "dies", "tpu"]
     assert rows[0]["rows_per_s"] > 0
     assert rows[1]["failed"] == "the engine's process died with status -9"
@@ -241,7 +346,7 @@ def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp3
     artifact: Any = SimpleNamespace(model=MODEL, target="onnx", precision=precision, checkpoint="1", parity=parity)
     subject = Subject(artifact=artifact, root=Path(), label=engine)
     result = measurement([[seconds] * samples])
-    return joined([Taken(subject=subject, scenario="single-stream", sizes=STEP, more={}, result=result)])
+    return joined([Observation(subject=subject, scenario="single-stream", sizes=STEP, columns={}, result=result)])
 
 
 def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_path: Path) -> None:
@@ -254,8 +359,8 @@ def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_
         ("cpu", {"torch": "cpu", "torch.compile": "cpu", "onnx": "cpu", "openvino": "cpu", "tensorrt": "cuda"}),
     ):
         subjects = list(suite.choose(tmp_path, [], [], {"device": wanted, "threads": 1}))
-        point = {"scenario": "offline", "sizes": {"batch": 1}, "more": {}, "result": measurement([[0.1]])}
-        rows = [joined([Taken(subject=each, **point)]) for each in subjects]
+        point = {"scenario": "offline", "sizes": {"batch": 1}, "columns": {}, "result": measurement([[0.1]])}
+        rows = [joined([Observation(subject=each, **point)]) for each in subjects]
         assert {row["engine"]: row["device"] for row in rows} == expected
         assert {each.label: each.options["device"] for each in subjects} == expected
         assert all(each.options["threads"] == 1 for each in subjects)
@@ -301,7 +406,26 @@ def test_only_eager_of_the_same_checkpoint_is_a_baseline(
         monkeypatch.setattr(bench, "choose", lambda *_, workspace=workspace: iter([onnx, workspace]))
         capsys.readouterr()
         assert bench.main(["--repository", str(gru_repository)]) == 0
-        assert ("no torch eager of the same checkpoint" in capsys.readouterr().err) == found
+        assert ("expected torch eager of the same checkpoint, found none" in capsys.readouterr().err) == found
+
+
+def test_a_speedup_has_an_interval_where_windows_or_runs_are_paired() -> None:
+    """Windows that drift together: the ratio of each pair is 2, so the interval is narrow although times vary by 3."""
+    drift = np.linspace(1, 3, 8)
+    eager, other = row("torch", 10), row("onnx", 10)
+    assert speedup_of([eager, other], other).interval_text == "-", "one window is no pair of five"  # type: ignore[union-attr]
+    for each, factor in ((eager, 2.0), (other, 1.0)):
+        each |= {"window_cpu_s_per_call": (factor * drift).tolist(), "counted": [True] * 8}
+    found = speedup_of([eager, other], other)
+    assert found is not None
+    assert (found.times, found.low, found.high) == (pytest.approx(2), pytest.approx(2), pytest.approx(2))
+    assert found.interval_text == "2.00 to 2.00"
+    other["counted"] = [False] * 4 + [True] * 4
+    assert speedup_of([eager, other], other).low is None, "four counted pairs are too few"  # type: ignore[union-attr]
+    for each, factor in ((eager, 3.0), (other, 1.0)):
+        each |= {"run_cpu_s_per_call": (factor * drift).tolist(), "run_medians_s": drift.tolist()}
+    assert speedup_of([eager, other], other).low == pytest.approx(3), "runs are used where there are several"  # type: ignore[union-attr]
+    assert speedup_of([other], other) is None
 
 
 @pytest.mark.parametrize(("eager", "other"), [(10, 3), (3, 10), (3, 3)])
@@ -317,14 +441,19 @@ def test_a_table_without_rows_is_a_header() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounds", "0"], "expected 1 or more rounds"),
-        (["--seconds", "-1"], "expected 1 or more rounds of 0 or more seconds"),
-        (["--seconds", "nan"], "expected 1 or more rounds of 0 or more seconds"),
+        (["--windows", "0"], "expected 1 or more windows"),
+        (["--seconds", "-1"], "expected 1 or more windows of 0 or more seconds"),
+        (["--seconds", "nan"], "expected 1 or more windows of 0 or more seconds"),
         (["--runs", "0"], "--runs: expected 1 or more, found 0"),
-        (["--lanes", "0"], "--lanes: expected 1 or more, found 0"),
+        (["--concurrency", "0"], "--concurrency: expected 1 or more, found 0"),
         (["--rate", "0"], "--rate: expected a number above 0, found 0"),
-        (["--bound-ms", "inf"], "--bound-ms: expected a number above 0, found inf"),
-        (["--model", "policy_rnn"], "expected artifacts that answer in one run here"),
+        (["--slo-ms", "inf"], "--slo-ms: expected a number above 0, found inf"),
+        (
+            ["policy_gur"],
+            "expected a known published model, found 'policy_gur'; did you mean 'policy_gru'? publish it: ",
+        ),
+        (["--model", "policy_gur"], "expected a known published model, found 'policy_gur'"),
+        (["--target", "tensorrt"], "expected artifacts that answer in one run on this machine"),
         (["--repository", "/nowhere"], "expected a folder with published artifacts at /nowhere, found nothing"),
         (["--out", "/nowhere/rows.json"], "expected a folder with room for the results at /nowhere, found nothing"),
     ],
@@ -353,7 +482,7 @@ class TestServed:
         self, gru_repository: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         capsys.readouterr()
-        arguments = ["--repository", str(gru_repository), "--triton", "--rounds", "1", "--seconds", "0.02", "--json"]
+        arguments = ["--repository", str(gru_repository), "--triton", "--windows", "1", "--seconds", "0.02", "--json"]
         assert bench.main([*arguments, "--scenario", "server", "--rate", "50"]) == 0
         own, served = json.loads(capsys.readouterr().out)["rows"]
         assert (own["engine"], served["engine"]) == ("onnx", "triton")

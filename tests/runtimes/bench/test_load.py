@@ -1,4 +1,4 @@
-"""Load: what each scenario calls, when, and what it counts."""
+"""Load: the calls of each kind of load, their times, and what is counted."""
 
 import itertools
 import threading
@@ -8,43 +8,43 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from runtimes.bench.load import LATE_S, account, arriving, goodput, one_by_one, poisson_arrivals, posting, side_by_side
+from runtimes.bench.load import LATE_S, account, closed_loop, concurrent, goodput, open_loop, poisson_arrivals, posting
 from runtimes.errors import EngineError, InputError, Overloaded
 
 
-def test_one_by_one_calls_once_at_least_and_times_every_call() -> None:
+def test_a_closed_loop_has_one_call_at_least_and_times_every_call() -> None:
     calls: list[int] = []
-    window = one_by_one(lambda: calls.append(1), 0.0)
+    window = closed_loop(lambda: calls.append(1), 0.0)
     assert len(window.samples_s) == len(calls) == 1
-    window = one_by_one(lambda: calls.append(1), 0.002)
+    window = closed_loop(lambda: calls.append(1), 0.002)
     assert len(window.samples_s) == len(calls) - 1 > 1
     assert sum(window.samples_s) <= window.wall_s
 
 
-def test_the_device_is_asked_after_each_call_how_long_it_took() -> None:
-    asked: list[str] = []
-    window = one_by_one(lambda: asked.append("call"), 0.0, lambda: asked.append("device") or 0.25)  # type: ignore[func-returns-value]
-    assert asked == ["call", "device"]
+def test_the_time_on_the_device_is_read_after_each_call() -> None:
+    order: list[str] = []
+    window = closed_loop(lambda: order.append("call"), 0.0, lambda: order.append("device") or 0.25)  # type: ignore[func-returns-value]
+    assert order == ["call", "device"]
     assert window.device_s == [0.25]
 
 
-def test_as_many_calls_are_in_flight_as_there_are_lanes() -> None:
+def test_each_concurrent_call_is_in_flight() -> None:
     """Each call waits until three are in flight: with fewer it would wait for ever."""
     meeting = threading.Barrier(3, timeout=120)
-    window = side_by_side([lambda: meeting.wait()] * 3, 0.0)
+    window = concurrent([lambda: meeting.wait()] * 3, 0.0)
     assert len(window.samples_s) == 3
 
 
-def test_a_lane_that_fails_ends_the_window_with_its_error() -> None:
+def test_a_call_that_fails_ends_the_window_with_its_error() -> None:
     def fail() -> None:
         raise InputError("expected this")
 
     with pytest.raises(InputError, match="expected this"):
-        side_by_side([fail, lambda: None], 0.01)
+        concurrent([fail, lambda: None], 0.01)
     with pytest.raises(InputError, match="expected this"):
-        arriving([fail], np.zeros(3), queued=True)
+        open_loop([fail], np.zeros(3), queued=True)
     with pytest.raises(EngineError, match="ValueError: invalid literal"):
-        arriving([lambda: int("no")], np.zeros(3), queued=False)
+        open_loop([lambda: int("no")], np.zeros(3), queued=False)
 
 
 def every_third_refused() -> Callable[[], None]:
@@ -61,17 +61,17 @@ def every_third_refused() -> Callable[[], None]:
 
 
 def test_a_refusal_is_counted_and_its_time_is_in_no_latency() -> None:
-    closed = one_by_one(every_third_refused(), 0.3)
-    lanes = side_by_side([every_third_refused()] * 2, 0.3)
-    arrived = arriving([every_third_refused()], np.zeros(7), queued=False)
+    closed = closed_loop(every_third_refused(), 0.3)
+    parallel = concurrent([every_third_refused()] * 2, 0.3)
+    arrived = open_loop([every_third_refused()], np.zeros(7), queued=False)
     assert (len(arrived.samples_s), len(arrived.service_s), arrived.refused) == (5, 5, 2)
-    for window in (closed, lanes, arrived):
+    for window in (closed, parallel, arrived):
         assert window.refused >= 1
         assert len(window.samples_s) >= 2 * (window.refused - 1)
         assert max(window.service_s or window.samples_s) < 0.19
     assert max(arrived.alone_s) < 0.19
     assert arrived.wall_s > 0.4
-    assert goodput(arrived, bound_s=60.0) == pytest.approx(5 / arrived.wall_s), "however late it came"
+    assert goodput(arrived, slo_s=60.0) == pytest.approx(5 / arrived.wall_s), "however late it was"
 
 
 def test_only_a_refusal_is_counted_as_one() -> None:
@@ -80,8 +80,8 @@ def test_only_a_refusal_is_counted_as_one() -> None:
         def fail(error: Exception = error) -> None:
             raise error
 
-        for load in (lambda: one_by_one(fail, 0.0), lambda: side_by_side([fail], 0.0),
-                     lambda: arriving([fail], np.zeros(2), queued=False)):  # fmt: skip
+        for load in (lambda: closed_loop(fail, 0.0), lambda: concurrent([fail], 0.0),
+                     lambda: open_loop([fail], np.zeros(2), queued=False)):  # fmt: skip
             with pytest.raises(type(error), match=str(error)):
                 load()
 
@@ -90,11 +90,11 @@ def test_a_window_may_be_refused_altogether() -> None:
     def refuse() -> None:
         raise Overloaded("expected room in the queue, found none")
 
-    for window in (one_by_one(refuse, 0.0), side_by_side([refuse], 0.0), arriving([refuse], np.zeros(1), queued=False)):
+    for window in (closed_loop(refuse, 0.0), concurrent([refuse], 0.0), open_loop([refuse], np.zeros(1), queued=False)):
         assert (window.samples_s, window.refused) == ([], 1)
 
 
-def test_what_an_engine_is_judged_by_does_not_depend_on_when_requests_arrive() -> None:
+def test_busy_and_lone_times_do_not_depend_on_the_order_of_arrival() -> None:
     """Four calls of one second: two alone, one that waits before the engine, one that waits in a server."""
     sent, begun, done = np.array([0.0, 0.5, 5.0, 5.0]), np.array([0.0, 1.0, 5.0, 5.0]), np.array([1.0, 2.0, 6.0, 7.0])
     window = account(sent, sent, done, 0.0, begun_s=begun)
@@ -102,7 +102,7 @@ def test_what_an_engine_is_judged_by_does_not_depend_on_when_requests_arrive() -
     assert window.alone_s == pytest.approx([1.0, 1.0, 1.0])
     swapped = [1, 3, 0, 2]
     again = account(sent[swapped], sent[swapped], done[swapped], 0.0, begun_s=begun[swapped])
-    assert again.busy_s == pytest.approx(4.0), "in whatever order lanes begin"
+    assert again.busy_s == pytest.approx(4.0), "in any order of the beginnings"
 
 
 def test_arrivals_are_poisson_and_the_same_for_the_same_seed() -> None:
@@ -117,7 +117,7 @@ def test_arrivals_are_poisson_and_the_same_for_the_same_seed() -> None:
     assert len(poisson_arrivals(0.001, 0.1, [0])) == 1
 
 
-def test_a_stall_counts_for_all_who_had_to_wait_behind_it() -> None:
+def test_a_stall_counts_for_every_request_behind_it() -> None:
     """Three requests are due while the first is still computed; a closed loop would not have sent them."""
     due = threading.Event()
     order: list[int] = []
@@ -128,18 +128,18 @@ def test_a_stall_counts_for_all_who_had_to_wait_behind_it() -> None:
         order.append(len(order))
 
     class Watched(np.ndarray):
-        """Lets the first call go once the last arrival has been looked at."""
+        """Ends the first call once the last arrival has been read."""
 
         def __iter__(self):  # type: ignore[no-untyped-def]
             yield from np.asarray(self)
             due.set()
 
     intended = np.zeros(4).view(Watched)
-    window = arriving([call], intended, queued=True)
+    window = open_loop([call], intended, queued=True)
     assert order == [0, 1, 2, 3]
     assert len(window.samples_s) == 4
     assert min(window.samples_s) == window.samples_s[0] > 0
-    assert window.samples_s == sorted(window.samples_s), "who came later in the queue waited longer"
+    assert window.samples_s == sorted(window.samples_s), "a later request in the queue waited longer"
 
 
 def test_latency_is_counted_from_the_intended_time_and_service_from_the_real_one() -> None:
@@ -151,31 +151,31 @@ def test_latency_is_counted_from_the_intended_time_and_service_from_the_real_one
     assert window.service_s == pytest.approx([0.4, 0.4 - LATE_S / 2, 0.25])
     assert window.late == 1
     assert window.wall_s == 2.75
-    assert goodput(window, bound_s=0.5) == pytest.approx(2 / 2.75)
+    assert goodput(window, slo_s=0.5) == pytest.approx(2 / 2.75)
 
 
-def test_for_a_server_what_waits_for_a_free_lane_is_late_and_for_an_engine_it_is_queued() -> None:
-    """One lane, busy with the first request until the others are due."""
+def test_a_request_that_waits_for_a_free_call_is_late_for_a_server_and_queued_for_an_engine() -> None:
+    """One call, busy with the first request until the others are due."""
 
     def run(queued: bool) -> tuple[list[float], list[float]]:
         held = threading.Event()
         threading.Timer(0.05, held.set).start()
-        window = arriving([lambda: held.wait(10)], np.array([0.0, 0.0]), queued=queued)
+        window = open_loop([lambda: held.wait(10)], np.array([0.0, 0.0]), queued=queued)
         return window.samples_s, window.service_s
 
     latency, service = run(queued=True)
     assert service[1] == pytest.approx(latency[1], abs=0.04), "sent when it entered the queue"
     latency, service = run(queued=False)
-    assert service[1] < latency[1] / 2, "sent when the lane was free"
+    assert service[1] < latency[1] / 2, "sent when the call was free"
 
 
-def test_what_is_posted_waits_for_nobody_and_each_is_timed_by_itself() -> None:
+def test_posted_requests_do_not_wait_and_each_has_its_own_time() -> None:
     """None of a thousand is answered before the last is posted, and then in the opposite order."""
     waiting: list[Callable[[], None]] = []
 
-    def post(i: int, resolve_config: Callable[[], None]) -> None:
+    def post(i: int, done: Callable[[], None]) -> None:
         assert i == len(waiting)
-        waiting.append(resolve_config)
+        waiting.append(done)
         if len(waiting) == 1000:
             for each in reversed(waiting):
                 each()

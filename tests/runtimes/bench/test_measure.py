@@ -1,4 +1,4 @@
-"""Workers: engines in processes that may die, in other environments, and what they call."""
+"""Workers: engines in processes that may die, in other environments, and their calls."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtimes.bench import measure
+from runtimes.bench import measure, wire
 from runtimes.bench.measure import Worker, interpreter
 from runtimes.bench.worker import WARMUP_CALLS, WARMUP_S, check_device, example_inputs, prepare
 from runtimes.errors import EngineError
@@ -60,7 +60,7 @@ def test_a_call_at_time_one_is_the_next_step_and_a_window_begins_anew(root: Path
 # Processes -----------------------------------------------------------------------------------------------------------
 
 
-CLOSED = {"do": "one_by_one", "seconds": 0.02}
+CLOSED = wire.closed_loop(0.02)
 
 
 def test_a_worker_measures_window_by_window(worker: Worker) -> None:
@@ -79,12 +79,12 @@ def test_a_worker_measures_window_by_window(worker: Worker) -> None:
     assert found.warmup_calls >= WARMUP_CALLS
 
 
-def test_a_worker_does_what_each_scenario_asks(worker: Worker) -> None:
+def test_a_worker_applies_every_kind_of_load(worker: Worker) -> None:
     worker.prepare(STEP)
-    together = worker.window({"do": "side_by_side", "lanes": 3, "seconds": 0.0})
+    together = worker.window(wire.concurrent(3, 0.0))
     assert len(together.samples_s) == 3
-    arrived = worker.window({"do": "arriving", "rate_per_s": 500.0, "seconds": 0.05, "seed": [0, 0]})
-    again = worker.window({"do": "arriving", "rate_per_s": 500.0, "seconds": 0.05, "seed": [0, 0]})
+    arrived = worker.window(wire.open_loop(500.0, 0.05, [0, 0]))
+    again = worker.window(wire.open_loop(500.0, 0.05, [0, 0]))
     assert len(arrived.samples_s) == len(again.samples_s) == len(arrived.service_s) > 5
 
 
@@ -102,7 +102,7 @@ def test_a_closed_worker_leaves_no_process(root: Path) -> None:
     worker.close()
 
 
-def test_an_engine_that_cannot_open_says_why(root: Path, started_pids: list[int]) -> None:
+def test_an_engine_that_cannot_open_is_an_error_with_the_reason(root: Path, started_pids: list[int]) -> None:
     with pytest.raises(EngineError, match="engine onnxruntime: expected a device of cpu, cuda here, found 'tpu'"):
         Worker(root, {"device": "tpu"})
     assert len(started_pids) == 1
@@ -110,7 +110,7 @@ def test_an_engine_that_cannot_open_says_why(root: Path, started_pids: list[int]
 
 
 @pytest.mark.skipif(gpu() is not None, reason="there is a GPU")
-def test_onnx_runtime_asked_for_a_gpu_that_is_not_there_does_not_run_on_the_cpu(
+def test_onnx_runtime_without_a_gpu_does_not_fall_back_to_the_cpu(
     root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(EngineError, match="expected CUDAExecutionProvider, it fell back to CPUExecutionProvider"):
@@ -150,7 +150,7 @@ def test_a_worker_killed_between_windows_or_within_one_is_one_line_and_no_zombie
     assert gone(worker.pid)
 
 
-def test_a_worker_that_answers_too_late_is_not_left_running(
+def test_a_worker_that_answers_too_late_is_ended(
     root: Path, started_pids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(measure, "START_TIMEOUT_S", 0.01)
@@ -159,14 +159,16 @@ def test_a_worker_that_answers_too_late_is_not_left_running(
     assert gone(started_pids[0])
 
 
-def test_an_engine_without_its_environment_says_which(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_without_its_environment_is_an_error_with_its_path(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = SimpleNamespace(environment=".venv-nowhere")
     monkeypatch.setattr(measure.plugins, "load", lambda *_: engine)
     with pytest.raises(EngineError, match=r"expected its environment in .*\.venv-nowhere, found none"):
         interpreter("elsewhere")
 
 
-def test_an_engine_asked_for_a_gpu_that_computes_elsewhere_is_refused() -> None:
+def test_an_engine_on_a_gpu_that_reports_another_device_is_an_error() -> None:
     def runtime(device: str, provider: str, remote: bool = False) -> Any:
         return SimpleNamespace(device=device, provider=provider, remote=remote, artifact=SimpleNamespace(name="toy"))
 

@@ -1,4 +1,4 @@
-"""Rows: which windows and requests their figures are of, and what a reader is told of the others."""
+"""Rows: the windows and requests in their figures, and the notes about the others."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pytest
 from runtimes import report
 from runtimes.artifact import write_json
 from runtimes.bench import suite
-from runtimes.bench.interleave import Subject, Taken, joined
+from runtimes.bench.interleave import Observation, Subject, joined
 from runtimes.bench.load import Window
 from runtimes.bench.measure import Measurement
 from runtimes.bench.results import SCHEMA, counted_samples, row_table
@@ -18,8 +18,8 @@ from tests.runtimes.test_report import row as written
 
 def row_of(*runs: Measurement, scenario: str = "single-stream", **more: Any) -> dict[str, Any]:
     subject = Subject(artifact=TOY, root=Path(), label="onnx")
-    taken = [Taken(subject=subject, scenario=scenario, sizes=STEP, more=more, result=run) for run in runs]
-    return joined(taken)
+    common: dict[str, Any] = {"subject": subject, "scenario": scenario, "sizes": STEP, "columns": more}
+    return joined([Observation(**common, result=run) for run in runs])
 
 
 def test_figures_are_of_the_steady_windows_and_the_others_are_kept() -> None:
@@ -75,9 +75,7 @@ def test_a_row_that_was_refused_altogether_has_failed() -> None:
 
 
 @pytest.mark.parametrize(("schema", "status"), [("slipway.bench/1", 0), (SCHEMA, 0), ("slipway.bench/0", 2)])
-def test_a_file_from_before_rows_told_which_windows_count_is_still_read(
-    tmp_path: Path, schema: str, status: int
-) -> None:
+def test_a_file_without_counted_windows_is_still_read(tmp_path: Path, schema: str, status: int) -> None:
     older = written("onnx", 1.0)
     assert not older.keys() & {"counted", "refused", "refused_share"}
     assert counted_samples(older) == older["samples_s"]

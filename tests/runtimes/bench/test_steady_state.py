@@ -7,16 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from runtimes.bench.interleave import Settings
 from runtimes.bench.load import Window, account, poisson_arrivals
+from runtimes.bench.plan import ARRIVALS, Settings
 from runtimes.bench.steady_state import steady_from
-from runtimes.bench.suite import ARRIVALS
 
-MOST = Settings().sweep().most_rounds
+_, MOST = Settings().sweep_windows
 TRIALS = 200
 
 
-# Calls that wait for each other --------------------------------------------------------------------------------------
+# A closed loop ------------------------------------------------------------------------------------------------------
 
 
 def calls(seconds: float, count: int = 9, wall_s: float | None = None) -> Window:
@@ -85,7 +84,7 @@ class Engine:
 
     def run(self, seed: int, rate_per_s: float, *, fixed: int = 3, drift: float = 0.0, slow: int = -1,
             arrivals: int = ARRIVALS) -> list[Window]:  # fmt: skip
-        """The windows of one run, `fixed` or more until they are steady, as `Turns.point` has them.
+        """The windows of one run, `fixed` or more until they are steady, as `InterleavedRuns` measures them.
 
         drift   how much longer a call takes in the last of the `fixed` windows than in the first
         slow    a window in which the machine is busy: half as long again

@@ -60,7 +60,7 @@ def test_a_model_is_asked_once_for_each_distinct_text(folder: bool, tmp_path: Pa
 def test_another_models_store_is_refused_in_one_line(key: str, tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.namespace("context", IDENTITY)
-        store.namespace("emotion", {**IDENTITY, key: "other"})  # another shelf is another model's business
+        store.namespace("emotion", {**IDENTITY, key: "other"})  # another namespace belongs to another model
     other = {**IDENTITY, key: 64 if key == "max_tokens" else "c" * 64}
     with Store(tmp_path) as store, pytest.raises(ArtifactError, match=key) as caught:
         store.namespace("context", other)

@@ -42,7 +42,7 @@ def test_a_text_finds_its_statement(
 
 
 @pytest.mark.parametrize(("changes", "says"), [
-    ({"--text": "  "}, "blanks"), ({"--repository": "nowhere"}, "no 'statements_onnx'"), ({"--k": "0"}, "k of at"),
+    ({"--text": "  "}, "blanks"), ({"--repository": "nowhere"}, "model that embeds texts"), ({"--k": "0"}, "k of at"),
 ])  # fmt: skip
 def test_a_wrong_request_is_refused_in_one_line(
     changes: dict[str, str], says: str, collection: Path, statements_repository: Path,

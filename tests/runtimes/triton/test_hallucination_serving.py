@@ -14,11 +14,11 @@ from export import parity
 from export.lowering import quantize_weights
 from export.source import Source
 from runtimes.artifact import Check
-from runtimes.cache.answers import AnswerCache
 from runtimes.cache.store import Store
 from runtimes.engines.onnxruntime import OnnxRuntime
 from runtimes.errors import ArtifactError, EngineError, InputError, ParityError
 from runtimes.pipeline import Pipeline, open_pipeline, write_answer
+from runtimes.pipelines.hallucination.detector import DetectorCache
 from runtimes.pipelines.hallucination.grounding import EXAMPLE
 from runtimes.predict import main as predict
 from runtimes.repository import find
@@ -194,7 +194,7 @@ def test_labels_of_one_class_are_refused(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     source = Source(find_spec("hallucination"), Checkpoint.load(trained / "hallucination"))
-    spec, tolerance = source.spec, source.spec.tolerance["fp32"]
+    spec, tolerance = source.spec, source.spec.parity.tolerance["fp32"]
     want = source.answer(source.draw_inputs(np.random.default_rng(0), source.signature.sizes("opt")))
     want["gaps"] = np.ones_like(want["gaps"])
     want["gaps"][0, 0, 0] = 1e-7
@@ -215,7 +215,7 @@ def test_near_ties_are_put_aside_and_nothing_else_is(trained: Path) -> None:
     want["gaps"][:] = 1e-7
     limit = parity.compare(source, want, want, tolerance)["near_ties"]
     assert limit == Check(value=1.0, limit=0.05), "a model all of whose choices are ties is not proved"
-    assert spec.exact == ("encoder", "scorer")
+    assert spec.export.fp32_modules == ("encoder", "scorer")
 
 
 def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> N
 
     path = tmp_path / "model.onnx"
     path.write_bytes((find(repository, "hallucination_onnx") / "model.onnx").read_bytes())
-    quantize_weights(path, find_spec("hallucination").exact)
+    quantize_weights(path, find_spec("hallucination").export.fp32_modules)
     model = onnx.load(path)
     products = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
     assert len(products) >= 7, "at least a layer's"
@@ -241,16 +241,16 @@ def test_int8_quantises_the_decoder_alone(repository: Path, tmp_path: Path) -> N
 def test_a_repeated_request_runs_nothing_and_answers_the_same(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: tuple[Runtime, Pipeline]
 ) -> None:
-    with Store(tmp_path / "store") as store, AnswerCache(repository, store) as cache:
+    with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
         first = cache.answer([LONG])
         close(first[0], answers(opened, [LONG])[0])
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the model ran again"))
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the model ran again"))
         for work in ("encode", "decode"):
             monkeypatch.setattr(cache._pipeline, work, lambda *_: pytest.fail("a text was read again"))
         monkeypatch.setattr(store, "write", lambda *_: pytest.fail("an answer was kept again"))
         assert cache.answer([LONG, LONG]) == first * 2
-    with Store(tmp_path / "store") as store, AnswerCache(repository, store) as cache:
-        monkeypatch.setattr(cache, "_ask", lambda texts: pytest.fail("the store was not read"))
+    with Store(tmp_path / "store") as store, DetectorCache(repository, store) as cache:
+        monkeypatch.setattr(cache, "_compute", lambda texts: pytest.fail("the store was not read"))
         assert cache.answer([LONG]) == first
 
 
@@ -275,7 +275,7 @@ def test_the_cache_of_another_artifact_is_refused(repository: Path, tmp_path: Pa
     with Store(tmp_path / "store") as store:
         store.namespace("hallucination_onnx_answers", {"artifact": "another"})
         with pytest.raises(ArtifactError, match="holds another model's entries"):
-            AnswerCache(repository, store)
+            DetectorCache(repository, store)
 
 
 # Triton --------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
-from export.triton.config import Scheduling
 from export.triton.lint import lint
 from export.triton.repository import reschedule
+from export.triton.scheduling import Scheduling
 from runtimes.artifact import Artifact
 from runtimes.errors import InputError, Overloaded, SlipwayError
+from runtimes.generate import main as generate_command
 from runtimes.pipeline import open_pipeline
 from runtimes.pipelines.hnet.generation import EXAMPLE, ContinuousBatcher, Writing, read_generation_request, write
 from runtimes.predict import main as predict
@@ -25,7 +26,6 @@ from runtimes.repository import find
 from runtimes.runtime import open_runtime
 from runtimes.triton.client import CLIENTS
 from runtimes.triton.server import TritonServer
-from runtimes.write import main as write_command
 from tests import toys
 from tests.exported import Exports
 
@@ -194,12 +194,12 @@ def test_a_wrong_wish_is_refused(change: dict[str, Any], message: str) -> None:
 
 def test_a_text_is_written_from_the_command_line(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["hnet", "--text", "తెలు", "--max-bytes", "30", "--seed", "3", "--repository", str(repository)]
-    assert write_command(arguments) == 0
+    assert generate_command(arguments) == 0
     plain = capsys.readouterr().out
-    assert write_command([*arguments, "--json"]) == 0
+    assert generate_command([*arguments, "--json"]) == 0
     pieces = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert plain == written(pieces) + "\n"
-    assert write_command(["hnet", "--repository", str(repository)]) == 2
+    assert generate_command(["hnet", "--repository", str(repository)]) == 2
     assert "expected --text" in capsys.readouterr().err
 
 
@@ -265,9 +265,9 @@ class TestServer:
         self, server: TritonServer, repository: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         arguments = ["hnet", "--text", "తె", "--max-bytes", "24"]
-        assert write_command([*arguments, "--repository", str(repository)]) == 0
+        assert generate_command([*arguments, "--repository", str(repository)]) == 0
         here = capsys.readouterr().out
-        assert write_command([*arguments, "--url", server.grpc_url]) == 0
+        assert generate_command([*arguments, "--url", server.grpc_url]) == 0
         assert capsys.readouterr().out == here
 
     def test_texts_of_several_clients_are_written_at_once(self, server: TritonServer, runtime: Any) -> None:

@@ -22,9 +22,9 @@ from runtimes.runtime import open_runtime
 from runtimes.triton.server import TritonServer
 from tests.toys import ask
 from training.checkpoint import Checkpoint
-from training.models.statements.data import flatten
 from training.models.statements.embedding import open_embedder
 from training.models.statements.spec import VECTOR, agreement, same_neighbours
+from training.models.statements.synthetic import flatten
 from training.run import main as run
 from training.spec import find_spec
 
@@ -127,21 +127,21 @@ def test_parity_looks_at_real_statements_and_their_neighbours(repository: Path, 
     proof = Artifact.load(find(repository, "statements_onnx")).parity
     assert {"difference_statement_vector", "cosine", "top10", "order"} <= set(proof)
     source = Source(SPEC, Checkpoint.load(trained / "statements"))
-    rows = sum(len(inputs["input_ids"]) for inputs in SPEC.parity_inputs(source.config, source.sample_inputs))
+    rows = sum(len(inputs["input_ids"]) for inputs in SPEC.parity.parity_inputs(source.config, source.sample_inputs))
     assert rows == 35, "all held-out statements, for there are fewer than 64"
 
 
 def test_int8_is_calibrated_on_training_papers_and_judged_on_others() -> None:
-    preset = SPEC.preset("tiny")
-    recipe: Any = SPEC.recipe()(preset.config, {**preset.training, "papers": 60}, None)
+    config = SPEC.preset("tiny")
+    recipe: Any = SPEC.training.recipe()(config, {**SPEC.training.settings["tiny"], "papers": 60}, None)
     train, valid = ({tuple(row) for row in recipe.tokens.rows(flatten(papers)[0])} for papers in recipe.papers)
     sample_inputs = recipe.sample_inputs()
-    calibrated = {tuple(inputs["input_ids"][0]) for inputs in SPEC.calibration(preset.config, sample_inputs)}
+    calibrated = {tuple(inputs["input_ids"][0]) for inputs in SPEC.export.calibration(config, sample_inputs)}
     assert train <= calibrated
     assert all(any(ids[: len(short)] == short for ids in train) for short in calibrated - train)
     assert min(map(len, calibrated)) == 2
     assert not train & valid
-    for inputs in SPEC.parity_inputs(preset.config, sample_inputs):
+    for inputs in SPEC.parity.parity_inputs(config, sample_inputs):
         rows = zip(inputs["input_ids"], inputs["attention_mask"] > 0, strict=True)
         assert {tuple(ids[real]) for ids, real in rows} <= valid
 
@@ -156,7 +156,7 @@ def test_neighbours_in_another_order_or_place_fail_the_proof() -> None:
     noisy = want + rng.normal(size=want.shape) * 0.03
     top10, order = same_neighbours(noisy / np.linalg.norm(noisy, axis=1, keepdims=True), want)
     assert order < top10 < 1
-    checks = agreement({VECTOR: noisy}, {VECTOR: want}, SPEC.tolerance["fp32"])
+    checks = agreement({VECTOR: noisy}, {VECTOR: want}, SPEC.parity.tolerance["fp32"])
     with pytest.raises(ParityError, match="3 of 3"):
         require_passed(checks)
 
@@ -166,7 +166,7 @@ def test_a_vector_of_nan_agrees_with_nothing() -> None:
     got = want.copy()
     got[3] = np.nan
     with pytest.raises(ParityError):
-        require_passed(agreement({VECTOR: got}, {VECTOR: want}, SPEC.tolerance["int8"]))
+        require_passed(agreement({VECTOR: got}, {VECTOR: want}, SPEC.parity.tolerance["int8"]))
 
 
 def test_predict_answers_the_example(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,8 +49,8 @@ def test_nearly_right_requests_are_answered_or_declined(
 ) -> None:
     """No error of the server's own, no crash; the right request is answered as before in the end."""
     examples = soak.examples(repository, [])
-    questions = {model: soak.Question(client, model, request) for model, request in examples.items()}
-    seen = {soak.RIGHT: 0, soak.DECLINED: 0}
+    checked = {model: soak.CheckedRequest(client, model, request) for model, request in examples.items()}
+    seen = {soak.CORRECT: 0, soak.REJECTED: 0}
 
     def fuzz(model: str, example: Any) -> None:
         @settings(max_examples=REQUESTS, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -58,17 +58,17 @@ def test_nearly_right_requests_are_answered_or_declined(
         def one(request: Any) -> None:
             sent = request if isinstance(request, bytes) else as_bytes(request)
             try:
-                json.loads(questions[model].answer(sent))
-                seen[soak.RIGHT] += 1
+                json.loads(checked[model].answer(sent))
+                seen[soak.CORRECT] += 1
             except InputError:
-                seen[soak.DECLINED] += 1
+                seen[soak.REJECTED] += 1
 
         one()
 
     for model, request in examples.items():
         fuzz(model, json.loads(request))
     assert server.running
-    for question in questions.values():
-        assert soak.alike(json.loads(question.answer(question.request)), question.expected)
+    for each in checked.values():
+        assert soak.alike(json.loads(each.answer(each.request)), each.expected)
     print(f"{sum(seen.values())} requests to {len(examples)} ensembles: {seen}")
-    assert seen[soak.DECLINED] > REQUESTS
+    assert seen[soak.REJECTED] > REQUESTS

@@ -145,7 +145,7 @@ class TestEmbedder:
         np.testing.assert_allclose(runtime.embed(ids), [module.vector(row) for row in ids], atol=1e-5)
 
     def test_it_does_not_generate(self, vllm_embedder: Embedder) -> None:
-        with pytest.raises(InputError, match="expected a model that generates, found one to embed"):
+        with pytest.raises(InputError, match="expected a model that generates, found one of task embed"):
             vllm_embedder[0].complete(["text"])
 
 
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     small_decoders.make_generator(tmp_path)
     small_decoders.opened(tmp_path)  # skips
     (tmp_path / CHECKPOINT / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(EngineError, match=r"expected vLLM to start on .*checkpoint, it says: .*(safetensor|header)"):
+    with pytest.raises(EngineError, match=r"expected vLLM to start on .*checkpoint, found: .*(safetensor|header)"):
         open_runtime(tmp_path, verify=False).open()
 
 
@@ -232,7 +232,7 @@ def test_a_taken_port_is_an_error_before_anything_starts(empty_environment: Path
 
 
 def test_a_server_that_does_not_start_is_an_error_with_its_reason(empty_environment: Path) -> None:
-    with pytest.raises(EngineError, match=r"expected vLLM to start on nowhere, it says: .*vllm\.entrypoints"):
+    with pytest.raises(EngineError, match=r"expected vLLM to start on nowhere, found: .*vllm\.entrypoints"):
         VllmServer({"model": "nowhere"}).__enter__()
 
 

@@ -189,7 +189,7 @@ LONE = b'{"text": "\\ud800"}'
     (f"{WHOLE}/search", {"text": "a"}, {"Content-Type": "text/plain"}, 400, "expected application/json"),
     (f"{WHOLE}/search", {"text": "a"}, {"Content-Length": "-1"}, 400, "expected Content-Length"),
     (f"{WHOLE}/search", {"text": "a"}, {"Content-Length": "1" + "0" * 17}, 413, "at most"),
-    (f"{WHOLE}/search", {"text": "a" * 100_000}, {}, 400, "no 'statements_onnx'"),
+    (f"{WHOLE}/search", {"text": "a" * 100_000}, {}, 400, "expected a published model that embeds texts"),
     ("/api/collections/damaged/search", {"text": "a"}, {}, 409, "found 6"),
     ("/api/collections/damaged/papers", None, {}, 409, "found 6"),
     ("/api/collections/old/papers", None, {}, 400, "pickle"),
@@ -279,7 +279,7 @@ def test_a_computation_that_failed_says_why_and_may_be_tried_again(server: Serve
         assert ask(server, "/api/collections/fresh/compute", {})[0] == 200
         found = wait_for(server, "fresh")
         assert found["state"] == "uncomputed"
-        assert "no 'statements_onnx'" in found["reason"]
+        assert "expected a published model that embeds texts" in found["reason"]
 
 
 def test_the_command_prints_its_address_and_ends_when_interrupted(folder: Path) -> None:

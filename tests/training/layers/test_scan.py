@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from training.layers import scan
-from training.layers.scan import Form, decayed_step, decayed_sums, scan_form, selective_scan
+from training.layers.form import Form, current_form, scan_form
+from training.layers.scan import decayed_step, decayed_sums, selective_scan
 
 B, D, N = 3, 6, 16
 TIMES = (1, 2, 7, 30, 100)
@@ -206,9 +207,9 @@ def test_the_traced_recurrence_says_what_a_loop_in_numpy_says(
 def test_a_form_holds_inside_its_block_only() -> None:
     with scan_form(Form(kind="doubling")):
         with scan_form(Form(kind="kernel")):
-            assert scan._form.get() == Form(kind="kernel")
-        assert scan._form.get() == Form(kind="doubling")
-    assert scan._form.get() is None
+            assert current_form() == Form(kind="kernel")
+        assert current_form() == Form(kind="doubling")
+    assert current_form() is None
 
 
 def test_a_block_tells_whether_a_recurrence_heeded_its_form() -> None:
@@ -226,7 +227,7 @@ def test_a_form_ends_with_its_block_also_when_that_fails() -> None:
 
     with pytest.raises(ArithmeticError):
         fail()
-    assert scan._form.get() is None
+    assert current_form() is None
 
 
 def test_without_a_gpu_the_loop_is_the_form_though_the_kernel_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from runtimes.host.cli import command, parser, table
-from training.models.hallucination.config import head_text
 from training.models.hallucination.decoder import Decoder
-from training.models.hallucination.units import Head
+from training.models.hallucination.settings import Head, head_text
 
 BLOCK_ROWS = 1024  # of the vocabulary by the vocabulary
 OUTLIER = 1.5  # spreads between the quartiles beyond them

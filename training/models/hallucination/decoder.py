@@ -1,7 +1,7 @@
-"""A frozen decoder read layer by layer, keeping of each layer only what is asked for.
+"""A frozen decoder run layer by layer, so that only one layer's activations are in memory.
 
-Source: the layers of Llama, Mistral and Qwen2 as Hugging Face's modules hold them, quantised or spread over devices as
-they may be. There is no attention mask: texts are padded on the right, where a causal model does not look.
+Source: the layers of Llama, Mistral and Qwen2 in Hugging Face's modules, quantised or spread over devices. There is no
+attention mask: texts are padded on the right, which a causal model does not read.
 
 Shapes: B batch, T tokens, R rows (positions that predict the answer's tokens), D width, A heads, K key heads,
 H chosen heads, C width of a head, V vocabulary.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.frozen import FrozenModule
@@ -39,7 +39,7 @@ class View:
     scaling: float
 
     def attention(self, heads: Sequence[int], rows_BR: Tensor) -> Tensor:
-        """float32 [B, H, R, T]: where these heads look from these rows."""
+        """float32 [B, H, R, T]: the attention of these heads from these rows."""
         groups = self.queries.shape[1] // self.keys.shape[1]
         queries_BHRC = take(self.queries[:, list(heads)], rows_BR.unsqueeze(1))
         keys_BHTC = self.keys[:, [head // groups for head in heads]]
@@ -50,7 +50,7 @@ class View:
 
 
 class Decoder(FrozenModule):
-    """The language model, its own forward left alone."""
+    """The language model; its own `forward` is unchanged and not used."""
 
     def __init__(self, source: str, revision: str, model: Any = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Decoder(FrozenModule):
         self.run_layer: Any = layer_outputs  # may be compiled
 
     def layers(self, ids_BT: Tensor, count: int) -> Iterator[View]:
-        """The first `count` layers, one after the other; nothing of a layer is kept once the next is asked for."""
+        """The first `count` layers, one after the other; a layer's activations are released when the next one runs."""
         states_BTD = self.model.model.embed_tokens(ids_BT)
         cosines, sines = self.rotation(ids_BT.shape[1], states_BTD)
         for number, layer in enumerate(self.model.model.layers[:count]):
@@ -76,7 +76,7 @@ class Decoder(FrozenModule):
         return tuple((table * self.rope_scale).to(like.dtype) for table in (angles.cos(), angles.sin()))  # type: ignore[return-value]
 
     def normed(self, states: Tensor) -> Tensor:
-        """What the vocabulary is read off: after the final norm."""
+        """The states after the final norm, which the output matrix takes."""
         result: Tensor = self.model.model.norm(states)
         return result
 
@@ -139,3 +139,23 @@ def take(values: Tensor, rows: Tensor) -> Tensor:
 def on_device_of(value: Tensor, other: Tensor) -> Tensor:
     """`value` on the device of `other`: layers may lie on several."""
     return value if value.device == other.device else value.to(other.device)
+
+
+class TokenScores(nn.Module):
+    """Token ids and mask int64 [B, T], padded on the right, become (log-probabilities, likeliest next ids) [B, T].
+
+    The log-probability of a token is that after those before it; the first of a row has 0. Padding has 0 and 0.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        for view in self.decoder.layers(input_ids, len(self.decoder.model.model.layers)):
+            states_BTD = view.after
+        logits_BTV = self.decoder.logits(states_BTD)
+        scores_BTV = logits_BTV[:, :-1].log_softmax(-1)
+        scores_BT = nn.functional.pad(scores_BTV.gather(-1, input_ids[:, 1:, None]).squeeze(-1), (1, 0))
+        real_BT = attention_mask > 0
+        return torch.where(real_BT, scores_BT, 0.0), torch.where(real_BT, logits_BTV.argmax(-1), 0)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
+from training.config import Metrics
 from training.models.hallucination.metrics import (
     at_threshold,
     auc,
@@ -22,8 +23,8 @@ from training.models.hallucination.metrics import (
     intervals,
     mutual_information,
 )
-from training.models.hallucination.units import Head, Units, require_both_labels
-from training.spec import Metrics
+from training.models.hallucination.settings import Head
+from training.models.hallucination.units import Units, require_both_labels
 
 RATIOS = (
     0.0,

@@ -1,9 +1,10 @@
-"""The frozen parts: a decoder language model and a sentence encoder, any of Hugging Face's or small seeded ones.
+"""The frozen parts: a decoder language model and a sentence encoder, Hugging Face's or small ones with random weights.
 
 Shapes: N texts, W tokens, E width.
 """
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,23 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from runtimes.errors import InputError
-from training.frozen import (
-    EAGER,
-    FrozenModule,
-    fast_tokenizer,
-    freeze,
-    inputs,
-    pretrained,
-    pretrained_model,
-    real_tokens,
-    stored_tokenizer,
-    without_pooler,
-)
-from training.random_init import BYTES, SEEDED, SPECIAL, byte_tokenizer, is_seeded, seeded
+from runtimes.pipelines.hallucination.detector import ENCODER_TOKENIZER
+from runtimes.pipelines.hallucination.grounding import TEMPLATE, TOKENIZER
+from training.frozen import EAGER, FrozenEncoder, fast_tokenizer, load_frozen, pretrained, stored_tokenizer
+from training.random_init import BYTES, PREFIX, SPECIAL, byte_tokenizer, is_random
 
 ENCODERS = ("bert", "roberta", "xlm-roberta")
 FAMILIES = ("llama", "mistral", "qwen2")
-STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
+STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length
 # One small decoder of each family, and those that the benchmarks measure. vLLM has no attention on a CPU for heads
 # narrower than 32.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -41,19 +33,17 @@ VOCABULARIES = {"bench": 4000, "7b": 32_000}
 INTERMEDIATE = {"7b": 11_008}
 CHAT = {"before": "<s>[INST] ", "after": " [/INST] "}
 SYSTEM = "You are a helpful assistant."
-MARK = "\u2042PROMPT\u2042"  # stands for the prompt while the chat format is read off
+MARK = "\u2042PROMPT\u2042"  # placeholder of the prompt in the chat format
 
 
-class SentenceEncoder(FrozenModule):
+class SentenceEncoder(FrozenEncoder):
     """Token ids int64 [N, W] become unit vectors float32 [N, E]: the first token's, as BGE's."""
 
     def __init__(self, source: str, revision: str) -> None:
-        super().__init__()
-        self.model: Any = load_encoder(source, revision)
+        super().__init__(load_encoder(source, revision))
 
     def forward(self, ids_NW: Tensor) -> Tensor:
-        real_NW = real_tokens(ids_NW, self.model.config.pad_token_id)
-        first_NE = self.model(**inputs(self.model, ids_NW, real_NW)).last_hidden_state[:, 0]
+        first_NE = self.read(ids_NW)[0].last_hidden_state[:, 0]
         return nn.functional.normalize(first_NE.float(), dim=-1, eps=1e-6)
 
 
@@ -63,36 +53,29 @@ def load_decoder(source: str, revision: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = decoder_config(source, revision)
-    if is_seeded(source):
-        return freeze(seeded(0, lambda: AutoModelForCausalLM.from_config(config)))
-    return freeze(pretrained_model(AutoModelForCausalLM, source, revision, dtype=torch.float32))
+    return load_frozen(AutoModelForCausalLM, source, revision, config=config, dtype=torch.float32)
 
 
 @lru_cache(maxsize=2)
 def load_encoder(source: str, revision: str) -> Any:
     """The sentence encoder `source`, without a pooler; loaded once per process."""
-    from transformers import AutoModel, BertModel
+    from transformers import AutoModel
 
-    config = encoder_config(source, revision)
-    if is_seeded(source):
-        model: Any = seeded(1, lambda: BertModel._from_config(config, **EAGER))
-    else:
-        model = pretrained_model(AutoModel, source, revision, **EAGER)
-    return freeze(without_pooler(model))
+    return load_frozen(AutoModel, source, revision, config=encoder_config(source, revision), seed=1, **EAGER)
 
 
 def encoder_config(source: str, revision: str) -> Any:
-    """The config of a sentence encoder; `InputError` unless it is of a family whose inputs are known here."""
+    """The config of a sentence encoder; `InputError` unless its family is in `ENCODERS`."""
     from transformers import AutoConfig, BertConfig
 
-    if is_seeded(source):
+    if is_random(source):
         return BertConfig(
             vocab_size=BYTES,
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=4,
             intermediate_size=64,
-            initializer_range=0.3,  # else every text has nearly the same vector
+            initializer_range=0.3,  # with the usual 0.02 every text has nearly the same vector
             pad_token_id=SPECIAL.index("<pad>"),
         )
     config = pretrained(AutoConfig, source, revision)
@@ -102,10 +85,10 @@ def encoder_config(source: str, revision: str) -> Any:
 
 
 def decoder_config(source: str, revision: str) -> Any:
-    """The config of a decoder; `InputError` unless it is of a family whose layers are known here."""
+    """The config of a decoder; `InputError` unless its family is in `FAMILIES` and its positions are static."""
     from transformers import AutoConfig
 
-    config = _seeded_config(source) if is_seeded(source) else pretrained(AutoConfig, source, revision)
+    config = _random_config(source) if is_random(source) else pretrained(AutoConfig, source, revision)
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in FAMILIES or rope not in STATIC_ROPES:
         raise InputError(
@@ -115,15 +98,15 @@ def decoder_config(source: str, revision: str) -> Any:
     return config
 
 
-def _seeded_config(source: str) -> Any:
+def _random_config(source: str) -> Any:
     """`seeded:GEOMETRY` or `seeded:GEOMETRY:FAMILY`."""
     from transformers import AutoConfig
 
-    name, _, family = source.removeprefix(SEEDED).partition(":")
+    name, _, family = source.removeprefix(PREFIX).partition(":")
     family = family or "llama"
     if name not in DECODERS or family not in FAMILIES:
         raise InputError(
-            f"expected {SEEDED}GEOMETRY or {SEEDED}GEOMETRY:FAMILY with a geometry of {', '.join(DECODERS)} and a "
+            f"expected {PREFIX}GEOMETRY or {PREFIX}GEOMETRY:FAMILY with a geometry of {', '.join(DECODERS)} and a "
             f"family of {', '.join(FAMILIES)}; found '{source}'"
         )
     geometry = DECODERS[name]
@@ -134,7 +117,7 @@ def _seeded_config(source: str) -> Any:
         intermediate_size=INTERMEDIATE.get(name, 2 * geometry["hidden_size"]),
         max_position_embeddings=16_384,
         sliding_window=None,
-        initializer_range=0.12,  # else attention is so even that every choice of a head is a near-tie
+        initializer_range=0.12,  # with the usual 0.02 attention is so even that every choice of a head is a near-tie
         bos_token_id=SPECIAL.index("<s>"),
         pad_token_id=SPECIAL.index("<pad>"),
         eos_token_id=SPECIAL.index("</s>"),
@@ -142,20 +125,20 @@ def _seeded_config(source: str) -> Any:
 
 
 def window(config: Any) -> int:
-    """The number of tokens over which a decoder attends to all that came before."""
+    """The largest number of tokens over which a decoder attends to all earlier ones."""
     sliding = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return int(min(config.max_position_embeddings, sliding or config.max_position_embeddings))
 
 
 def tokenizer_json(source: str, revision: str) -> bytes:
-    """The tokenizer of `source` as a tokenizer.json; that of a seeded model reads bytes, and begins with <s>."""
-    return byte_tokenizer(single="<s> $A", words=False) if is_seeded(source) else stored_tokenizer(source, revision)
+    """The tokenizer of `source` as a tokenizer.json; a random model has byte tokens, and <s> first."""
+    return byte_tokenizer(single="<s> $A", words=False) if is_random(source) else stored_tokenizer(source, revision)
 
 
 @lru_cache(maxsize=4)
 def template_json(source: str, revision: str) -> bytes:
-    """What the chat format of `source` puts before and after a prompt; its own begin token where it has no format."""
-    if is_seeded(source):
+    """The text of the chat format before and after a prompt; the begin token where `source` has no chat format."""
+    if is_random(source):
         return json.dumps(CHAT).encode()
     tokenizer = fast_tokenizer(source, revision)
     if tokenizer.chat_template is None:
@@ -166,3 +149,12 @@ def template_json(source: str, revision: str) -> bytes:
     if not found:
         raise InputError(f"{source}: expected a chat template that repeats the prompt, found one that does not")
     return json.dumps({"before": before, "after": after}).encode()
+
+
+def assets(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The tokenizers and the chat format, by the names under which the pipelines read them."""
+    base = config["base"], config["base_revision"]
+    found = {TOKENIZER: tokenizer_json(*base), TEMPLATE: template_json(*base)}
+    if config["level"] == "chunk":
+        found[ENCODER_TOKENIZER] = tokenizer_json(config["encoder"], config["encoder_revision"])
+    return found

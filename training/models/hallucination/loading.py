@@ -1,6 +1,6 @@
-"""How the frozen decoder is held while features are read: its precision, its devices, settings for known machines.
+"""The frozen decoder while features are read: its precision, its devices, and settings for known machines.
 
-Reading needs the weights, one layer's activations and two distributions over the vocabulary for a block of rows.
+The memory holds the weights, one layer's activations and two distributions over the vocabulary for a block of rows.
 """
 
 import os
@@ -14,14 +14,14 @@ import torch
 
 from runtimes.errors import InputError, require
 from runtimes.host.machines import MACHINES
+from training.config import Config
 from training.frozen import freeze, pretrained_model
 from training.models.hallucination.decoder import Decoder, layer_outputs
 from training.models.hallucination.frozen import decoder_config, load_decoder
-from training.random_init import is_seeded
-from training.spec import Config
+from training.random_init import is_random
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# `stored` takes the weights as their checkpoint has them: in its dtype, or packed by GPTQ or AWQ.
+# `stored` keeps the form of the weights in their checkpoint: its dtype, or packed by GPTQ or AWQ.
 LOADINGS = (*DTYPES, "int8", "nf4", "stored")
 BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.1, "nf4": 0.6}
 SHARE_FOR_WEIGHTS = 0.6  # of a device's memory; the rest is for activations
@@ -29,10 +29,10 @@ PROFILES: dict[str, Config] = {name: dict(machine.holding) for name, machine in 
 
 
 def with_profile(training: Config, config: Config, memory_bytes: int | None = None) -> Config:
-    """The settings with those of `profile`, `auto` being made from the memory that is found; "" changes nothing.
+    """The settings with those of `profile`; `auto` derives them from the available memory, and "" changes nothing.
 
-    `profile` is then "": what it meant on this machine has been said, and what is set by hand later stays.
-    A profile sets how features are read, never what they are: it cannot raise the model's own max_tokens.
+    The result has the profile "", so that later changes by hand are not overwritten. A profile changes how features are
+    read and not their values: it cannot raise the model's own max_tokens.
     """
     name = training["profile"]
     if name == "":
@@ -47,7 +47,7 @@ def with_profile(training: Config, config: Config, memory_bytes: int | None = No
 
 
 def _automatic(config: Config, memory_bytes: int) -> Config:
-    """The best precision whose weights fit, and a token budget for what remains."""
+    """The best precision whose weights fit, and a batch size for the remaining memory."""
     base = decoder_config(config["base"], config["base_revision"])
     weights = _weights(base)
     order = ("fp16", "int8", "nf4") if torch.cuda.is_available() else ("fp32", "bf16", "int8", "nf4")
@@ -67,14 +67,14 @@ def _weights(base: Any) -> int:
 
 
 def _memory_bytes() -> int:
-    """Of all GPUs together, or of this machine."""
+    """The free memory of all GPUs together, or of this machine."""
     if torch.cuda.is_available():
         return sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     return int(require("psutil", extra="train").virtual_memory().available)
 
 
 def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Decoder:
-    """The decoder as the settings want it; `InputError` for a precision or device map that cannot be."""
+    """The decoder of these settings; `InputError` for an unknown precision or an impossible device map."""
     if training["loading"] not in LOADINGS:
         raise InputError(f"--set loading: expected one of {', '.join(LOADINGS)}; found '{training['loading']}'")
     source, revision = config["base"], config["base_revision"]
@@ -83,7 +83,7 @@ def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Deco
     else:
         decoder = Decoder(source, revision, _load(source, revision, training))
     if torch.cuda.is_available() and not training["device_map"] and training["device"] != "cpu":
-        load_decoder.cache_clear()  # what it gave out is moved, and is no decoder on the CPU any more
+        load_decoder.cache_clear()  # the cached decoder is moved to the GPU, and others need one on the CPU
         decoder = decoder.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     if training["compile"]:
         decoder.run_layer = torch.compile(layer_outputs, dynamic=True)
@@ -93,14 +93,14 @@ def open_decoder(config: Mapping[str, Any], training: Mapping[str, Any]) -> Deco
 
 
 def is_packed(module: Any) -> bool:
-    """Whether compressed-tensors holds this module's weights, as AWQ and GPTQ made them, in packed integers."""
+    """Whether this module's weights are packed integers of compressed-tensors, as AWQ and GPTQ make them."""
     return hasattr(module, "weight_packed")
 
 
 def unpacking(run_layer: Callable[..., Any]) -> Callable[..., Any]:
-    """`run_layer` with the weights of that one layer unpacked while it runs: the others stay as small as they are.
+    """`run_layer` with the weights of that one layer unpacked while it runs; all others stay packed.
 
-    transformers would unpack all of them, and for good, at the first call of the whole model.
+    transformers unpacks all of them permanently at the first call of the whole model.
     """
 
     def run(layer: Any, *given: Any) -> Any:
@@ -112,7 +112,7 @@ def unpacking(run_layer: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def unpacked(layer: Any) -> Iterator[None]:
-    """Within it, the layer has the weights that its packed integers stand for."""
+    """In this context the layer has its weights unpacked."""
     compressors = require("compressed_tensors.compressors", extra="quantize")
     packed = [module for module in layer.modules() if is_packed(module)]
     kept = [(dict(module._parameters), module.quantization_status) for module in packed]
@@ -130,19 +130,19 @@ def unpacked(layer: Any) -> Iterator[None]:
 def _load(source: str, revision: str, training: Mapping[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    decoder_config(source, revision)  # refuses what cannot be read
-    folder = tempfile.TemporaryDirectory(prefix="slipway-")  # its own: another model's layers have the same names
+    decoder_config(source, revision)  # raises for an unknown family
+    folder = tempfile.TemporaryDirectory(prefix="slipway-")  # one for each model: layers of several have the same names
     options = _options(training, Path(folder.name, "offload"))
-    if is_seeded(source):  # from_pretrained is what quantises and spreads
+    if is_random(source):  # only from_pretrained quantises and spreads a model
         load_decoder(source, revision).save_pretrained(folder.name)
         source = folder.name
     model = pretrained_model(AutoModelForCausalLM, source, revision, **options)
-    model.stored_in = folder  # what lies on the disk is read again at every use
+    model.stored_in = folder  # offloaded layers are read from it at every use
     return freeze(model)
 
 
 def _options(training: Mapping[str, Any], offload: Path) -> dict[str, Any]:
-    """What from_pretrained is asked for; layers that find no room elsewhere go to the folder `offload`."""
+    """The options of from_pretrained; layers that fit on no device go to the folder `offload`."""
     loading = training["loading"]
     options: dict[str, Any] = {"dtype": DTYPES.get(loading, "auto")}
     if loading in ("int8", "nf4"):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from training.spec import Metrics
+from training.config import Metrics
 
 BINS = 10
 RESAMPLES = 1000

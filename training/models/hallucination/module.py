@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.models.hallucination import fitting
-from training.models.hallucination.config import heads_of, layers_of
 from training.models.hallucination.decoder import Decoder, View
 from training.models.hallucination.features import (
     best_chunk,
@@ -25,12 +23,13 @@ from training.models.hallucination.features import (
     within,
 )
 from training.models.hallucination.frozen import SentenceEncoder
+from training.models.hallucination.settings import heads_of, layers_of
 
 Features = tuple[Tensor, Tensor, Tensor]  # ECS [B, C, H], PKS [B, C, L], gap [B, C, H] to the next choice of a head
 
 
 class Detector(nn.Module):
-    """What the two levels share. `base` is frozen, `scorer` is trained."""
+    """The common parts of both levels. `base` is frozen, `scorer` is trained."""
 
     def __init__(self, config: Mapping[str, Any], base: Decoder | None = None) -> None:
         super().__init__()
@@ -62,7 +61,7 @@ class Detector(nn.Module):
 
 
 class TokenDetector(Detector):
-    """By token: what a head attends to is the top share of single tokens; a chunk is the mean of its tokens."""
+    """By token: a head's choice is the top share of tokens; the features of a chunk are the mean of its tokens."""
 
     def forward(
         self, token_ids: Tensor, rows: Tensor, prompt_range: Tensor, row_spans: Tensor, characters: Tensor
@@ -97,7 +96,7 @@ class TokenDetector(Detector):
 
 
 class ChunkDetector(Detector):
-    """By chunk: what a head attends to is one chunk of the prompt, compared by a sentence encoder.
+    """By chunk: a head's choice is one chunk of the prompt, compared with the answer's by a sentence encoder.
 
     Layers above the last one that is read do not run.
     """
@@ -163,8 +162,13 @@ class ChunkDetector(Detector):
         return total / sizes_BCS.unsqueeze(1).clamp_min(1)
 
 
+def build_detector(config: Mapping[str, Any]) -> Detector:
+    """The detector of the config's level."""
+    return ChunkDetector(config) if config["level"] == "chunk" else TokenDetector(config)
+
+
 class Scorer(nn.Module):
-    """The trained part: features in, scores out. It was fitted, not learned by gradients: all it has are buffers."""
+    """The trained part: features in, scores out. It is fitted without gradients, so that it has buffers only."""
 
     uses_head: Tensor
     uses_layer: Tensor
@@ -186,7 +190,7 @@ class Scorer(nn.Module):
         self.register_buffer("bounds", torch.tensor([-1.0, 1.0]))
 
     def _apply(self, convert: Any, recurse: bool = True) -> "Scorer":
-        """Goes where the rest goes, and stays in float32."""
+        """Move with the rest of the module, but stay in float32."""
         moved: Scorer = super()._apply(lambda tensor: tensor.to(convert(tensor).device), recurse)
         return moved
 
@@ -201,36 +205,9 @@ class Scorer(nn.Module):
         response_B = (scores_BC * weights_BC).sum(-1) / weights_BC.sum(-1).clamp_min(1)
         return scores_BC, response_B.clamp(0, 1)
 
-    def take(self, fitted: fitting.Scorer) -> None:
-        """Become the fitted scorer; its heads and layers must be those of the config this was built from."""
-        for i, member in enumerate(fitted.members):
-            self.uses_head[i] = torch.tensor([float(head in member.heads) for head in self.heads])
-            self.uses_layer[i] = torch.tensor([float(layer in member.layers) for layer in self.layers])
-            self.mix[i] = torch.tensor([member.m, member.alpha])
-            self.ecs_bounds[i] = torch.tensor(member.ecs_bounds)
-            self.pks_bounds[i] = torch.tensor(member.pks_bounds)
-        self.bounds[:] = torch.tensor(fitted.bounds)
-
-    def fitted(self, threshold: float) -> fitting.Scorer:
-        """The same in float64, for judging whole tables of features."""
-        members = tuple(
-            fitting.Member(
-                heads=tuple(head for head, used in zip(self.heads, self.uses_head[i], strict=True) if used),
-                layers=tuple(layer for layer, used in zip(self.layers, self.uses_layer[i], strict=True) if used),
-                m=float(self.mix[i, 0]),
-                alpha=float(self.mix[i, 1]),
-                ecs_bounds=(float(self.ecs_bounds[i, 0]), float(self.ecs_bounds[i, 1])),
-                pks_bounds=(float(self.pks_bounds[i, 0]), float(self.pks_bounds[i, 1])),
-            )
-            for i in range(len(self.mix))
-        )
-        return fitting.Scorer(
-            members=members, bounds=(float(self.bounds[0]), float(self.bounds[1])), threshold=threshold
-        )
-
 
 class ScorerAlone(nn.Module):
-    """The scorer over features that are known already."""
+    """The scorer over given features."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The frozen models read every answer once: its features are kept by content, and fitting never runs a model again.
+"""Features of answers by the frozen models: read once, kept by content, and fitted without running a model again.
 
 An entry is float32 [chunks, 3 + heads + layers]: start and end in characters, tokens, ECS, PKS.
 """
@@ -16,24 +16,24 @@ import torch
 from runtimes.artifact import sha256_json
 from runtimes.pipelines.hallucination.detector import HallucinationPipeline
 from runtimes.pipelines.hallucination.grounding import Tokenized, labelled
+from training.config import Config
 from training.frozen import digest
-from training.models.hallucination.config import heads_of, layers_of
+from training.frozen_store import FrozenInference
 from training.models.hallucination.data import Example
-from training.models.hallucination.frozen import load_decoder
+from training.models.hallucination.frozen import assets, load_decoder
 from training.models.hallucination.loading import open_decoder
 from training.models.hallucination.module import ChunkDetector, Detector, TokenDetector
-from training.models.hallucination.spec import assets
+from training.models.hallucination.settings import heads_of, layers_of
 from training.models.hallucination.units import Units
-from training.spec import Config, FrozenInference
 
-SHELF = "hallucination_features"
+NAMESPACE = "hallucination_features"
 META = 3
-# What of a config does not change the features.
+# Settings of the config that do not change the features.
 UNREAD = ("members", "threshold", "max_batch")
 
 
 class FeatureReader:
-    """A detector of the config's heads and layers, opened when it is first asked."""
+    """A detector of the config's heads and layers, opened at its first use."""
 
     def __init__(self, config: Config, training: Config) -> None:
         longest = training["longest"] or config["max_tokens"]
@@ -73,7 +73,7 @@ class FeatureReader:
         }
 
     def _base(self) -> str:
-        """The digest of the weights, or the name of what is quantised or spread over devices while it is read."""
+        """The digest of the weights; the name of the source if it is quantised or spread over devices."""
         source, revision = self.config["base"], self.config["base_revision"]
         if self.training["loading"] == "fp32" and not self.training["device_map"]:
             return digest(load_decoder(source, revision))
@@ -102,9 +102,12 @@ class FeatureReader:
         where = np.array(text.text.spans)
         return np.concatenate([where, lengths, features[: len(where)]], 1).astype(np.float32)
 
-    def reading(self, examples: Sequence[Example]) -> FrozenInference:
+    def inference(self, examples: Sequence[Example]) -> FrozenInference:
+        """The features of these answers, to be kept in a store."""
         texts = [example.text for example in examples]
-        return FrozenInference(namespace=SHELF, identity=self.identity, texts=texts, lengths=self.lengths, run=self.run)
+        return FrozenInference(
+            namespace=NAMESPACE, identity=self.identity, texts=texts, lengths=self.lengths, run=self.run
+        )
 
     def units(self, examples: Sequence[Example], entries: Sequence[np.ndarray]) -> Units:
         """The units of these examples with their labels."""

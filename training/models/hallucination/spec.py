@@ -1,9 +1,9 @@
-"""`hallucination` as the rest of Slipway sees it. Nothing here imports torch until it is called.
+"""The declarations of the four hallucination models. Nothing here imports torch until it is called.
 
-hallucination         tokens in: the features of a frozen decoder and the scorer's verdict, fused
-hallucination_scorer  the scorer over features that are known already, such as those of a public score log
+hallucination            tokens in: the features of a frozen decoder and the scorer's result, fused
+hallucination_scorer     the scorer over given features, such as those of a public score log
 hallucination_generator  the frozen decoder alone, as the language model that wrote the answers
-hallucination_aarf    the same token by token, scored and, where the score is high, reweighted
+hallucination_aarf       the frozen decoder as a generator, each token scored and reweighted where the score is high
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,33 +12,31 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtimes.artifact import Check
-from runtimes.pipelines.hallucination.detector import ENCODER_TOKENIZER
-from runtimes.pipelines.hallucination.grounding import TEMPLATE, TOKENIZER
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.hallucination import generator, mitigated
-from training.models.hallucination.config import (
+from training.config import Config
+from training.models.hallucination import aarf_spec, generator_spec
+from training.models.hallucination.settings import (
     CONFIG,
     SCORER,
     TINY,
-    TRAINING,
     check,
     heads_of,
     layers_of,
     resolve_config,
 )
-from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, Tolerance
+from training.spec import Export, Frozen, Interface, ModelSpec, Parity, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
 BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
-# A near-tie between two choices of a head is none that a conversion can be held to.
+# A conversion need not reproduce a choice of a head that is a near-tie.
 NEAR_TIE = 1.0  # times the relative tolerance
-MOST_NEAR_TIES = 0.05  # of all choices, in fp32; other precisions say how many there were
+MOST_NEAR_TIES = 0.05  # of all choices, in fp32; other precisions only report their share
 
 
 def signature(config: Config) -> Signature:
-    """A tokenized answer in its context in; features, scores and what they are scores of out."""
+    """A tokenized answer in its context in; features, scores and the spans they belong to out."""
     check(config)
     heads, layers = len(heads_of(config)), len(layers_of(config))
     axes = [
@@ -97,10 +95,10 @@ def _axis(name: str, least: int, most: int) -> Axis:
 
 
 def build(config: Config) -> "nn.Module":
-    from training.models.hallucination.module import ChunkDetector, TokenDetector
+    from training.models.hallucination.module import build_detector
 
     check(config)
-    return ChunkDetector(config) if config["level"] == "chunk" else TokenDetector(config)
+    return build_detector(config)
 
 
 def build_scorer(config: Config) -> "nn.Module":
@@ -110,14 +108,9 @@ def build_scorer(config: Config) -> "nn.Module":
 
 
 def assets(config: Config) -> Mapping[str, bytes]:
-    """The tokenizers, and what the chat format puts around a prompt."""
-    from training.models.hallucination.frozen import template_json, tokenizer_json
+    from training.models.hallucination.frozen import assets
 
-    base = config["base"], config["base_revision"]
-    found = {TOKENIZER: tokenizer_json(*base), TEMPLATE: template_json(*base)}
-    if config["level"] == "chunk":
-        found[ENCODER_TOKENIZER] = tokenizer_json(config["encoder"], config["encoder_revision"])
-    return found
+    return assets(config)
 
 
 def frozen(config: Config) -> tuple[Frozen, ...]:
@@ -127,7 +120,7 @@ def frozen(config: Config) -> tuple[Frozen, ...]:
 
 
 def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Sample token ids, or made-up ones, cut anew: a prompt, an answer in chunks, the last of them padding."""
+    """Sample or random token ids with new spans: a prompt, and an answer in chunks, the last of them padding."""
     batch, tokens, rows, count = (sizes[name] for name in ("batch", "tokens", "rows", "chunks"))
     answer = min(rows, tokens // 2)
     middle = tokens - answer
@@ -155,7 +148,7 @@ def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
 
 
 def calibration(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
-    """The answers of the sample inputs, one by one."""
+    """The answers of the sample inputs, in single rows."""
     for i in range(len(sample_inputs["token_ids"])):
         yield {name: values[i : i + 1] for name, values in sample_inputs.items()}
 
@@ -169,7 +162,7 @@ def _spans(start: int, end: int, count: int) -> np.ndarray:
 
 
 def _ids(rng: np.random.Generator, shape: tuple[int, ...], real: np.ndarray | None) -> np.ndarray:
-    """Token ids: pieces of real rows without their padding, which is all alike; repeated where they are too short."""
+    """Token ids: pieces of real rows without their padding; repeated where they are too short."""
     if real is None:
         return rng.integers(*BYTE_IDS, shape)
     rows = real.reshape(-1, real.shape[-1])
@@ -202,16 +195,16 @@ def scorer_inputs(
 
 
 def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
-    """`got` with the original's numbers where a head's choice hung on less than the precision: parity is blind there.
+    """`got` with the original's numbers where a head's choice in the original is a near-tie.
 
-    How much that is, `agreement` limits. Scores are then the scorer's over those features and stay as they were said:
-    they are compared in full wherever no choice was so close. NaN is never put aside.
+    `agreement` limits the share of near-ties. Scores are computed from these features; they are compared unchanged for
+    chunks without a near-tie. NaN is never masked.
     """
     close = want["gaps"] <= _near(tolerance)
     clear_BC, clear_B = ~close.any(-1), ~close.any((-1, -2))
     keep = {
         "ecs": ~close,
-        "gaps": np.zeros_like(close),  # a difference of two numbers that are close; compared by what it decides
+        "gaps": np.zeros_like(close),  # a difference of two close numbers; the choice it decides is compared
         "scores": clear_BC,
         "response_score": clear_B,
     }
@@ -222,7 +215,7 @@ def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """Rank order of the scores of chunks without a near-tie, and the share of choices too close to be compared."""
+    """Rank order of the scores of chunks without a near-tie, and the share of choices that are near-ties."""
     close = want["gaps"] <= _near(tolerance)
     clear_BC = ~close.any(-1)
     exact = tolerance.relative <= 1e-4
@@ -233,7 +226,7 @@ def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Ch
 
 
 def same_order(got: np.ndarray, want: np.ndarray, tolerance: Tolerance) -> Check:
-    """The share of pairs that the original ranks, by more than the tolerance, and `got` ranks alike."""
+    """Of the pairs that the original ranks by more than the tolerance, the share that `got` ranks the same."""
     one, other = got.astype(np.float64), want.astype(np.float64)
     apart = np.abs(other[:, None] - other) > 2 * (
         tolerance.absolute + tolerance.relative * np.abs(other).max(initial=0)
@@ -250,27 +243,6 @@ def _near(tolerance: Tolerance) -> float:
     return NEAR_TIE * tolerance.relative
 
 
-def implied(config: Config, training: Config) -> Config:
-    """The settings with what their profile says."""
-    if not training["profile"]:
-        return training
-    from training.models.hallucination.loading import with_profile
-
-    return with_profile(training, config)
-
-
-def recipe() -> type[Recipe]:
-    from training.models.hallucination.recipe import HallucinationRecipe
-
-    return HallucinationRecipe
-
-
-def scorer_recipe() -> type[Recipe]:
-    from training.models.hallucination.recipe import ScorerRecipe
-
-    return ScorerRecipe
-
-
 TOLERANCE = {
     "fp32": Tolerance(absolute=2e-5, relative=1e-5),
     "fp16": Tolerance(absolute=5e-2, relative=2e-2),
@@ -278,80 +250,72 @@ TOLERANCE = {
     "int8": Tolerance(absolute=2e-1, relative=5e-2),
     "int8_dynamic": Tolerance(absolute=2e-1, relative=5e-2),
 }
+DETECTOR = {"tiny": TINY, "full": CONFIG}
 SPECS = (
     ModelSpec(
         name="hallucination",
         pipeline="hallucination",
-        presets={
-            "tiny": Preset(config=TINY, training=TRAINING),
-            "full": Preset(config=CONFIG, training={**TRAINING, "loading": "fp16", "profile": "auto"}),
-        },
-        signature=signature,
-        build=build,
-        draw_inputs=draw_inputs,
-        agreement=agreement,
-        mask_near_ties=mask_near_ties,
-        exact=("encoder", "scorer"),
-        calibration=calibration,
-        tolerance=TOLERANCE,
-        recipe=recipe,
-        frozen=frozen,
-        resolve_config=resolve_config,
-        implied=implied,
-        assets=assets,
-        skips={"vllm": "serves a generator, not what reads its attention: --model hallucination_generator"},
+        presets=DETECTOR,
+        interface=Interface(
+            signature=signature, build=build, frozen=frozen, resolve_config=resolve_config, assets=assets
+        ),
+        parity=Parity(draw_inputs=draw_inputs, agreement=agreement, mask_near_ties=mask_near_ties, tolerance=TOLERANCE),
+        export=Export(
+            fp32_modules=("encoder", "scorer"),
+            calibration=calibration,
+            skips={
+                "vllm": "vLLM does not expose the attention that the scores need; for the decoder alone export "
+                "hallucination_generator"
+            },
+        ),
+        training_path="training.models.hallucination.training:DETECTOR",
     ),
     ModelSpec(
         name="hallucination_scorer",
         pipeline="hallucination_scorer",
-        presets={"tiny": Preset(config={**SCORER, "max_batch": 512, "max_chunks": 32}, training=TRAINING)},
-        signature=scorer_signature,
-        build=build_scorer,
-        draw_inputs=scorer_inputs,
-        agreement=scorer_agreement,
-        tolerance={"fp32": Tolerance(absolute=2e-5, relative=1e-5)},
-        recipe=scorer_recipe,
+        presets={"tiny": {**SCORER, "max_batch": 512, "max_chunks": 32}},
+        interface=Interface(signature=scorer_signature, build=build_scorer),
+        parity=Parity(
+            draw_inputs=scorer_inputs,
+            agreement=scorer_agreement,
+            tolerance={"fp32": Tolerance(absolute=2e-5, relative=1e-5)},
+        ),
+        training_path="training.models.hallucination.training:SCORER",
     ),
     ModelSpec(
         name="hallucination_generator",
         pipeline="hallucination_generator",
-        checkpoint="hallucination",
-        part=generator.part,
-        presets={"tiny": Preset(config=TINY, training=TRAINING), "full": Preset(config=CONFIG, training=TRAINING)},
-        signature=generator.signature,
-        build=build,
-        draw_inputs=generator.draw_inputs,
-        parity_inputs=generator.parity_inputs,
-        mask_near_ties=generator.mask_near_ties,
-        agreement=generator.agreement,
-        tolerance=generator.TOLERANCE,
-        recipe=recipe,
-        frozen=frozen,
-        resolve_config=resolve_config,
-        skips=dict.fromkeys(
-            ("onnx", "openvino", "tensorrt", "torch"), "a generator runs where keys are cached: --target vllm"
+        parent="hallucination",
+        presets=DETECTOR,
+        interface=Interface(
+            signature=generator_spec.signature,
+            build=build,
+            part=generator_spec.part,
+            frozen=frozen,
+            resolve_config=resolve_config,
         ),
-        language_model=generator.language_model,
+        parity=generator_spec.PARITY,
+        export=generator_spec.EXPORT,
     ),
     ModelSpec(
         name="hallucination_aarf",
         pipeline="hallucination_aarf",
-        checkpoint="hallucination",
-        part=mitigated.part,
-        presets={"tiny": Preset(config=TINY, training=TRAINING), "full": Preset(config=CONFIG, training=TRAINING)},
-        signature=mitigated.signature,
-        build=build,
-        draw_inputs=mitigated.draw_inputs,
-        mask_near_ties=mitigated.mask_near_ties,
-        agreement=mitigated.agreement,
-        tolerance={name: TOLERANCE[name] for name in ("fp32", "fp16", "bf16")},
-        recipe=recipe,
-        frozen=frozen,
-        resolve_config=resolve_config,
-        assets=assets,
-        skips={
-            **dict.fromkeys(("onnx", "openvino", "tensorrt"), "AARF is an option of the torch runtime: --target torch"),
-            "vllm": "its engine shows no attention and reweights no heads: --target torch",
-        },
+        parent="hallucination",
+        presets=DETECTOR,
+        interface=Interface(
+            signature=aarf_spec.signature,
+            build=build,
+            part=aarf_spec.part,
+            frozen=frozen,
+            resolve_config=resolve_config,
+            assets=assets,
+        ),
+        parity=Parity(
+            draw_inputs=aarf_spec.draw_inputs,
+            mask_near_ties=aarf_spec.mask_near_ties,
+            agreement=aarf_spec.agreement,
+            tolerance={name: TOLERANCE[name] for name in ("fp32", "fp16", "bf16")},
+        ),
+        export=aarf_spec.EXPORT,
     ),
 )

@@ -1,4 +1,4 @@
-"""Units: what is scored, chunk by chunk or token by token, and the score logs that hold them in the public format.
+"""Units: the scored pieces of responses, chunks or tokens, and the score logs with them in the public format.
 
 Shapes: U units, R responses, H heads, L layers.
 """
@@ -14,8 +14,9 @@ import numpy as np
 
 from runtimes.artifact import read_json
 from runtimes.errors import InputError
+from training.config import Config
+from training.models.hallucination.settings import Head, heads_of, layers_of
 
-Head = tuple[int, int]  # layer, head
 HEAD_KEY = re.compile(r"\((\d+), ?(\d+)\)")
 LAYER_KEY = re.compile(r"layer_(\d+)")
 ECS, PKS = "prompt_attention_score", "parameter_knowledge_scores"
@@ -25,7 +26,7 @@ ECS, PKS = "prompt_attention_score", "parameter_knowledge_scores"
 class Units:
     """Features and labels of the units of many responses, response by response.
 
-    ecs        float64 [U, H]: how far what a head attends to resembles what is said (external context score)
+    ecs        float64 [U, H]: how similar a head's attended context is to the answer (external context score)
     pks        float64 [U, L]: how much a layer's feed-forward part changes the prediction (parametric knowledge score)
     labels     int64 [U], 1 for hallucinated
     lengths    int64 [U], tokens
@@ -53,7 +54,7 @@ class Units:
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise InputError(
                     f"expected finite features, found {values[row, column]} in {name} of unit {row}, "
-                    f"{columns[column]}; leave out the response or read it again"
+                    f"{columns[column]}; remove the response or read it again"
                 )
 
     @property
@@ -81,7 +82,7 @@ class Units:
         return replace(self, **arrays, responses=numbers[self.responses[kept]], sources=sources)
 
     def columns(self, heads: Sequence[Head], layers: Sequence[int]) -> "Units":
-        """The features of these heads and layers; `InputError` names those that are not there."""
+        """The features of these heads and layers; `InputError` names missing ones."""
         missing = [f"head {head}" for head in heads if head not in self.heads]
         missing += [f"layer {layer}" for layer in layers if layer not in self.layers]
         if missing:
@@ -132,8 +133,36 @@ def read_log(path: Path) -> Units:
     )
 
 
+def joined(one: Units, other: Units) -> Units:
+    """The units of both; responses and sources of the other are numbered after those of the one."""
+    names = ("ecs", "pks", "labels", "lengths", "weights")
+    arrays: dict[str, Any] = {name: np.concatenate([getattr(one, name), getattr(other, name)]) for name in names}
+    responses = np.concatenate([one.responses, other.responses + len(one.sources)])
+    return replace(one, **arrays, responses=responses, sources=one.sources + other.sources)
+
+
+def synthetic_units(config: Config, seed: int, count: int) -> Units:
+    """Synthetic features: some heads and layers are more informative, and hallucinated chunks are longer."""
+    rng = np.random.default_rng(seed)
+    heads, layers = heads_of(config), layers_of(config)
+    sizes = rng.integers(1, 5, count)
+    responses = np.repeat(np.arange(count), sizes)
+    labels = (rng.random(len(responses)) < 0.3).astype(np.int64)
+    return Units(
+        heads=heads,
+        layers=layers,
+        ecs=0.7 - 0.1 * labels[:, None] * rng.random(len(heads)) + 0.1 * rng.normal(size=(len(labels), len(heads))),
+        pks=0.2 + 0.1 * labels[:, None] * rng.random(len(layers)) + 0.1 * rng.random((len(labels), len(layers))),
+        labels=labels,
+        lengths=rng.integers(10, 60, len(labels)) + 10 * labels,
+        weights=np.ones(len(labels)),
+        responses=responses,
+        sources=tuple(map(str, range(count))),
+    )
+
+
 def require_both_labels(labels: np.ndarray, what: str) -> None:
-    """`InputError` unless there is something to tell apart: the AUC of one class is undefined."""
+    """`InputError` unless both labels occur: the AUC of one class is undefined."""
     found = sorted(set(labels.tolist()))
     if found != [0, 1]:
         raise InputError(

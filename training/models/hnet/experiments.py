@@ -1,9 +1,10 @@
-"""The experiments that the tuning guide for Telugu asks for first, beside the paper and a model without segments."""
+"""The first experiments of the tuning guide for Telugu, the paper's setting, and a model without segments."""
 
 from collections.abc import Mapping
 
+from training.config import Config
 from training.models.hnet.arch import check, mlp_width, residual_branches
-from training.spec import Config, Sweep
+from training.recipe import Sweep
 
 Changes = Mapping[str, Mapping[str, str]]
 

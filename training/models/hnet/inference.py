@@ -5,21 +5,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser
 from runtimes.pipelines.hnet.byte_text import check_text, padded_rows, segments
 from runtimes.pipelines.hnet.generation import GenerationRequest, Writing
 from training.checkpoint import Checkpoint, restore
-from training.models.hnet.metrics import NATS_A_BIT
-from training.models.hnet.module import HNetForCausalLM
 from training.models.hnet.spec import SPECS
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from training.models.hnet.module import HNetForCausalLM
 
 BYTES_MAX = 65_536  # of a text that is read at once
 Text = str | bytes
@@ -40,8 +41,12 @@ class Sampling:
             raise InputError(f"top_k: expected 0 or more, found {self.top_k}")
 
 
-def score(module: HNetForCausalLM, texts: Sequence[Text]) -> list[dict[str, float]]:
+def score(module: "HNetForCausalLM", texts: Sequence[Text]) -> list[dict[str, float]]:
     """The information of every text in `bits`, its `bytes`, and `bits_per_byte`."""
+    from torch.nn import functional as F
+
+    from training.models.hnet.metrics import NATS_A_BIT
+
     rows, ids, logits, _ = _read(module, texts)
     nats = F.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
     result = []
@@ -51,7 +56,7 @@ def score(module: HNetForCausalLM, texts: Sequence[Text]) -> list[dict[str, floa
     return result
 
 
-def segment(module: HNetForCausalLM, texts: Sequence[Text]) -> list[list[list[dict[str, Any]]]]:
+def segment(module: "HNetForCausalLM", texts: Sequence[Text]) -> list[list[list[dict[str, Any]]]]:
     """The segments of every text at every stage, the shortest first."""
     rows, _, _, boundary = _read(module, texts)
     return [
@@ -60,8 +65,10 @@ def segment(module: HNetForCausalLM, texts: Sequence[Text]) -> list[list[list[di
     ]
 
 
-def _read(module: HNetForCausalLM, texts: Sequence[Text]) -> tuple[list[bytes], Tensor, Tensor, np.ndarray]:
+def _read(module: "HNetForCausalLM", texts: Sequence[Text]) -> "tuple[list[bytes], Tensor, Tensor, np.ndarray]":
     """(texts as bytes, byte_ids [B, T] from BOS on, logits [B, T, 256], boundaries bool [B, T, stages])."""
+    import torch
+
     if not texts:
         raise InputError("expected at least one text, found none")
     rows = [check_text(text, f"text {i}", BYTES_MAX) for i, text in enumerate(texts)]
@@ -72,7 +79,7 @@ def _read(module: HNetForCausalLM, texts: Sequence[Text]) -> tuple[list[bytes], 
 
 
 def generate(
-    module: HNetForCausalLM, prompts: Sequence[Text], max_bytes: int, sampling: Sampling | None = None
+    module: "HNetForCausalLM", prompts: Sequence[Text], max_bytes: int, sampling: Sampling | None = None
 ) -> Iterator[tuple[int, str]]:
     """(row, code point) as each is complete, until a row said BOS or no more fits into `max_bytes`; valid UTF-8.
 
@@ -89,7 +96,9 @@ def generate(
     return _generate(module, writings)
 
 
-def _generate(module: HNetForCausalLM, writings: list[Writing]) -> Iterator[tuple[int, str]]:
+def _generate(module: "HNetForCausalLM", writings: list[Writing]) -> Iterator[tuple[int, str]]:
+    import torch
+
     state = module.zero_state(len(writings))
     while writings:
         ids = torch.tensor([writing.next for writing in writings], device=_device(module))
@@ -105,12 +114,14 @@ def _generate(module: HNetForCausalLM, writings: list[Writing]) -> Iterator[tupl
             state = {name: tensor[going] for name, tensor in state.items()}
 
 
-def _device(module: HNetForCausalLM) -> torch.device:
+def _device(module: "HNetForCausalLM") -> "torch.device":
     return module.embeddings.weight.device
 
 
-def open_hnet(folder: Path) -> HNetForCausalLM:
+def open_hnet(folder: Path) -> "HNetForCausalLM":
     """The H-Net of a checkpoint, in eval mode."""
+    from training.models.hnet.module import HNetForCausalLM
+
     module = restore(Checkpoint.load(folder), SPECS[0])
     assert isinstance(module, HNetForCausalLM)
     return module

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.config import Metrics
 from training.models.hnet.data import IGNORED, Batch, Corpus, batch_of
 from training.models.hnet.module import is_continuation
-from training.spec import Metrics
 
 NATS_A_BIT = float(np.log(2))
 

@@ -1,4 +1,4 @@
-"""How an H-Net learns: the next byte and a wanted compression, each stage at its own rate; judged by both.
+"""Training of an H-Net: prediction of the next byte and a target compression; each stage has its own learning rate.
 
 Shapes: B pieces of a batch, T bytes, S stages.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
+from training.config import Config, Metrics
 from training.models.hnet.arch import check
 from training.models.hnet.blocks import Isotropic
 from training.models.hnet.data import (
@@ -35,12 +36,12 @@ from training.models.hnet.losses import (
 )
 from training.models.hnet.metrics import NATS_A_BIT, Tally, measure, next_byte_nats, positions
 from training.models.hnet.ngram import KneserNey, unigram_bits
-from training.models.hnet.spec import TIME_MAX
-from training.spec import Config, Evaluation, Metrics, Recipe
+from training.models.hnet.settings import TIME_MAX
+from training.recipe import Evaluation, Recipe
 
 NGRAM = 5
 SAMPLE_BYTES = 16_384
-WORST_BITS = 8.0  # a byte costs no more with a model that knows nothing
+WORST_BITS = 8.0  # of a byte, from a model without information
 
 
 # The experiments of a sweep share their text and its baselines.
@@ -80,12 +81,12 @@ class HNetRecipe(Recipe):
     def summary(self) -> list[str]:
         return self._read[2]
 
-    def trainee(self, module: nn.Module) -> "Trainee":
+    def module_with_loss(self, module: nn.Module) -> "HNetWithLoss":
         for name in ("alpha", "warmup_compression_epochs", "least_code_points"):
             if self.training[name] < 0:
                 raise InputError(f"--set {name}: expected 0 or more, found {self.training[name]}")
-        self._trainee = Trainee(module, self.training, self.n_compress)
-        return self._trainee
+        self._with_loss = HNetWithLoss(module, self.training, self.n_compress)
+        return self._with_loss
 
     def datasets(self, lanes: int) -> tuple[Pieces, Pieces]:
         train, valid = self.corpora
@@ -112,16 +113,16 @@ class HNetRecipe(Recipe):
         ]
 
     def report(self) -> Metrics:
-        return self._trainee.report()
+        return self._with_loss.report()
 
-    def judge(self, module: nn.Module) -> Metrics:
-        """Metrics on `judge_bytes` of the held-out text, from all over it."""
+    def selection_metric(self, module: nn.Module) -> Metrics:
+        """Metrics on `judge_bytes` of the held-out text, spread over it."""
         pieces = self._spread(self.training["judge_bytes"])
         tally = measure(module, self.corpora[1], pieces, self.training["batch"])
         return {**tally.metrics(), "loss": self.criterion(tally)}
 
     def _spread(self, wanted_bytes: int) -> np.ndarray:
-        """Pieces from all over the held-out text, about so many bytes; all of them if that is 0."""
+        """Pieces spread over the held-out text, about so many bytes; all of them if that is 0."""
         pieces = self.corpora[1].pieces(self.training["max_bytes"])
         wanted = wanted_bytes // self.training["max_bytes"] if wanted_bytes else len(pieces)
         places = np.linspace(0, len(pieces) - 1, max(1, min(wanted, len(pieces))))
@@ -130,14 +131,14 @@ class HNetRecipe(Recipe):
     def criterion(self, tally: Tally) -> float:
         """Bits per byte, and more by WORST_BITS times the share by which segments fall short of `least_code_points`.
 
-        Cross-entropy alone would choose the checkpoint that compresses least.
+        Cross-entropy alone would select the checkpoint that compresses least.
         """
         length, least = tally.code_points_per_chunk, self.training["least_code_points"]
         short = max(0.0, 1 - length / least) if length is not None and least else 0.0
         return tally.metrics()["bits_per_byte"] + WORST_BITS * short
 
     def evaluate(self, module: nn.Module) -> Evaluation:
-        """`evaluate_bytes` of held-out text, beside byte n-grams that read every document whole."""
+        """`evaluate_bytes` of held-out text, beside byte n-grams over whole documents."""
         pieces = self._spread(self.training["evaluate_bytes"])
         tally = measure(module, self.corpora[1], pieces, self.training["batch"])
         judged = np.concatenate([np.arange(begin, end) for begin, end in pieces])
@@ -154,8 +155,8 @@ class HNetRecipe(Recipe):
         return {"byte_ids": batch_of(self.corpora[1], whole)["byte_ids"].numpy().astype(np.uint8)}
 
 
-class Trainee(nn.Module):
-    """An H-Net with its loss, and what it showed since it was last asked."""
+class HNetWithLoss(nn.Module):
+    """An H-Net with its loss, and the metrics of its batches since the last report."""
 
     def __init__(self, hnet: nn.Module, training: Config, n_compress: list[int]) -> None:
         super().__init__()
@@ -164,13 +165,13 @@ class Trainee(nn.Module):
         self._begin()
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Called by the Trainer: from now on the activations of a block are made again instead of kept."""
+        """Called by the Trainer: the activations of a block are recomputed in the backward pass from now on."""
         for module in self.hnet.modules():
             if isinstance(module, Isotropic):
                 module.checkpointing = True
 
     def forward(self, byte_ids: Tensor, labels: Tensor, lengths: Tensor, epoch: Tensor) -> dict[str, Tensor]:
-        self.since = self.since or time.monotonic()  # what lies between two epochs is no training
+        self.since = self.since or time.monotonic()  # the time between two epochs is not training
         logits, p_BTS, b_BTS = self.hnet(byte_ids, lengths)
         nats = next_byte_nats(logits, labels, "mean")
         alpha = alpha_at(int(epoch), self.settings["alpha"], self.settings["warmup_compression_epochs"])
@@ -186,7 +187,7 @@ class Trainee(nn.Module):
         return {"loss": loss}
 
     def report(self) -> Metrics:
-        """Metrics of the training batches since the last report, and how many bytes a second were learned from."""
+        """Metrics of the training batches since the last report, and the bytes per second of training."""
         if self.since is None:
             return {}
         tally, seconds = self.tally, time.monotonic() - self.since

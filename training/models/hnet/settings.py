@@ -1,7 +1,10 @@
-"""The settings of an H-Net, with what each means and its name in the tuning guide for Telugu."""
+"""The configs of an H-Net, and the sizes that its tensors may have."""
 
-from training.spec import Config
+from runtimes.tensors import Axis
+from training.config import Config
 
+TIME_MAX = 1024  # bytes of a text, with the byte that begins it
+AXES = (Axis(name="batch", min=1, opt=4, max=16), Axis(name="time", min=1, opt=256, max=TIME_MAX))
 CONFIG: Config = {
     "model_arch": "m2 T4",
     "model_dim": "256 256",
@@ -11,52 +14,3 @@ CONFIG: Config = {
     "align": "none",
 }
 TINY: Config = {"model_arch": "m1 T1", "model_dim": "64 64", "d_state": 16}
-TRAINING: Config = {
-    "lr": 3e-4,
-    "batch": 32,
-    "epochs": 50.0,
-    "warmup": 0.1,
-    "scheduler": "cosine",
-    "weight_decay": 0.01,
-    "beta2": 0.95,
-    "patience": 10,
-    "n_compress": "1 5",
-    "alpha": 0.03,
-    "warmup_compression_epochs": 0,
-    "lr_by_stage": True,
-    "max_bytes": 1024,
-    "unit": "document",
-    "epoch_bytes": 0,
-    "judge_bytes": 65_536,
-    "evaluate_bytes": 0,
-    "least_code_points": 1.5,
-    "texts": 400,
-}
-NOTES = {
-    "model_arch": "MODEL_ARCH: encoder (its mirror: decoder), main network; m Mamba-2, T attention, capital: with MLP",
-    "model_dim": "MODEL_DIM: width of each stage, the outermost first; multiples of 64",
-    "d_state": "numbers in the state of each Mamba-2 channel",
-    "attention_window": "bytes that attention of an outer stage sees before its own",
-    "attention_capacity": "chunks that attention of the innermost stage sees; more than a text has is all",
-    "align": "utf8: no segment begins inside a code point; none: the public models",
-    "lr": "Learning Rate (lr): of a stage with multiplier 1; see lr_by_stage",
-    "batch": "Batch Size (BATCH_SIZE): pieces of text a step and device",
-    "accumulate": "gradient accumulation: batches added up before a step",
-    "epochs": "epochs at most; see epoch_bytes",
-    "warmup": "share of the steps (or their number) in which the learning rate rises",
-    "scheduler": "Scheduler: cosine, trapezoid, plateau (ReduceLROnPlateau), or another of the Trainer's",
-    "weight_decay": "Weight Decay; not on norms, biases, A_log, dt_bias, D",
-    "patience": "Patience (PATIENCE): epochs without a better criterion before the end; 0 is never",
-    "clip": "largest norm of the gradient",
-    "n_compress": "Compression Target (N_compress): bytes a position of each stage, '1 5' or '1 3 9'",
-    "alpha": "Ratio Loss Coefficient (alpha): the paper's 0.03; the guide's former implicit value is 1",
-    "warmup_compression_epochs": "Warmup for Compression: epochs in which alpha rises to its value",
-    "lr_by_stage": "whether each stage has the paper's multiplier of the learning rate",
-    "max_bytes": "bytes of a piece: longer documents are cut, so that memory stays the same",
-    "unit": "document: texts end at blank lines; line: each line is a text",
-    "epoch_bytes": "bytes of text an epoch, after which the model is judged; 0 is all",
-    "judge_bytes": "bytes of held-out text that an epoch is judged by",
-    "evaluate_bytes": "bytes of held-out text that the result is measured on; 0 is all",
-    "least_code_points": "code points a segment below which a checkpoint is judged worse, whatever it predicts",
-    "texts": "texts of synthetic data",
-}

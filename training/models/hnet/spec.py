@@ -1,29 +1,27 @@
-"""H-Net as the rest of Slipway sees it. Nothing here imports torch until it is called."""
+"""The declaration of H-Net. Nothing here imports torch until it is called."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
+from runtimes.tensors import Signature, Tensors, TensorSpec
+from training.config import Config
 from training.models.hnet.agreement import agreement, mask_near_ties
 from training.models.hnet.arch import VOCABULARY, check, integer_states, is_ring, state_shapes
-from training.models.hnet.experiments import SWEEP
-from training.models.hnet.settings import CONFIG, NOTES, TINY, TRAINING
-from training.spec import Config, ModelSpec, Preset, Recipe, Tolerance
+from training.models.hnet.settings import AXES, CONFIG, TIME_MAX, TINY
+from training.spec import Export, Interface, ModelSpec, Parity, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
-TIME_MAX = 1024  # bytes of a text, with what begins it
-PARITY_ROWS = 4  # at once
-AXES = (Axis(name="batch", min=1, opt=4, max=16), Axis(name="time", min=1, opt=256, max=TIME_MAX))
+PARITY_ROWS = 4  # of a batch
 
 
 def signature(config: Config) -> Signature:
-    """Bytes and lengths in; logits, p and b of every stage, and what each byte costs out.
+    """Bytes and lengths in; logits, p and b of every stage, and the cost of each byte out.
 
-    `nats` of a byte given those before it: 0 for the first, which nothing predicts, and for padding. `text_bytes` are
+    `nats` of a byte given those before it: 0 for the first, which has no prediction, and for padding. `text_bytes` are
     the bytes again, -1 for padding. `InputError` for an impossible config.
     """
     arch, _ = check(config)
@@ -94,7 +92,7 @@ def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
 
 
 def step_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """The bytes of `draw_inputs`, one of each row unless a rollout asks for more."""
+    """The bytes of `draw_inputs`, one of each row unless `sizes` has a longer time."""
     return {"byte_ids": draw_inputs(config, rng, {"time": 1, **sizes}, sample_inputs)["byte_ids"]}
 
 
@@ -123,7 +121,7 @@ def step(module: "nn.Module") -> "nn.Module":
 
 
 def whole_texts(module: "nn.Module", inputs: Tensors) -> Tensors:
-    """Logits, p and b of whole texts, by the forward pass that reads them at once."""
+    """Logits, p and b of whole texts, by the forward pass over a whole text."""
     import torch
 
     from training.models.hnet.serving import HNetStep
@@ -133,52 +131,38 @@ def whole_texts(module: "nn.Module", inputs: Tensors) -> Tensors:
     return {name: tensor.numpy() for name, tensor in zip(("logits", "boundary_prob", "boundary"), printed, strict=True)}
 
 
-def recipe() -> type[Recipe]:
-    from training.models.hnet.recipe import HNetRecipe
-
-    return HNetRecipe
-
-
-SKIPS = {"vllm": "reads bytes and divides them itself: no tokenizer, and a state that vLLM cannot page"}
-PRESETS = {
-    "tiny": Preset(
-        config={**CONFIG, **TINY},
-        training={**TRAINING, "lr": 2e-3, "batch": 16, "epochs": 3.0, "max_bytes": 256},
-    ),
-    "full": Preset(config=CONFIG, training=TRAINING),
-}
+SKIPS = {"vllm": "the model reads bytes without a tokenizer, and vLLM cannot page its recurrent state"}
+PRESETS = {"tiny": {**CONFIG, **TINY}, "full": CONFIG}
+TOLERANCE = {"fp32": Tolerance(absolute=1e-4, relative=1e-4)}
 SPECS = (
     ModelSpec(
         name="hnet",
         pipeline="hnet",
         presets=PRESETS,
-        signature=signature,
-        build=build,
-        exported=scorer,
-        draw_inputs=draw_inputs,
-        parity_inputs=parity_inputs,
-        agreement=agreement,
-        mask_near_ties=mask_near_ties,
-        tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
-        recipe=recipe,
-        notes=NOTES,
-        sweep=SWEEP,
-        skips=SKIPS,
+        interface=Interface(signature=signature, build=build, wrap=scorer),
+        parity=Parity(
+            draw_inputs=draw_inputs,
+            parity_inputs=parity_inputs,
+            agreement=agreement,
+            mask_near_ties=mask_near_ties,
+            tolerance=TOLERANCE,
+        ),
+        export=Export(skips=SKIPS),
+        training_path="training.models.hnet.training:TRAINING",
     ),
     ModelSpec(
         name="hnet_step",
         pipeline="hnet_step",
-        checkpoint="hnet",
+        parent="hnet",
         presets=PRESETS,
-        signature=step_signature,
-        build=build,
-        part=step,
-        draw_inputs=step_inputs,
-        sequence=whole_texts,
-        agreement=agreement,
-        mask_near_ties=mask_near_ties,
-        tolerance={"fp32": Tolerance(absolute=1e-4, relative=1e-4)},
-        recipe=recipe,
-        skips=SKIPS,
+        interface=Interface(signature=step_signature, build=build, part=step),
+        parity=Parity(
+            draw_inputs=step_inputs,
+            sequence=whole_texts,
+            agreement=agreement,
+            mask_near_ties=mask_near_ties,
+            tolerance=TOLERANCE,
+        ),
+        export=Export(skips=SKIPS),
     ),
 )

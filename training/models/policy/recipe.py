@@ -1,4 +1,4 @@
-"""How policies learn: every position of a window counts, and state is handed from window to window.
+"""Training of the policies: a loss over every position of a window, and state carried from window to window.
 
 Shapes: B batch, T time, F frame width, C classes.
 """
@@ -16,13 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from runtimes.errors import InputError
 from runtimes.pipelines.policy.melee import BUTTONS, HEADS
 from runtimes.tensors import Tensors
+from training.config import Config, Metrics
 from training.models.policy.data import Game, read_replays, split_by_game, synthetic_games
-from training.models.policy.spec import TIME_MAX, signature
+from training.models.policy.settings import TIME_MAX
+from training.models.policy.signature import signature
 from training.models.policy.windows import FrameTable, WindowDataset, Windows
-from training.spec import Config, Evaluation, Metrics, Recipe
+from training.recipe import Evaluation, Recipe
 
 SAMPLE_GAMES, SAMPLE_FRAMES = 4, 320
-STREAM_PIECE = 256  # frames a stream takes in one call while it is judged
+STREAM_PIECE = 256  # frames of one call when a stream is evaluated
 
 
 class PolicyRecipe(Recipe):
@@ -37,10 +39,10 @@ class PolicyRecipe(Recipe):
             games, self.skipped = read_replays(data, delay=training["delay"])
         train, self.valid = split_by_game(games, training["valid_share"], training["seed"])
         if not self.valid:
-            raise InputError(f"valid_share: expected games to judge by, found none with {training['valid_share']}")
+            raise InputError(f"valid_share: expected games to evaluate on, found none with {training['valid_share']}")
         self.train_games = len(train)
         self.train_labels = np.concatenate([game.labels for game in train])
-        self._train = train  # until the table takes them
+        self._train = train  # until they are copied into the table
 
     def summary(self) -> list[str]:
         held_out = sum(len(game.frames) for game in self.valid)
@@ -51,8 +53,8 @@ class PolicyRecipe(Recipe):
         lines += [f"skipped {path.name}: {reason}" for path, reason in self.skipped]
         return [*lines, f"{len(self.skipped)} replays skipped"] if self.skipped else lines
 
-    def trainee(self, module: nn.Module) -> nn.Module:
-        return Trainee(module, self.config, self.training)
+    def module_with_loss(self, module: nn.Module) -> nn.Module:
+        return PolicyWithLoss(module, self.config, self.training)
 
     def datasets(self, lanes: int) -> tuple[WindowDataset, WindowDataset]:
         train = WindowDataset(
@@ -65,13 +67,13 @@ class PolicyRecipe(Recipe):
         return train, WindowDataset(self._windows(list(self.valid)), shuffle=False)
 
     def _windows(self, games: list[Game]) -> Windows:
-        """Windows over a table that takes the place of `games`."""
+        """Windows over a table of `games`, which is left empty."""
         dtype = torch.float16 if self.training["half_table"] else torch.float32
         length = self.training["window"]
         return Windows(FrameTable.from_games(games, dtype), length, stride=length, mode=self.training["windows"])
 
     def evaluate(self, module: nn.Module) -> Evaluation:
-        """Windowed: each window from a zero state, as it was cut. Streamed: each game with one carried state."""
+        """Windowed: each window from a zero state. Streamed: each game with one carried state."""
         window = self.training["window"]
         labels = torch.from_numpy(np.concatenate([game.labels for game in self.valid]))
         windowed = [stream_game(module, self.config, game.frames, window, carried=False) for game in self.valid]
@@ -91,7 +93,7 @@ class PolicyRecipe(Recipe):
         return {"frames": np.stack([game.frames[:length] for game in chosen])}
 
 
-class Trainee(nn.Module):
+class PolicyWithLoss(nn.Module):
     """A policy with its loss over every position, and the state of each row from one batch to the next."""
 
     def __init__(self, policy: nn.Module, config: Config, training: Config) -> None:
@@ -102,7 +104,7 @@ class Trainee(nn.Module):
         self.checkpointing = False
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Called by the Trainer: from now on a window's activations are made again instead of kept."""
+        """Called by the Trainer: the activations of a window are recomputed in the backward pass from now on."""
         self.checkpointing = True
 
     def forward(self, frames: Tensor, labels: Tensor, carried: Tensor) -> dict[str, Tensor]:
@@ -117,13 +119,13 @@ class Trainee(nn.Module):
         return {"loss": policy_loss(logits, labels, self.training_settings)}
 
     def _state_for(self, frames_BTF: Tensor, carried_B: Tensor) -> tuple[Tensor, ...]:
-        """The state each row ended with where `carried`, zero elsewhere and while judging."""
+        """The state at the end of each row where `carried`; zero elsewhere, and in evaluation."""
         batch = len(frames_BTF)
         if not self.training or self.state is None or len(self.state[0]) != batch:
             zeros = self.signature.zero_state(batch)
             return tuple(torch.from_numpy(array).to(frames_BTF.device) for array in zeros.values())
         rows = carried_B.to(frames_BTF.device)
-        # Chosen and not multiplied: infinity times zero would hand a diverged row on to the game that follows it.
+        # A choice and no product: infinity times zero is NaN, which would reach the next game of a diverged row.
         return tuple(torch.where(rows.view(-1, *[1] * (tensor.ndim - 1)), tensor, 0) for tensor in self.state)
 
 
@@ -182,7 +184,7 @@ def measure(logits: Mapping[str, Tensor], labels: Tensor) -> Metrics:
 
 
 def majority_logits(labels: np.ndarray, rows: int) -> dict[str, Tensor]:
-    """What one would say who knows only how often each class comes: log frequencies, the same at every position."""
+    """Log frequencies of the classes in training, the same at every position."""
     pressed, buckets = targets(torch.from_numpy(labels))
     share = (pressed.mean(0) * len(labels) + 1) / (len(labels) + 2)  # add-one: a class may be missing from training
     result = {"buttons": torch.logit(share).expand(rows, -1)}

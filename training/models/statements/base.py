@@ -1,17 +1,15 @@
-"""The frozen base: any decoder or encoder of Hugging Face's, or a small seeded Qwen2.
+"""The frozen base: any decoder or encoder of Hugging Face's, or a small Qwen2 with random weights.
 
 Shapes: B rows, T tokens, D width of the base.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.frozen import MASKED, freeze, pretrained_model, stored_tokenizer, without_pooler
-from training.models.statements.data import flatten, synthetic_papers
-from training.random_init import geometry, is_seeded, seeded, train_tokenizer
+from training.frozen import MASKED, load_frozen
+from training.random_init import geometry, is_random
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -35,7 +33,6 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "intermediate_size": 18_944, "vocab_size": 152_064, "max_position_embeddings": 131_072,
     },
 }  # fmt: skip
-PAD, END = "<pad>", "<end>"
 ENCODERS = ("electra", "mpnet")  # besides all whose name has "bert" in it
 
 
@@ -43,32 +40,27 @@ def load_base(source: str, revision: str) -> Any:
     """A new copy of the base `source` in float32, frozen, in eval mode; `InputError` if there is none."""
     from transformers import AutoModel
 
-    config = seeded_config(source)
-    if config is None:
-        model = pretrained_model(AutoModel, source, revision, dtype=torch.float32)
-    else:
-        model = seeded(0, lambda: AutoModel.from_config(config))
-    return freeze(without_pooler(model))
+    return load_frozen(AutoModel, source, revision, config=random_config(source), dtype=torch.float32)
 
 
-def seeded_config(source: str) -> Any:
-    """The config of a seeded Qwen2, or None if `source` is a folder or a hub id."""
+def random_config(source: str) -> Any:
+    """The config of a Qwen2 with random weights, or None if `source` is a folder or a hub id."""
     from transformers import Qwen2Config
 
-    return Qwen2Config(**geometry(source, GEOMETRIES)) if is_seeded(source) else None
+    return Qwen2Config(**geometry(source, GEOMETRIES)) if is_random(source) else None
 
 
 def is_encoder(model: nn.Module) -> bool:
-    """Whether every token sees all others; in a decoder it sees those before it."""
+    """Whether every token attends to all others; in a decoder it attends to those before it."""
     kind = str(model.config.model_type)  # type: ignore[union-attr]
     return "bert" in kind or kind in ENCODERS
 
 
 def hidden_states(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The base's last hidden states [B, T, D], alike whether a row is padded on the left or on the right.
+    """The base's last hidden states [B, T, D], the same for rows padded on the left and on the right.
 
-    The mask is made here, in four dimensions, which every model takes as it is: what transformers makes of a mask in
-    two dimensions is -inf in float16, and a row that starts with padding becomes NaN.
+    The mask has four dimensions, which every model takes unchanged: from a mask of two dimensions transformers makes
+    -inf in float16, and a row that starts with padding becomes NaN.
     """
     dtype = model.get_input_embeddings().weight.dtype
     hidden_B11T = (mask_BT == 0)[:, None, None, :]
@@ -77,7 +69,7 @@ def hidden_states(model: Any, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     places_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
     future_TT = places_T[None, :] > places_T[:, None]
     hidden_B1TT = hidden_B11T | future_TT
-    # Counted in float: TensorRT sums up no integers.
+    # In float: TensorRT has no cumulative sum of integers.
     positions_BT = (mask_BT.float().cumsum(1) - 1).clamp_min(0).to(torch.int64)
     answer = model(
         input_ids=ids_BT, attention_mask=hidden_B1TT.to(dtype) * MASKED, position_ids=positions_BT, use_cache=False
@@ -96,17 +88,3 @@ def pool(states_BTD: Tensor, mask_BT: Tensor, how: str) -> Tensor:
     else:
         chosen_B = torch.where(mask_BT > 0, places_T, mask_BT.shape[1] - 1).amin(1)
     return states_BTD.gather(1, chosen_B[:, None, None].expand(-1, 1, states_BTD.shape[-1])).squeeze(1)
-
-
-@lru_cache(maxsize=4)
-def tokenizer_json(source: str, revision: str) -> bytes:
-    """The tokenizer of `source` as a tokenizer.json; that of a seeded base was trained on synthetic statements."""
-    if not is_seeded(source):
-        return stored_tokenizer(source, revision)
-    texts, _ = flatten(synthetic_papers(seed=0, count=300))
-    return statement_tokenizer(texts, GEOMETRIES["tiny"]["vocab_size"]).to_str().encode()
-
-
-def statement_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer; it ends every text with END, whose state is that of the text."""
-    return train_tokenizer(texts, vocabulary, (PAD, END), single=f"$A {END}")

@@ -1,4 +1,4 @@
-"""The merged base of an embedder as the causal language model that engines for language models know."""
+"""The merged base of an embedder as a causal language model, for engines that run language models."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from training.language_model import LanguageModel, NotADecoder, check_vocabulary, complete_tokenizer
-from training.models.statements.base import is_encoder, tokenizer_json
+from training.models.statements.base import is_encoder
+from training.models.statements.tokenizer import tokenizer_json
 
 
 def language_model(config: Mapping[str, Any], module: nn.Module, texts: Sequence[np.ndarray]) -> LanguageModel:
@@ -35,7 +36,7 @@ def language_model(config: Mapping[str, Any], module: nn.Module, texts: Sequence
 
 
 def causal(base: Any) -> Any:
-    """`base` under the head of its family's causal model, which reads the vocabulary off the embeddings.
+    """`base` under the head of its family's causal model, whose output weights are the embeddings.
 
     `NotADecoder` if Hugging Face has no causal model of this family. Nothing is copied.
     """

@@ -1,7 +1,7 @@
-"""Make a small seeded base whose tokenizer is trained on the data: python -m training.models.statements.make_base
+"""Make a small random base whose tokenizer is trained on the data: python -m training.models.statements.make_base
 
-A Qwen2 with random weights: its states are random projections of the words in a text. It is the least that a base can
-be, where none can be downloaded; what is learned, is learned by the adapters and the projection.
+A Qwen2 with random weights, for machines without network access: its states are random projections of the words in a
+text, and only the adapters and the projection are trained.
 """
 
 import sys
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.host.cli import command, parser
-from runtimes.pipelines.statements.papers import read_papers
-from training.models.statements.base import GEOMETRIES, PAD, statement_tokenizer
-from training.models.statements.data import flatten
-from training.random_init import SEEDED, add_sizes, geometry, write_folder
+from runtimes.search.papers import read_papers
+from training.models.statements.base import GEOMETRIES
+from training.models.statements.synthetic import flatten
+from training.models.statements.tokenizer import PAD, statement_tokenizer
+from training.random_folder import size_arguments, write_folder
+from training.random_init import PREFIX, geometry
 
 MAX_POSITIONS = 1024
 HEAD_WIDTH = 32
@@ -24,14 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     texts, _ = flatten(list(read_papers(arguments.data)))
     tokenizer = statement_tokenizer(texts, arguments.vocabulary)
-    sizes = geometry(f"{SEEDED}{arguments.geometry}", GEOMETRIES) if arguments.geometry else small(arguments)
+    sizes = geometry(f"{PREFIX}{arguments.geometry}", GEOMETRIES) if arguments.geometry else small(arguments)
     write_base(arguments.out, tokenizer, sizes, arguments.seed)
     print(f"{arguments.out}: a tokenizer from {len(texts)} statements, width {sizes['hidden_size']}")
     return 0
 
 
 def small(arguments: Any) -> dict[str, Any]:
-    """Narrow heads and a narrow feed-forward part: what is random in a layer shall not drown the words."""
+    """Narrow heads and a narrow feed-forward part, so that random layers do not drown the words."""
     return {
         "hidden_size": arguments.width,
         "num_hidden_layers": arguments.layers,
@@ -44,16 +46,19 @@ def small(arguments: Any) -> dict[str, Any]:
 
 
 def write_base(folder: Path, tokenizer: Any, sizes: dict[str, Any], seed: int) -> None:
-    """A Hugging Face folder with a seeded base of these sizes."""
-    import torch
-    from transformers import Qwen2Config, Qwen2Model
+    """A Hugging Face folder with a random base of these sizes."""
 
-    torch.manual_seed(seed)
-    own = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": tokenizer.token_to_id(PAD)}
-    model = Qwen2Model(Qwen2Config(**{**sizes, **own}))
-    # At Qwen2's own 0.02 a layer of random weights drowns the word; at 1 it is the word that a state speaks of.
-    torch.nn.init.normal_(model.embed_tokens.weight)
-    write_folder(folder, model, tokenizer)
+    def base() -> Any:
+        import torch
+        from transformers import Qwen2Config, Qwen2Model
+
+        own = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": tokenizer.token_to_id(PAD)}
+        model = Qwen2Model(Qwen2Config(**{**sizes, **own}))
+        # At Qwen2's own 0.02 the random layers drown the word; at 1 a state depends on its word first.
+        torch.nn.init.normal_(model.embed_tokens.weight)
+        return model
+
+    write_folder(folder, base, tokenizer, seed)
 
 
 def _parser() -> Any:
@@ -63,9 +68,13 @@ def _parser() -> Any:
         "--data stacks_train.jsonl --out bases/small",
         "--data stacks_train.jsonl --out bases/wide --width 1024 --vocabulary 16000",
     )
-    result.add_argument("--data", type=Path, required=True, help="file with papers")
-    add_sizes(result, "base", width=512)
-    result.add_argument("--geometry", choices=GEOMETRIES, help="sizes of a published kind in place of width and layers")
+    result.add_argument("--data", type=Path, required=True, help="JSON-lines file with papers")
+    size_arguments(result, "base", width=512)
+    result.add_argument(
+        "--geometry",
+        choices=GEOMETRIES,
+        help="sizes of a published model for --width, --layers (default: none)",
+    )
     return result
 
 

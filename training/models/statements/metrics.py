@@ -1,4 +1,4 @@
-"""How well the statements of a paper find each other among all, in blocks, and BM25 to compare with."""
+"""Retrieval metrics of the statements of a paper among all statements, in blocks, and BM25 as a baseline."""
 
 import re
 from collections import Counter, defaultdict
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from runtimes.errors import InputError
-from training.spec import Metrics
+from training.config import Metrics
 
 BLOCK_SCORES = 1 << 24  # scores that are in memory at once
 PRECISION_AT, RECALL_AT = (1, 5, 10), (10, 100, 1000)
@@ -22,13 +22,13 @@ Scores = Callable[[Tensor], Tensor]  # rows [B] -> their scores with all stateme
 def measure(papers: np.ndarray, scores: Scores) -> Metrics:
     """MRR, MAP, P@k and R@k; a query is a statement, relevant are the others of its paper, candidates all others.
 
-    A statement that is alone in its paper asks nothing, but stands among the candidates.
+    A statement that is alone in its paper is no query, but a candidate.
     """
     papers_N = torch.from_numpy(papers)
     counts_N = torch.bincount(papers_N)[papers_N] - 1
     queries = counts_N.nonzero().flatten()
     if not len(queries):
-        raise InputError("expected papers with two or more statements to judge by, found none")
+        raise InputError("expected papers with two or more statements to evaluate on, found none")
     sums: dict[str, float] = defaultdict(float)
     for rows in queries.split(max(1, BLOCK_SCORES // len(papers))):
         scores_BN = scores(rows).clone()

@@ -1,4 +1,4 @@
-"""How statements are learned: those of one paper shall lie close, in large batches of pairs.
+"""Training of the statement embedder: statements of one paper are drawn together, in large batches of pairs.
 
 Shapes: B statements of a batch, n pairs, T tokens, D width of the vectors.
 """
@@ -17,21 +17,24 @@ from torch.utils.data import Dataset
 from runtimes.errors import InputError
 from runtimes.tensors import Tensors
 from runtimes.text_pipeline import Tokens, padded
-from training.models.statements.base import hidden_states, load_base, pool, tokenizer_json
+from training.config import Config
+from training.models.statements.base import hidden_states, load_base, pool
 from training.models.statements.contrastive import CachedContrast, cut
-from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
+from training.models.statements.data import draw_pairs, split_by_paper, train_and_valid
 from training.models.statements.embedding import Embedder
 from training.models.statements.metrics import bm25, cosine, measure
 from training.models.statements.module import adapted_layers
-from training.models.statements.spec import INPUTS, PARITY_ROWS, TRAINED_ON
-from training.spec import Config, Evaluation, Recipe
+from training.models.statements.settings import INPUTS, PARITY_ROWS, TRAINED_ON
+from training.models.statements.synthetic import flatten, synthetic_papers
+from training.models.statements.tokenizer import tokenizer_json
+from training.recipe import Evaluation, Recipe
 
 CALIBRATION_ROWS = 512
 Batch = dict[str, Tensor]
 
 
 class StatementsRecipe(Recipe):
-    """Papers are held out whole; a batch is of pairs, and every statement in it is seen by all others."""
+    """Papers are held out whole; a batch is of pairs, and its statements are negatives of each other."""
 
     @cached_property
     def papers(self) -> tuple[list[Any], list[Any]]:
@@ -65,7 +68,7 @@ class StatementsRecipe(Recipe):
         texts, numbers = flatten(papers)
         return Pairs(self.tokens.rows(texts), numbers, self.tokens.pad, lanes, self.training["seed"])
 
-    def trainee(self, module: nn.Module) -> nn.Module:
+    def module_with_loss(self, module: nn.Module) -> nn.Module:
         if self.training["quantize"] not in ("none", "nf4"):
             raise InputError(f"expected quantize of none, nf4; found '{self.training['quantize']}'")
         for name in ("micro", "temperature"):
@@ -75,10 +78,10 @@ class StatementsRecipe(Recipe):
             from training.models.statements.quantized import four_bit_twin
 
             module = four_bit_twin(module)
-        return Trainee(module, self.training)
+        return EmbedderWithLoss(module, self.training)
 
     def evaluate(self, module: nn.Module) -> Evaluation:
-        """Every held-out statement asks for the others of its paper; beside BM25 and the base as it came."""
+        """Each held-out statement is a query for the others of its paper; baselines: BM25 and the untrained base."""
         texts, papers = flatten(self.papers[1])
         vectors = torch.from_numpy(Embedder(module, self.tokens).embed(texts))
         with BaseAlone.of(module, self.config) as base:
@@ -96,9 +99,9 @@ class StatementsRecipe(Recipe):
 
 
 class Pairs(Dataset[Batch]):
-    """Pairs of statements of the same paper, other ones in another order every epoch; whole batches are made at once.
+    """Pairs of statements of the same paper, drawn anew in every epoch; whole batches are made at once.
 
-    Only full batches of `lanes` pairs are shown; what is left over has its turn in another epoch.
+    Only full batches of `lanes` pairs are in an epoch; which pairs are left over differs between epochs.
     """
 
     def __init__(self, rows: Sequence[np.ndarray], papers: np.ndarray, pad: int, lanes: int, seed: int) -> None:
@@ -120,7 +123,7 @@ class Pairs(Dataset[Batch]):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-class Trainee(nn.Module):
+class EmbedderWithLoss(nn.Module):
     """An embedder with the contrastive loss over the batches of all devices."""
 
     def __init__(self, embedder: nn.Module, training: Config) -> None:
@@ -140,7 +143,7 @@ class Trainee(nn.Module):
         return vectors_BD
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Called by the Trainer: from now on a piece's activations are made again layer by layer."""
+        """Called by the Trainer: the activations of a piece are recomputed layer by layer from now on."""
         # The reentrant form finds no gradient below a frozen embedding.
         options = {"use_reentrant": False}
         self.embedder.base.gradient_checkpointing_enable(options)  # type: ignore[union-attr, operator]
@@ -173,7 +176,7 @@ class BaseAlone(nn.Module):
 
 
 def _drop_base(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """The Trainer's own states hold what is trained; the base is read from where it lies."""
+    """The Trainer's own states hold the trained parameters only; the base is read from its source."""
     for name in [name for name in state if name.startswith(f"{prefix}embedder.base.")]:
         del state[name]
 

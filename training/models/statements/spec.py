@@ -1,30 +1,28 @@
-"""`statements` as the rest of Slipway sees it. Nothing here imports torch until it is called."""
+"""The declaration of `statements`. Nothing here imports torch until it is called."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtimes.artifact import Check
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.spec import Config, Frozen, ModelSpec, Preset, Recipe, TextEmbedder, Tolerance
+from training.agreement import smallest_cosine
+from training.config import Config
+from training.models.statements.settings import BATCH_MAX, CONFIG, INPUTS, PARITY_ROWS, TINY, TRAINED_ON
+from training.spec import Export, Frozen, Interface, ModelSpec, Parity, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from training.checkpoint import Checkpoint
     from training.language_model import LanguageModel
 
-BATCH_MAX = 32
-PARITY_ROWS = 2 * BATCH_MAX
-INPUTS = ("input_ids", "attention_mask")
-TRAINED_ON = "training_"  # before the names of the sample inputs's inputs from training papers
-WHOLE = 2  # statements that are calibrated on for one of their beginnings
+WHOLE = 2  # statements in the calibration for each shortened one
 HALVINGS = 7
 NEIGHBOURS = 10
 TIE = 1e-6  # similarities no further apart than this name equally good neighbours
-VECTOR = "statement_vector"  # a name that no node of a traced graph has
+VECTOR = "statement_vector"  # no node of a traced graph has this name
 POOLINGS = ("last", "mean", "cls")
 SMALLEST_VOCABULARY = 258  # bytes and two special tokens
 LEAST = {"width": 1, "max_tokens": 4, "lora_rank": 1, "lora_alpha": 1}
@@ -69,7 +67,7 @@ def merged(module: "nn.Module") -> "nn.Module":
 
 
 def assets(config: Config) -> Mapping[str, bytes]:
-    from training.models.statements.base import tokenizer_json
+    from training.models.statements.tokenizer import tokenizer_json
 
     return {"tokenizer.json": tokenizer_json(config["base"], config["base_revision"])}
 
@@ -96,10 +94,10 @@ def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
 
 
 def calibration(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
-    """Statements of training papers, one by one, without padding; and of some a beginning, short as a query may be.
+    """Statements of training papers in single rows without padding, and the beginnings of some, as short as queries.
 
-    A mean over few tokens is larger than one over many: without the short ones it would be cut off. An untrained model
-    has no training papers: its sample inputs serve.
+    A mean over few tokens has larger values than one over many, which the calibration has to cover. An untrained model
+    has no training papers; its other sample inputs are used.
     """
     rows = (sample_inputs.get(TRAINED_ON + name, sample_inputs[name]) for name in INPUTS)
     for i, (ids, mask) in enumerate(zip(*rows, strict=True)):
@@ -116,13 +114,12 @@ def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """The smallest cosine with the original; among more rows than a batch has, also how alike the neighbours are.
+    """The smallest cosine with the original; for more rows than a batch has, also the agreement of their neighbours.
 
     top10: the share of the ten nearest that are among the original's ten; order: the share named at the same rank.
     """
     one, other = got[VECTOR].astype(np.float64), want[VECTOR].astype(np.float64)
-    norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
-    cosine = float(((one * other).sum(-1) / norms).min())
+    cosine = smallest_cosine(one, other)
     checks = {"cosine": Check(value=cosine, limit=1 - 50 * tolerance.absolute**2 - 1e-6, at_least=True)}
     if len(one) > BATCH_MAX:
         top10, order = same_neighbours(one, other)
@@ -137,15 +134,9 @@ def same_neighbours(got: np.ndarray, want: np.ndarray) -> tuple[float, float]:
     for scores in (found, own):
         np.fill_diagonal(scores, -np.inf)
     nearest = np.argsort(-found, 1, kind="stable")[:, :NEIGHBOURS]
-    picked = np.take_along_axis(own, nearest, 1)  # what the original thinks of the candidate's neighbours
+    picked = np.take_along_axis(own, nearest, 1)  # the original's scores of the candidate's neighbours
     best = -np.sort(-own, 1)[:, :NEIGHBOURS]
     return float((picked >= best[:, -1:] - TIE).mean()), float((np.abs(picked - best) <= TIE).mean())
-
-
-def recipe() -> type[Recipe]:
-    from training.models.statements.recipe import StatementsRecipe
-
-    return StatementsRecipe
 
 
 def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) -> "LanguageModel":
@@ -156,69 +147,29 @@ def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) 
     return language_model(config, module, [row[real > 0] for row, real in zip(ids, mask, strict=True)])
 
 
-def embedder(checkpoint: "Checkpoint", **options: Any) -> TextEmbedder:
-    from training.models.statements.embedding import open_embedder
-
-    return open_embedder(checkpoint, SPECS[0], **options)
-
-
-CONFIG: Config = {
-    "base": "Qwen/Qwen2-1.5B",
-    "base_revision": "main",
-    "pooling": "last",
-    "width": 2048,
-    "max_tokens": 256,
-    "lora_rank": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "lora_targets": "q_proj,k_proj,v_proj,o_proj",
-}
-TRAINING: Config = {
-    "lr": 1e-3,
-    "weight_decay": 1e-2,
-    "batch": 1024,  # pairs on each device; all of them are negatives of each other
-    "micro": 8,  # statements whose activations are in memory at once
-    "epochs": 10.0,
-    "warmup": 100.0,
-    "temperature": 0.07,
-    "valid_share": 0.2,
-    "seed": 42,
-    "quantize": "none",  # or nf4: QLoRA
-    "papers": 200,  # of synthetic data
-}
 SPECS = (
     ModelSpec(
         name="statements",
         pipeline="statements",
-        presets={
-            "tiny": Preset(
-                config={**CONFIG, "base": "seeded:tiny", "pooling": "mean"},
-                training={**TRAINING, "batch": 32, "micro": 64, "epochs": 12.0, "warmup": 0.1, "lr": 3e-3},
-            ),
-            "full": Preset(config=CONFIG, training=TRAINING),
-        },
-        signature=signature,
-        build=build,
-        part=merged,
-        draw_inputs=draw_inputs,
-        parity_inputs=parity_inputs,
-        calibration=calibration,
-        agreement=agreement,
-        tolerance={
-            "fp32": Tolerance(absolute=2e-6, relative=1e-5),
-            "fp16": Tolerance(absolute=1e-3, relative=1e-2),
-            "bf16": Tolerance(absolute=4e-3, relative=5e-2),
-            "int8": Tolerance(absolute=2e-2, relative=1e-1),
-            "w8a16_gptq": Tolerance(absolute=4e-3, relative=5e-2),
-            "w8a8_gptq": Tolerance(absolute=2e-2, relative=1e-1),
-            "w4a16_awq": Tolerance(absolute=3e-2, relative=1e-1),
-            "w4a16_gptq": Tolerance(absolute=3e-2, relative=1e-1),
-            "w3a16_gptq": Tolerance(absolute=6e-2, relative=1e-1),
-        },
-        recipe=recipe,
-        frozen=frozen,
-        assets=assets,
-        embedder=embedder,
-        language_model=language_model,
+        presets={"tiny": TINY, "full": CONFIG},
+        interface=Interface(signature=signature, build=build, part=merged, frozen=frozen, assets=assets),
+        parity=Parity(
+            draw_inputs=draw_inputs,
+            parity_inputs=parity_inputs,
+            agreement=agreement,
+            tolerance={
+                "fp32": Tolerance(absolute=2e-6, relative=1e-5),
+                "fp16": Tolerance(absolute=1e-3, relative=1e-2),
+                "bf16": Tolerance(absolute=4e-3, relative=5e-2),
+                "int8": Tolerance(absolute=2e-2, relative=1e-1),
+                "w8a16_gptq": Tolerance(absolute=4e-3, relative=5e-2),
+                "w8a8_gptq": Tolerance(absolute=2e-2, relative=1e-1),
+                "w4a16_awq": Tolerance(absolute=3e-2, relative=1e-1),
+                "w4a16_gptq": Tolerance(absolute=3e-2, relative=1e-1),
+                "w3a16_gptq": Tolerance(absolute=6e-2, relative=1e-1),
+            },
+        ),
+        export=Export(calibration=calibration, language_model=language_model),
+        training_path="training.models.statements.training:TRAINING",
     ),
 )

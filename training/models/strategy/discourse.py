@@ -1,4 +1,4 @@
-"""The structured dialogue discourse parser (Chi & Rudnicky, SIGDIAL 2022): which turn answers which, and how.
+"""The structured dialogue discourse parser (Chi & Rudnicky, SIGDIAL 2022): whom each turn answers, and how.
 
 Shapes: B batch, T turns, P pairs of turns, L tokens, D encoder width, C classes (16 relations and root).
 """
@@ -18,7 +18,7 @@ from runtimes.pipelines.strategy.discourse import NO_PAIR
 from training.frozen import FrozenModule, freeze, inputs, real_tokens
 from training.layers.rnn import run_cell
 from training.models.strategy.frozen import load_encoder, load_untrained_encoder
-from training.random_init import is_seeded, seeded
+from training.random_init import is_random, with_seed
 
 CLASSES = len(DISCOURSE) + 1
 WEIGHTS = "model.safetensors"
@@ -33,7 +33,7 @@ UNREAD = ("encoder.pooler.", "encoder.embeddings.position_ids")
 
 
 class DiscourseParser(FrozenModule):
-    """Reads every pair of turns, and lets the pairs of a row and of a column speak to each other."""
+    """Encodes every pair of turns, and mixes the pairs of a row and of a column by LSTMs."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class DiscourseParser(FrozenModule):
     def forward(self, pair_ids: Tensor, pair_places: Tensor) -> Tensor:
         """Scores float32 [B, T, T, C] at [head, tail], for tensors of the pipeline's `pair_tensors`.
 
-        The diagonal is for the root as head. Where no pair is, below it and beyond a dialogue's turns, is NO_PAIR.
+        The diagonal has the root as head. Places without a pair, below it and beyond a dialogue's turns, have NO_PAIR.
         """
         ids_RL = pair_ids.flatten(0, 1)
         config: Any = self.encoder.config
@@ -56,7 +56,7 @@ class DiscourseParser(FrozenModule):
         return torch.where(pair_places.unsqueeze(-1) >= 0, scores_BTTC, NO_PAIR)
 
     def score(self, pairs_BTTD: Tensor, turns_B: Tensor) -> Tensor:
-        """Each pair hears those between it and the diagonal, and those beyond it, along its row and its column."""
+        """Each pair reads the pairs on both sides of it, along its row and its column."""
         own_BT = torch.arange(pairs_BTTD.shape[1], device=turns_B.device).expand(pairs_BTTD.shape[:2])
         last_BT = (turns_B - 1).unsqueeze(1).expand_as(own_BT)
         columns_BTTD = pairs_BTTD.transpose(1, 2)
@@ -75,7 +75,7 @@ def grid(vectors_BPD: Tensor, places_BTT: Tensor) -> Tensor:
 
 
 def read(lstm: nn.LSTM, rows_BTTD: Tensor, start_BT: Tensor, step: int) -> Tensor:
-    """What the LSTM says when it reads each row from its start on, to the right (1) or to the left (-1), all around."""
+    """The LSTM's outputs when it reads each row cyclically from its start, to the right (1) or to the left (-1)."""
     turns = rows_BTTD.shape[2]
     time_T = torch.arange(turns, device=start_BT.device)
     places_RT = start_BT.reshape(-1, 1) + step * time_T
@@ -83,12 +83,12 @@ def read(lstm: nn.LSTM, rows_BTTD: Tensor, start_BT: Tensor, step: int) -> Tenso
     places_RT = torch.where(places_RT < 0, places_RT + around_1, places_RT)
     places_RT = torch.where(places_RT >= around_1, places_RT - around_1, places_RT)
     order_RTT = one_hot(places_RT, turns).to(rows_BTTD.dtype)  # a permutation for each row
-    # Time goes first for a moment: torch.export 2.13 does not see that the smaller of T and T * T is T.
+    # Time goes first here: torch.export 2.13 cannot show that the smaller of T and T * T is T.
     rows_RTD = rows_BTTD.movedim(2, 0).contiguous().flatten(1, 2).transpose(0, 1)
     read_RTD = order_RTT @ rows_RTD
     state_1RD = read_RTD.new_zeros(1, read_RTD.shape[0], read_RTD.shape[2])
-    said_RTD, _ = run_cell(lstm, read_RTD, (state_1RD, state_1RD))
-    return (order_RTT.mT @ said_RTD).unflatten(0, rows_BTTD.shape[:2])
+    output_RTD, _ = run_cell(lstm, read_RTD, (state_1RD, state_1RD))
+    return (order_RTT.mT @ output_RTD).unflatten(0, rows_BTTD.shape[:2])
 
 
 def one_hot(ids: Tensor, count: int) -> Tensor:
@@ -108,9 +108,9 @@ def trees(scores_BTTC: Tensor) -> Tensor:
 
 @lru_cache(maxsize=2)
 def load_parser(source: str) -> DiscourseParser:
-    """The parser in a Hugging Face folder with its weights as safetensors, or a seeded one; once per process."""
-    if is_seeded(source):
-        parser = seeded(2, lambda: DiscourseParser(load_encoder(source, "main")))
+    """The parser in a Hugging Face folder with its weights as safetensors, or a random one; once per process."""
+    if is_random(source):
+        parser = with_seed(2, lambda: DiscourseParser(load_encoder(source, "main")))
     else:
         parser = DiscourseParser(load_untrained_encoder(source))
         parser.load_state_dict(_stored(Path(source) / WEIGHTS, parser.state_dict()))

@@ -1,4 +1,4 @@
-"""Realistic inputs of `strategy` and its parts for any sizes, of real dialogues where there are any."""
+"""Realistic inputs of `strategy` and its parts for any sizes, from real dialogues where given."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from runtimes.pipelines.strategy.dialogue import DISCOURSE, EMOTIONS, OTHER, SEEKER, STRATEGIES
 from runtimes.tensors import Tensors
-from training.spec import Config
+from training.config import Config
 
 BYTE_IDS = (4, 260)  # ids that are neither special nor beyond the smallest vocabulary
 
@@ -38,7 +38,7 @@ def graph_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, i
         logits, kinds, strategies = (
             sample_inputs[name][rows[:, None], places] for name in ("emotion_logits", "kinds", "strategies")
         )
-        kinds = np.where(kinds == 0, OTHER, kinds)  # turns repeat where the sample inputs's dialogue has ended
+        kinds = np.where(kinds == 0, OTHER, kinds)  # turns repeat where the sample dialogue has ended
     return {
         "context": contexts.astype(np.float32),
         "emotion_logits": logits.astype(np.float32),

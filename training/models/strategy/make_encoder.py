@@ -1,7 +1,6 @@
-"""Make a small seeded encoder whose tokenizer is trained on the data: python -m training.models.strategy.make_encoder
+"""Make a small random encoder whose tokenizer is trained on the data: python -m training.models.strategy.make_encoder
 
-Its vectors are random projections of the words in a text: the least an encoder can give, without a network to
-download a better one from.
+Its vectors are random projections of the words in a text, for machines without network access.
 """
 
 import sys
@@ -13,7 +12,8 @@ from runtimes.host.cli import command, parser
 from runtimes.pipelines.strategy.dialogue import STRATEGIES
 from training.models.strategy.data import read_samples
 from training.models.strategy.frozen import PAIR, SINGLE
-from training.random_init import SPECIAL, add_sizes, train_tokenizer, write_folder
+from training.random_folder import size_arguments, write_folder
+from training.random_init import SPECIAL, train_tokenizer
 
 MAX_POSITIONS = 514
 HEADS = 4
@@ -34,28 +34,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _one_form() -> Any:
-    """Letters that look alike are alike."""
+    """NFKC and lower case, so that variants of a letter are one token."""
     from tokenizers import normalizers
 
     return normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
 
 
 def write_encoder(folder: Path, tokenizer: Any, *, width: int, layers: int, seed: int) -> None:
-    """A Hugging Face folder with a seeded encoder."""
-    import torch
-    from transformers import XLMRobertaConfig, XLMRobertaModel
+    """A Hugging Face folder with a random encoder."""
 
-    torch.manual_seed(seed)
-    config = XLMRobertaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        intermediate_size=2 * width,
-        max_position_embeddings=MAX_POSITIONS,
-        type_vocab_size=1,
-    )
-    write_folder(folder, XLMRobertaModel(config, add_pooling_layer=False), tokenizer)
+    def encoder() -> Any:
+        from transformers import XLMRobertaConfig, XLMRobertaModel
+
+        config = XLMRobertaConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=HEADS,
+            intermediate_size=2 * width,
+            max_position_embeddings=MAX_POSITIONS,
+            type_vocab_size=1,
+        )
+        return XLMRobertaModel(config, add_pooling_layer=False)
+
+    write_folder(folder, encoder, tokenizer, seed)
 
 
 def _parser() -> Any:
@@ -67,9 +69,9 @@ def _parser() -> Any:
     )
     result.add_argument("--data", type=Path, required=True, help="file with dialogues")
     result.add_argument(
-        "--labels", default="esconv", choices=STRATEGIES, help="label set of the file (default: esconv)"
+        "--labels", default="esconv", choices=STRATEGIES, help="label set of the file (default: %(default)s)"
     )
-    add_sizes(result, "encoder", width=256)
+    size_arguments(result, "encoder", width=256)
     return result
 
 

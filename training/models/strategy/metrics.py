@@ -1,10 +1,10 @@
-"""How well strategies are predicted, from the confusion matrix alone."""
+"""Metrics of predicted strategies, computed from the confusion matrix."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from training.spec import Metrics
+from training.config import Metrics
 
 SWEEPS = 20
 EPSILON = 1e-6
@@ -12,12 +12,12 @@ TINY = 1e-12
 
 
 def confusion(true: Sequence[int] | np.ndarray, predicted: Sequence[int] | np.ndarray, classes: int) -> np.ndarray:
-    """int64 [true, predicted] over all `classes`, also those that never come."""
+    """int64 [true, predicted] over all `classes`, those that never occur included."""
     return np.bincount(np.asarray(true) * classes + np.asarray(predicted), minlength=classes**2).reshape(classes, -1)
 
 
 def measure(matrix: np.ndarray) -> Metrics:
-    """Macro and weighted F1, accuracy and preference bias; the F1 of a class that never comes is 0."""
+    """Macro and weighted F1, accuracy and preference bias; the F1 of a class that never occurs is 0."""
     hits, true, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     f1 = 2 * hits / np.maximum(true + predicted, 1)
     return {

@@ -24,13 +24,16 @@ from runtimes.pipelines.strategy.dialogue import (
 from training.models.strategy.discourse import load_parser, one_hot, trees
 from training.models.strategy.frozen import EmotionClassifier, TextEncoder
 from training.models.strategy.rgat import RelationalAttention
-from training.models.strategy.spec import LAYERS
+from training.models.strategy.settings import LAYERS
 
-TO_TURNS, TO_DUMMY = slice(len(DISCOURSE)), slice(SELF, INTER + 1)  # relations: turns hear turns, the dummy hears turns
+TO_TURNS, TO_DUMMY = (
+    slice(len(DISCOURSE)),
+    slice(SELF, INTER + 1),
+)  # relations between turns; to the dummy
 
 
 class Strategy(nn.Module):
-    """The whole: texts in. `encoder`, `emotion` and `parser`, if there is one, are frozen; `dialogue` is trained."""
+    """The whole model, from texts. `encoder`, `emotion` and an optional `parser` are frozen; `dialogue` is trained."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -51,7 +54,7 @@ class Strategy(nn.Module):
         relations: Tensor,
         *unparsed: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `StrategyGraph`; `unparsed` is there with a parser: pair ids, their places, and whose edges are known."""
+        """As `StrategyGraph`; with a parser, `unparsed` has pair ids, their places, and a flag for given edges."""
         classified_BTE = self.emotion(turn_ids.flatten(0, 1)).unflatten(0, turn_ids.shape[:2])
         logits_BTE = torch.where(emotion_known.unsqueeze(-1) > 0, emotion_logits, classified_BTE)
         if unparsed:
@@ -82,17 +85,17 @@ class StrategyGraph(nn.Module):
         """(logits [B, S], emotions [B, T, E] with zeros for padding, attention of the dummy over turns [B, L, T])."""
         dummy_B1K, turns_BTK = self.shares(emotion_logits, kinds, strategies).split([1, kinds.shape[1]], 1)
         basis_KW = self.basis()
-        spoken_BR1T = torch.stack([kinds == OTHER, kinds == SEEKER], 1).unsqueeze(2).float()
+        to_dummy_BR1T = torch.stack([kinds == OTHER, kinds == SEEKER], 1).unsqueeze(2).float()
         parsed_BRTT = one_hot(relations, len(DISCOURSE)).permute(0, 3, 1, 2)
         first, second, last = self.layers
-        # Every node is a mixture of few vectors: what the first layer's matrices make of these, export computes ahead.
-        gathered_B1W, first_B1T = first(dummy_B1K, turns_BTK, spoken_BR1T, TO_DUMMY, basis_KW)
-        heard_BTW, _ = first(turns_BTK, turns_BTK, parsed_BRTT, TO_TURNS, basis_KW)
-        dummy_B1W, turns_BTW = dummy_B1K @ basis_KW + gathered_B1W, turns_BTK @ basis_KW + heard_BTW
-        gathered_B1W, second_B1T = second(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)
-        heard_BTW, _ = second(turns_BTW, turns_BTW, parsed_BRTT, TO_TURNS)
-        dummy_B1W, turns_BTW = dummy_B1W + gathered_B1W, turns_BTW + heard_BTW
-        gathered_B1W, last_B1T = last(dummy_B1W, turns_BTW, spoken_BR1T, TO_DUMMY)  # nobody reads the turns any more
+        # Every node is a mixture of few vectors, whose products with the first layer's matrices export computes ahead.
+        gathered_B1W, first_B1T = first(dummy_B1K, turns_BTK, to_dummy_BR1T, TO_DUMMY, basis_KW)
+        received_BTW, _ = first(turns_BTK, turns_BTK, parsed_BRTT, TO_TURNS, basis_KW)
+        dummy_B1W, turns_BTW = dummy_B1K @ basis_KW + gathered_B1W, turns_BTK @ basis_KW + received_BTW
+        gathered_B1W, second_B1T = second(dummy_B1W, turns_BTW, to_dummy_BR1T, TO_DUMMY)
+        received_BTW, _ = second(turns_BTW, turns_BTW, parsed_BRTT, TO_TURNS)
+        dummy_B1W, turns_BTW = dummy_B1W + gathered_B1W, turns_BTW + received_BTW
+        gathered_B1W, last_B1T = last(dummy_B1W, turns_BTW, to_dummy_BR1T, TO_DUMMY)  # turns are not used any more
         logits_BS = self.classify((dummy_B1W + gathered_B1W).squeeze(1), context)
         emotions_BTE = torch.softmax(emotion_logits, -1) * (kinds != PADDING).unsqueeze(-1).float()
         return logits_BS, emotions_BTE, torch.cat([first_B1T, second_B1T, last_B1T], 1)
@@ -122,9 +125,9 @@ class StrategyGraph(nn.Module):
         return one_hot(logits_BTE.argmax(-1), len(EMOTIONS))
 
     def classify(self, gathered_BW: Tensor, context_BD: Tensor) -> Tensor:
-        """Logits from what the dummy gathered and the context."""
+        """Logits from the dummy's state and the context."""
         joined_BV = torch.cat([gathered_BW, context_BD.to(gathered_BW.dtype)], -1)
-        # In three dimensions, for of two ONNX Runtime 1.31 makes a Gemm, which it does not compute in int8.
+        # In three dimensions: from two ONNX Runtime 1.31 makes a Gemm, which it does not compute in int8.
         return self.classifier(joined_BV.unsqueeze(1)).squeeze(1).float()
 
 

@@ -1,4 +1,4 @@
-"""Leaving out edges that were hardly attended to in the first epoch.
+"""Pruning of edges with little attention in the first epoch.
 
 A discourse tree has one edge into each turn, whose attention therefore is 1: only edges to the dummy can be weak.
 """
@@ -12,9 +12,9 @@ Inputs = tuple[Tensor, ...]
 
 
 class Pruning:
-    """Which turns of each training sample are still heard by the dummy: those with attention of `threshold` or more.
+    """The turns of each training sample whose edge to the dummy has an attention of `threshold` or more.
 
-    A sample is judged when it comes for the second time, by what was learned in the first epoch.
+    A sample's edges are selected at its second visit, by the weights after the first epoch.
     """
 
     def __init__(self, graph: StrategyGraph, threshold: float, samples: int) -> None:
@@ -23,7 +23,7 @@ class Pruning:
         self.silent: dict[int, Tensor] = {}
 
     def cut(self, typed_BNN: Tensor, rows_B: Tensor, inputs: Inputs) -> Tensor:
-        """`typed_BNN` without the edges of these training samples that are cut."""
+        """`typed_BNN` without the pruned edges of these training samples."""
         rows = rows_B.tolist()
         if (self.visits[rows] == 1).any():
             with torch.no_grad():
@@ -37,5 +37,5 @@ class Pruning:
 
     @property
     def share(self) -> float:
-        """How much of all places for edges to the dummy is cut so far."""
+        """The share of the edges to the dummy that is removed so far, padding included."""
         return float(torch.stack(list(self.silent.values())).float().mean()) if self.silent else 0.0

@@ -1,4 +1,4 @@
-"""What the frozen parts have to read of the samples, and under which names a store keeps it."""
+"""The outputs of the frozen parts for all samples, from a store or computed now."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,6 @@ from torch import nn
 from runtimes.cache.store import Store
 from runtimes.pipelines.strategy.dialogue import Dialogue
 from runtimes.pipelines.strategy.discourse import (
-    PAIR_TOKENS,
     best_trees,
     pair_tensors,
     pair_tokens,
@@ -19,69 +18,15 @@ from runtimes.pipelines.strategy.discourse import (
     parser_text,
 )
 from runtimes.text_pipeline import Tokens
-from training.frozen import digest
+from training.config import Config
+from training.frozen_store import FrozenInference, fill
 from training.models.strategy.discourse import load_parser
-from training.models.strategy.frozen import (
-    EmotionClassifier,
-    TextEncoder,
-    load_classifier,
-    load_encoder,
-    sha256_bytes,
-    tokenizer_json,
-)
-from training.precompute import fill
-from training.spec import Config, FrozenInference
-
-CONTEXT, EMOTION, DISCOURSE = "context", "emotion", "discourse"
-
-
-def tokenizers(config: Config) -> dict[str, bytes]:
-    """tokenizer.json of each part that reads text."""
-    result = {
-        CONTEXT: tokenizer_json(config["encoder"], config["encoder_revision"]),
-        EMOTION: tokenizer_json(config["emotion_model"], config["emotion_revision"]),
-    }
-    if config["parser"] == "sddp":
-        result[DISCOURSE] = tokenizer_json(config["parser_model"], "main")
-    return result
-
-
-def identities(config: Config) -> dict[str, Any]:
-    """What an entry depends on besides its text, by shelf. Serving reads the same from the artifact's assets."""
-    named = {part: sha256_bytes(data) for part, data in tokenizers(config).items()}
-    result = {
-        CONTEXT: {
-            "model": digest(load_encoder(config["encoder"], config["encoder_revision"])),
-            "tokenizer": named[CONTEXT],
-            "max_tokens": config["max_tokens"],
-            "pooling": config["pooling"],
-            "precision": "fp32",
-        },
-        EMOTION: {
-            "model": digest(load_classifier(config["emotion_model"], config["emotion_revision"])),
-            "tokenizer": named[EMOTION],
-            "max_tokens": config["turn_tokens"],
-            "precision": "fp32",
-        },
-    }
-    if DISCOURSE in named:
-        result[DISCOURSE] = {
-            "model": digest(load_parser(config["parser_model"])),
-            "tokenizer": named[DISCOURSE],
-            "max_tokens": PAIR_TOKENS,
-            "precision": "fp32",
-        }
-    return result
-
-
-def tokens(config: Config) -> tuple[Tokens, Tokens]:
-    """How contexts and how turns become token ids."""
-    files = tokenizers(config)
-    return Tokens(files[CONTEXT], config["max_tokens"]), Tokens(files[EMOTION], config["turn_tokens"])
+from training.models.strategy.frozen import EmotionClassifier, TextEncoder
+from training.models.strategy.identities import CONTEXT, DISCOURSE, EMOTION, identities, tokenizers
 
 
 def frozen_inferences(config: Config, dialogues: Sequence[Dialogue]) -> list[FrozenInference]:
-    """Every context; the turns whose emotion is not given; with a parser, the dialogues whose edges are not."""
+    """Every context; the turns without given emotions; with a parser, the dialogues without given edges."""
     identity = identities(config)
     files = tokenizers(config)
     encoder = TextEncoder(config["encoder"], config["encoder_revision"], config["pooling"])
@@ -89,29 +34,29 @@ def frozen_inferences(config: Config, dialogues: Sequence[Dialogue]) -> list[Fro
     contexts = [dialogue.context for dialogue in dialogues]
     turns = [turn.text for dialogue in dialogues if dialogue.emotion_logits is None for turn in dialogue.turns]
     result = [
-        _text_reading(CONTEXT, identity[CONTEXT], contexts, encoder, files[CONTEXT]),
-        _text_reading(EMOTION, identity[EMOTION], turns, classifier, files[EMOTION]),
+        _text_inference(CONTEXT, identity[CONTEXT], contexts, encoder, files[CONTEXT]),
+        _text_inference(EMOTION, identity[EMOTION], turns, classifier, files[EMOTION]),
     ]
     if DISCOURSE in identity:
         parser = load_parser(config["parser_model"])
-        result.append(_discourse_reading(identity[DISCOURSE], dialogues, parser, files[DISCOURSE]))
+        result.append(_discourse_inference(identity[DISCOURSE], dialogues, parser, files[DISCOURSE]))
     return result
 
 
-def complete(config: Config, dialogues: Sequence[Dialogue], store: Store, *, read: bool) -> "Known":
-    """What the frozen parts say to these dialogues: read now if `read`, else all of it must be in the store."""
+def complete(config: Config, dialogues: Sequence[Dialogue], store: Store, *, read: bool) -> "FrozenOutputs":
+    """The frozen parts' outputs for these dialogues: computed now if `read`, else all must be in the store."""
     found = {}
-    for reading in frozen_inferences(config, dialogues):
+    for inference in frozen_inferences(config, dialogues):
         if read:
-            fill(store, reading)
+            fill(store, inference)
         remedy = "run python -m training.precompute strategy with the same data, settings and store"
-        entries = store.namespace(reading.namespace, reading.identity).require(reading.texts, remedy)
-        found[reading.namespace] = dict(zip(reading.texts, entries, strict=True))
-    return Known(found)
+        entries = store.namespace(inference.namespace, inference.identity).require(inference.texts, remedy)
+        found[inference.namespace] = dict(zip(inference.texts, entries, strict=True))
+    return FrozenOutputs(found)
 
 
-class Known:
-    """What the frozen parts said, by shelf and text."""
+class FrozenOutputs:
+    """Outputs of the frozen parts, by namespace and text."""
 
     def __init__(self, entries: Mapping[str, Mapping[str, np.ndarray]]) -> None:
         self.entries = entries
@@ -121,7 +66,7 @@ class Known:
         return np.stack([self.entries[CONTEXT][dialogue.context] for dialogue in dialogues])
 
     def complete(self, dialogue: Dialogue) -> Dialogue:
-        """The dialogue with emotions, and with edges if a parser read it."""
+        """The dialogue with emotions, and with the parser's edges if there is a parser."""
         if dialogue.emotion_logits is None:
             dialogue = dialogue.with_emotions([self.entries[EMOTION][turn.text] for turn in dialogue.turns])
         if dialogue.edges is None and DISCOURSE in self.entries:
@@ -129,7 +74,7 @@ class Known:
         return dialogue
 
 
-def _text_reading(
+def _text_inference(
     namespace: str, identity: Mapping[str, Any], texts: Sequence[str], model: nn.Module, tokenizer: bytes
 ) -> FrozenInference:
     own = Tokens(tokenizer, identity["max_tokens"])
@@ -144,14 +89,14 @@ def _text_reading(
 
 
 def _placed(model: nn.Module) -> tuple[nn.Module, torch.device]:
-    """The model where it is to run; on a GPU a copy, as others in this process share the one on the CPU."""
+    """The model on its device; on a GPU a copy, because the one on the CPU is shared in this process."""
     if not torch.cuda.is_available():
         return model, torch.device("cpu")
     device = torch.device("cuda")
     return copy.deepcopy(model).to(device), device
 
 
-def _discourse_reading(
+def _discourse_inference(
     identity: Mapping[str, Any], dialogues: Sequence[Dialogue], parser: nn.Module, tokenizer: bytes
 ) -> FrozenInference:
     tokens = pair_tokens(tokenizer)

@@ -1,4 +1,4 @@
-"""How strategies are learned: from what the frozen parts said once, by the graph part alone.
+"""Training of the strategy graph on outputs of the frozen parts, which run once.
 
 Shapes: B batch, T turns, S strategies.
 """
@@ -18,12 +18,15 @@ from runtimes.cache.store import Store
 from runtimes.errors import InputError, require
 from runtimes.pipelines.strategy.dialogue import EMOTIONS, STRATEGIES, graph_tensors
 from runtimes.tensors import Tensors
+from training.config import Config, Metrics
+from training.frozen_store import FrozenInference
 from training.models.strategy import reading
 from training.models.strategy.data import Sample, split_by_dialogue, synthetic_samples, train_and_valid
+from training.models.strategy.identities import tokens
 from training.models.strategy.metrics import confusion, measure
-from training.models.strategy.module import Classifier, StrategyGraph, typed_edges
+from training.models.strategy.module import StrategyGraph, typed_edges
 from training.models.strategy.pruning import Pruning
-from training.spec import Config, Evaluation, FrozenInference, Metrics, Recipe
+from training.recipe import Evaluation, Recipe
 
 SAMPLE_ROWS = 16
 EVERYTHING = 1 << 40  # entries that a store in memory may hold
@@ -32,7 +35,7 @@ Batch = dict[str, Tensor]
 
 
 class StrategyRecipe(Recipe):
-    """Dialogues are held out whole; the frozen parts read every text once, now or in `training.precompute`."""
+    """Dialogues are held out whole; the frozen parts read each text once, now or in `training.precompute`."""
 
     @cached_property
     def samples(self) -> tuple[list[Sample], list[Sample]]:
@@ -66,7 +69,7 @@ class StrategyRecipe(Recipe):
             known = reading.complete(self.config, dialogues, store, read=folder is None)
         return self._table(train, known), self._table(valid, known)
 
-    def _table(self, samples: Sequence[Sample], known: reading.Known) -> Batch:
+    def _table(self, samples: Sequence[Sample], known: reading.FrozenOutputs) -> Batch:
         longest = max(len(sample.dialogue.turns) for sample in (*self.samples[0], *self.samples[1]))
         dialogues = [known.complete(sample.dialogue) for sample in samples]
         emotions = np.zeros((len(samples), longest, len(EMOTIONS)), np.float32)
@@ -77,11 +80,11 @@ class StrategyRecipe(Recipe):
         labels = np.array([sample.label for sample in samples])
         return {name: torch.from_numpy(array) for name, array in {**arrays, "labels": labels}.items()}
 
-    def trainee(self, module: nn.Module) -> nn.Module:
-        return Trainee(module.dialogue, self.training, self._class_weights(), len(self.samples[0]))  # type: ignore[arg-type]
+    def module_with_loss(self, module: nn.Module) -> nn.Module:
+        return GraphWithLoss(module.dialogue, self.training, self._class_weights(), len(self.samples[0]))  # type: ignore[arg-type]
 
     def _class_weights(self) -> Tensor:
-        """Inverse frequencies to the power of `class_weights`, with mean 1; 0 weighs all classes alike."""
+        """Inverse frequencies to the power of `class_weights`, with mean 1; 0 gives all classes the same weight."""
         classes = len(STRATEGIES[self.config["labels"]])
         counts = torch.bincount(self.tables[0]["labels"], minlength=classes).clamp_min(1).float()
         weights = counts ** -float(self.training["class_weights"])
@@ -106,31 +109,21 @@ class StrategyRecipe(Recipe):
         return measure(confusion(labels, predicted_B.numpy(), len(STRATEGIES[self.config["labels"]])))
 
     def _text_only(self, train: Batch, valid: Batch) -> Tensor:
-        """What the same classifier predicts from the context alone, trained alike: as often, as fast, as weighted."""
-        settings = self.training
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings["seed"])
-            classes = len(STRATEGIES[self.config["labels"]])
-            head = Classifier(self.config["context_width"], classes, self.config["dropout"])
-            optimiser = torch.optim.AdamW(head.parameters(), settings["lr"], weight_decay=settings["weight_decay"])
-            steps = int(settings["epochs"] * -(-len(train["labels"]) // settings["batch"]))
-            slope = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, steps)
-            weights = self._class_weights()
-            for _ in range(steps):
-                rows = torch.randint(len(train["labels"]), (settings["batch"],))
-                loss = F.cross_entropy(head(train["context"][rows]), train["labels"][rows], weights)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                slope.step()
-        with torch.inference_mode():
-            return head.eval()(valid["context"]).argmax(-1)
+        """The predictions of a logistic regression on the context vectors, with the same class weights."""
+        linear = require("sklearn.linear_model", extra="strategy")
+        pipeline = require("sklearn.pipeline", extra="strategy")
+        preprocessing = require("sklearn.preprocessing", extra="strategy")
+        weights = dict(enumerate(self._class_weights().tolist()))
+        classifier = linear.LogisticRegression(class_weight=weights, max_iter=1000)
+        model = pipeline.make_pipeline(preprocessing.StandardScaler(), classifier)
+        model.fit(train["context"].numpy(), train["labels"].numpy())
+        return torch.from_numpy(model.predict(valid["context"].numpy()))
 
     def sample_inputs(self) -> Tensors:
         """Held-out dialogues as the parts of the model take them, with the ids of their contexts and newest turns."""
         valid, samples = self.tables[1], self.samples[1]
         chosen = np.linspace(0, len(samples) - 1, min(SAMPLE_ROWS, len(samples))).astype(int)
-        contexts, turns = reading.tokens(self.config)
+        contexts, turns = tokens(self.config)
         rows = {name: valid[name].numpy()[chosen] for name in INPUTS}
         return {
             **rows,
@@ -160,7 +153,7 @@ class Shuffled(Dataset[Batch]):
         return {**{name: tensor[rows] for name, tensor in self.table.items()}, "rows": rows}
 
 
-class Trainee(nn.Module):
+class GraphWithLoss(nn.Module):
     """The graph part with its loss, its attention computed over a list of edges by PyG (`rgat=pyg`) or densely."""
 
     def __init__(self, graph: StrategyGraph, training: Config, class_weights: Tensor, samples: int) -> None:

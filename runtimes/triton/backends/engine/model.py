@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Triton's embedded interpreter ignores PYTHONPATH. The path is left again at once: what else lies on it, such as
-# another numpy, is not for this environment.
+# Triton's embedded interpreter ignores PYTHONPATH. The path is removed again at once: other packages on it, such as
+# another numpy, are not for this environment.
 if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.insert(0, source)
     import runtimes  # noqa: F401

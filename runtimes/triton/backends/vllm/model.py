@@ -1,7 +1,7 @@
 """Triton's `vllm` backend for a core without one: text in, text out piece by piece, from vLLM in a process of its own.
 
 It serves an unmodified entry, config.pbtxt and N/model.json, and names inputs and outputs as NVIDIA's backend does. The
-requests of all clients meet in vLLM, which makes its own batches; Triton makes none.
+requests of all clients go to vLLM, which makes its own batches; Triton makes none.
 """
 
 import json
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-# Triton's embedded interpreter ignores PYTHONPATH. The path is left again at once: what else lies on it, such as
-# another numpy, is not for this environment.
+# Triton's embedded interpreter ignores PYTHONPATH. The path is removed again at once: other packages on it, such as
+# another numpy, are not for this environment.
 if source := os.environ.get("SLIPWAY_PATH"):
     sys.path.insert(0, source)
     import runtimes  # noqa: F401
@@ -35,13 +35,13 @@ from runtimes.vllm.client import Completion
 from runtimes.vllm.process import VllmModel
 
 TEXT, FLAG, NUMBER, COUNT = "TYPE_STRING", "TYPE_BOOL", "TYPE_FP32", "TYPE_UINT32"
-ASKED_FOR = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+OPTIONAL_OUTPUTS = ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
 INPUTS = {
     "text_input": TEXT,
     "stream": FLAG,
     "sampling_parameters": TEXT,
     "exclude_input_in_output": FLAG,
-    **{f"return_{name}": FLAG for name in ASKED_FOR},
+    **{f"return_{name}": FLAG for name in OPTIONAL_OUTPUTS},
     "embedding_request": TEXT,  # the body of a request to OpenAI's API: {"input": ...}
 }
 OUTPUTS = {
@@ -52,7 +52,7 @@ OUTPUTS = {
     "num_input_tokens": (COUNT, 1),
     "num_output_tokens": (COUNT, -1),
 }
-REQUESTS = 256  # under way at once; vLLM's own default
+REQUESTS = 256  # at once; vLLM's own default
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 BUNDLE = "nvidia_pytriton.libs"  # libraries of the bundled core, which are not vLLM's
 
@@ -96,7 +96,7 @@ class TritonPythonModel:
         self.pool = ThreadPoolExecutor(REQUESTS)
 
     def execute(self, requests: list[Any]) -> None:
-        """Nothing yet: each request is answered from a thread of its own, for which so many may wait."""
+        """Each request is answered by a thread of a pool, for which `room` requests may be under way or waiting."""
         for request in requests:
             given = {tensor.name(): tensor.as_numpy().ravel()[0] for tensor in request.inputs()}
             sender = request.get_response_sender()
@@ -110,7 +110,7 @@ class TritonPythonModel:
         self.model.close()
 
     def _respond(self, given: Mapping[str, Any], sender: Any, arrived_s: float) -> None:
-        """Send what the model says, until it has said all or nobody listens; a wrong request fails alone."""
+        """Send the pieces until the last one or until the client disconnects; a wrong request fails alone."""
         try:
             if self.limits.passed(arrived_s):
                 raise self.limits.too_late()
@@ -122,7 +122,7 @@ class TritonPythonModel:
                 sender.send(pb_utils.InferenceResponse([pb_utils.Tensor(*named) for named in tensors.items()]))
         except SlipwayError as error:
             sender.send(refusal(error))
-        except Exception as error:  # in a thread of a pool, where nobody else would hear of it
+        except Exception as error:  # in a thread of a pool, which would drop it silently
             pb_utils.Logger.log_error(f"vllm backend: {traceback.format_exc()}")
             sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(f"the backend failed: {error!r}")))
             raise
@@ -157,11 +157,11 @@ class TritonPythonModel:
             raise InputError(f"sampling_parameters: expected n = 1 for a stream, found {sampling['n']}")
         wanted, prompt_tokens = self._wanted(given), None
         for piece in self.model.stream(prompt, **sampling):
-            prompt_tokens = piece.prompt_tokens or prompt_tokens  # the API tells it once, NVIDIA's backend every time
+            prompt_tokens = piece.prompt_tokens or prompt_tokens  # the API returns it once, NVIDIA's every time
             yield {"text_output": texts(piece.text), **extras([replace(piece, prompt_tokens=prompt_tokens)], wanted)}
 
     def _wanted(self, given: Mapping[str, Any]) -> set[str]:
-        return {name for name in ASKED_FOR if given.get(f"return_{name}") and name in self.outputs}
+        return {name for name in OPTIONAL_OUTPUTS if given.get(f"return_{name}") and name in self.outputs}
 
 
 def refusal(error: SlipwayError) -> Any:
@@ -170,7 +170,7 @@ def refusal(error: SlipwayError) -> Any:
 
 
 def read(given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The prompt and the sampling parameters of a request; tokens come with logprobs where something asks for them."""
+    """The prompt and the sampling parameters of a request; with logprobs of tokens where an output needs them."""
     try:
         prompt = given["text_input"].decode()
     except UnicodeDecodeError as error:
@@ -194,7 +194,7 @@ def parse(name: str, text: bytes) -> dict[str, Any]:
 
 
 def extras(completions: list[Completion], wanted: set[str]) -> dict[str, np.ndarray]:
-    """The outputs beside the text that a request asked for, in NVIDIA's forms."""
+    """The requested outputs beside the text, in the forms of NVIDIA's backend."""
     makers = {
         "finish_reason": lambda: texts(*(str(each.finish_reason) for each in completions)),
         "cumulative_logprob": lambda: np.array([sum(each.logprobs or ()) for each in completions], np.float32),

@@ -15,16 +15,16 @@ from runtimes.engines.torch import Torch
 from runtimes.errors import InputError
 from runtimes.generate import main as generate
 from runtimes.pipeline import open_pipeline
-from runtimes.pipelines.hallucination.decoding import Generator, Mitigation
+from runtimes.pipelines.hallucination.decoding import Generator, Mitigation, open_generator
 from runtimes.pipelines.hallucination.grounding import EXAMPLE
 from runtimes.predict import main as predict
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
-from training.models.hallucination import mitigated
-from training.models.hallucination.config import TINY, heads_of, layers_of
+from training.models.hallucination import aarf_spec
+from training.models.hallucination.aarf import MitigatedDecoder
 from training.models.hallucination.features import knowledge, resemblance, top_share
-from training.models.hallucination.mitigation import MitigatedDecoder
 from training.models.hallucination.module import ChunkDetector
+from training.models.hallucination.settings import TINY, heads_of, layers_of
 from training.run import main as run
 
 FAMILIES = ("llama", "mistral", "qwen2")
@@ -37,7 +37,7 @@ ALWAYS = Mitigation(tau=-1e9, **CHOSEN)
 def opened(family: str = "llama", **changes: Any) -> tuple[Generator, MitigatedDecoder]:
     config = {**TINY, "base": f"seeded:tiny:{family}", **changes}
     module = MitigatedDecoder(ChunkDetector(config).eval())
-    signature = mitigated.signature(config)
+    signature = aarf_spec.signature(config)
 
     def step(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with torch.inference_mode():
@@ -213,7 +213,7 @@ def test_the_torch_runtime_generates_what_the_checkpoint_does(repository: Path) 
         checkpoint, _ = opened(heads=config["heads"], layers=config["layers"])
         ids, prompt = open_pipeline(runtime.artifact, root).prompt(QUESTION, 6)  # type: ignore[attr-defined]
         for mitigation in (None, Mitigation(tau=-1e9)):
-            got = runtime.generate(ids, prompt, max_new_tokens=6, mitigation=mitigation)
+            got = open_generator(runtime).generate(ids, prompt, max_new_tokens=6, mitigation=mitigation)
             want = checkpoint.generate(ids, prompt, max_new_tokens=6, mitigation=mitigation)
             assert (got.ids, got.reweighted) == (want.ids, want.reweighted)
 
@@ -244,7 +244,11 @@ def test_a_prompt_is_answered_on_the_command_line(
         (["hallucination_aarf", "--heads", "9.0"], "expected heads that the model scores"),
         (["hallucination_aarf", "--heads", "x"], "expected heads such as '25.0 18.13', found 'x'"),
         (["hallucination_aarf", "--max-new-tokens", "760"], "expected 1 to 752 new tokens, found 760"),
-        (["hallucination_scorer"], "expected a model that generates with AARF"),
+        (
+            ["hallucination_scorer"],
+            "expected a model that generates (hallucination_aarf, hnet), found hallucination_sc",
+        ),
+        (["hallucination_aarf", "--seed", "1"], "expected options of hallucination_aarf"),
     ],
 )
 def test_what_cannot_be_generated_is_refused_in_one_line(
@@ -266,7 +270,7 @@ def test_a_runtime_says_what_it_does_not_generate(
     with open_runtime(find(repository, "hallucination_scorer_torch")) as runtime:
         assert isinstance(runtime, Torch)
         with pytest.raises(InputError, match="expected an artifact that generates"):
-            runtime.generate([1], (0, 1), max_new_tokens=1)
+            open_generator(runtime)
     request = tmp_path / "request.json"
     request.write_text(json.dumps(QUESTION))
     asked = ["hallucination_aarf", "--target", "torch", "--repository", str(repository), "--input", str(request)]

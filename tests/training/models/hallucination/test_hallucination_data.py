@@ -19,9 +19,9 @@ from runtimes.pipelines.hallucination.grounding import (
     labelled,
     read_request,
 )
-from training.models.hallucination.config import TINY, resolve_config
 from training.models.hallucination.data import read_ragtruth, synthetic_examples, train_and_valid
 from training.models.hallucination.frozen import tokenizer_json
+from training.models.hallucination.settings import TINY, resolve_config
 from training.models.hallucination.spec import draw_inputs
 
 MOST = (8, 16)

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtimes.errors import InputError
-from training.models.hallucination.config import TINY, heads_of, resolve_config
 from training.models.hallucination.copying import copying_scores
 from training.models.hallucination.decoder import Decoder
 from training.models.hallucination.features import divergence
 from training.models.hallucination.frozen import decoder_config, load_decoder
 from training.models.hallucination.module import ChunkDetector, TokenDetector
+from training.models.hallucination.settings import TINY, heads_of, resolve_config
 from training.models.hallucination.spec import draw_inputs
 
 FAMILIES = ("llama", "mistral", "qwen2")

@@ -19,8 +19,8 @@ from training.models.hallucination.frozen import (
     tokenizer_json,
 )
 from training.models.hallucination.recipe import HallucinationRecipe
-from training.run import configure
 from training.run import main as run
+from training.settings import configure
 from training.spec import find_spec
 
 CHAT = (

@@ -15,28 +15,28 @@ from runtimes.vllm.artifact import NEXT_IDS, TOKEN_LOGPROBS
 from runtimes.vllm.client import Completion
 from training.language_model import check_vocabulary
 from training.models.hallucination.frozen import load_decoder
-from training.models.hallucination.generator import agreement
+from training.models.hallucination.generator_spec import agreement
 from training.random_init import byte_tokenizer
 from training.spec import Tolerance, find_spec
 
 SPEC = find_spec("hallucination_generator")
-CONFIG = SPEC.preset("tiny").config
+CONFIG = SPEC.preset("tiny")
 
 
 @pytest.fixture(scope="module")
 def module() -> torch.nn.Module:
-    return SPEC.part(SPEC.build(CONFIG)).eval()
+    return SPEC.interface.part(SPEC.interface.build(CONFIG)).eval()
 
 
 @pytest.fixture(scope="module")
 def sample_inputs() -> Tensors:
     whole = find_spec("hallucination")
-    sizes = {**whole.signature(CONFIG).sizes("opt"), "batch": 4}
-    return whole.draw_inputs(CONFIG, np.random.default_rng(0), sizes, {})
+    sizes = {**whole.interface.signature(CONFIG).sizes("opt"), "batch": 4}
+    return whole.parity.draw_inputs(CONFIG, np.random.default_rng(0), sizes, {})
 
 
 def inputs(sample_inputs: Tensors, sizes: dict[str, int]) -> Tensors:
-    return SPEC.draw_inputs(CONFIG, np.random.default_rng(1), sizes, sample_inputs)
+    return SPEC.parity.draw_inputs(CONFIG, np.random.default_rng(1), sizes, sample_inputs)
 
 
 def answer(module: torch.nn.Module, given: Tensors) -> tuple[np.ndarray, ...]:
@@ -70,9 +70,9 @@ def test_a_perplexity_is_that_of_all_tokens_but_the_first() -> None:
 
 
 def test_what_is_judged_by_is_not_quantized_on(module: torch.nn.Module, sample_inputs: Tensors) -> None:
-    assert SPEC.language_model
-    seen = SPEC.language_model(CONFIG, module, sample_inputs).texts
-    held_out = np.concatenate([rows["input_ids"] for rows in SPEC.parity_inputs(CONFIG, sample_inputs)])
+    assert SPEC.export.language_model
+    seen = SPEC.export.language_model(CONFIG, module, sample_inputs).texts
+    held_out = np.concatenate([rows["input_ids"] for rows in SPEC.parity.parity_inputs(CONFIG, sample_inputs)])
     assert (len(seen), len(held_out)) == (2, 2)
     assert all(not np.array_equal(ids[:30], text[:30]) for ids in held_out for text in seen)
 
@@ -95,8 +95,8 @@ def test_the_gate_sees_worse_scores_other_tokens_and_nan() -> None:
 
 
 def test_a_vocabulary_that_does_not_fit_is_refused(module: torch.nn.Module, sample_inputs: Tensors) -> None:
-    assert SPEC.language_model
-    language_model = SPEC.language_model(CONFIG, module, sample_inputs)
+    assert SPEC.export.language_model
+    language_model = SPEC.export.language_model(CONFIG, module, sample_inputs)
     smaller = type(language_model.model.config)(vocab_size=200)
     with pytest.raises(InputError, match=r"expected a tokenizer with ids below 200, .* found id 259"):
         check_vocabulary("somewhere", language_model.tokenizer, smaller)

@@ -10,13 +10,15 @@ import torch
 
 from runtimes.errors import InputError
 from runtimes.host.gpu import gpu
-from training.models.hallucination.config import CONFIG, TINY, TRAINING
+from training.config import Config
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import PROFILES, max_memory, open_decoder, with_profile
 from training.models.hallucination.reading import FeatureReader
-from training.run import configure
+from training.models.hallucination.settings import CONFIG, TINY
+from training.models.hallucination.training import SETTINGS as TRAINING
 from training.run import main as run
-from training.spec import Config, find_spec
+from training.settings import configure
+from training.spec import find_spec
 
 PLAIN: Config = {**TRAINING, "device": "cpu", "seed": 0}
 TEXT = json.dumps(

@@ -16,9 +16,10 @@ from runtimes.errors import InputError
 from training import evaluate, run
 from training.checkpoint import Checkpoint, restore
 from training.models.hallucination import fitting
-from training.models.hallucination.config import LEAST_TRAINING, TINY, TRAINING
 from training.models.hallucination.metrics import auc, best_threshold, intervals, mutual_information
-from training.models.hallucination.recipe import synthetic_units
+from training.models.hallucination.recipe import LEAST, fitted_of, synthetic_units
+from training.models.hallucination.settings import TINY
+from training.models.hallucination.training import SETTINGS as TRAINING
 from training.models.hallucination.units import Units, read_log
 from training.spec import find_spec
 
@@ -212,7 +213,7 @@ def test_the_module_scores_as_the_table_does(tmp_path: Path) -> None:
     checkpoint = Checkpoint.load(tmp_path / "hallucination_scorer")
     module = restore(checkpoint, find_spec("hallucination_scorer"))
     units = synthetic_units(TINY, seed=9, count=20)
-    fitted = module.scorer.fitted(checkpoint.config["threshold"])
+    fitted = fitted_of(module.scorer, checkpoint.config["threshold"])
     assert len(fitted.members) == 3
     own = units.columns(module.scorer.heads, module.scorer.layers)
     for i in range(20):
@@ -323,7 +324,7 @@ def test_a_log_of_another_model_is_refused(tmp_path: Path, units: Units, capsys:
         (["--fit", "magic"], "expected grid or published, found 'magic'"),
         (["--select", "luck"], "expected auc or mi, found 'luck'"),
         (["--valid_share", "1"], "expected 2 or more sources and a share in 0..1"),
-        *((["--" + name, "0"], f"--set {name}: expected {least} or more") for name, least in LEAST_TRAINING.items()),
+        *((["--" + name, "0"], f"--set {name}: expected {least} or more") for name, least in LEAST.items()),
     ],
 )
 def test_a_wrong_setting_is_refused_in_one_line(

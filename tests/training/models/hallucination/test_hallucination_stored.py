@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from export.quantization.language_model import SCHEMES, bytes_of_bf16, quantize
 from tests.training.models.hallucination.test_hallucination_data import PROMPT, TOKENIZER
-from training.models.hallucination.config import TINY, TRAINING, resolve_config
+from training.config import Config
 from training.models.hallucination.decoder import layer_outputs
 from training.models.hallucination.frozen import load_decoder
 from training.models.hallucination.loading import is_packed
 from training.models.hallucination.reading import FeatureReader
-from training.spec import Config
+from training.models.hallucination.settings import TINY, resolve_config
+from training.models.hallucination.training import SETTINGS as TRAINING
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("llmcompressor")

@@ -11,6 +11,7 @@ import torch
 from runtimes.pipelines.hnet.byte_text import BOS
 from training import run
 from training.checkpoint import Checkpoint
+from training.config import Config
 from training.models.hnet.data import Corpus, batch_of
 from training.models.hnet.experiments import guide, parameters
 from training.models.hnet.losses import (
@@ -23,10 +24,12 @@ from training.models.hnet.losses import (
 )
 from training.models.hnet.metrics import Tally, measure
 from training.models.hnet.ngram import KneserNey, unigram_bits
-from training.models.hnet.recipe import HNetRecipe, Trainee
-from training.models.hnet.settings import CONFIG, NOTES, TRAINING
+from training.models.hnet.recipe import HNetRecipe, HNetWithLoss
+from training.models.hnet.settings import CONFIG
 from training.models.hnet.spec import SPECS
-from training.spec import Config
+from training.models.hnet.training import NOTES
+from training.models.hnet.training import SETTINGS as TRAINING
+from training.settings import COMMON
 
 SPEC = SPECS[0]
 TINY = SPEC.preset("tiny")
@@ -34,11 +37,11 @@ SMALL = ["hnet", "--texts", "40", "--epochs", "1", "--batch", "4", "--max-bytes"
 
 
 def settings(**changes: object) -> Config:
-    return {**run.COMMON, **TINY.training, "texts": 40, **changes}
+    return {**COMMON, **SPEC.training.settings["tiny"], "texts": 40, **changes}
 
 
 def recipe(config: Config | None = None, **changes: object) -> HNetRecipe:
-    return HNetRecipe({**TINY.config, **(config or {})}, settings(**changes), None)
+    return HNetRecipe({**TINY, **(config or {})}, settings(**changes), None)
 
 
 # Losses
@@ -87,7 +90,7 @@ def test_alpha_rises_to_its_value_and_ratios_are_between_stages() -> None:
 
 def test_groups_have_the_rate_of_their_stage_and_decay_only_where_it_is_due() -> None:
     learned = recipe({"model_dim": "64 128"}, weight_decay=0.1, lr=1e-3)
-    module = SPEC.build(learned.config)
+    module = SPEC.interface.build(learned.config)
     groups = learned.parameter_groups(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     seen = Counter(names[id(parameter)] for group in groups for parameter in group["params"])
@@ -177,7 +180,7 @@ def test_the_tally_counts_bytes_code_points_and_boundaries_by_hand() -> None:
 def test_judging_in_any_batch_is_the_same() -> None:
     learned = recipe()
     torch.manual_seed(0)
-    module, corpus = SPEC.build(learned.config), learned.corpora[1]
+    module, corpus = SPEC.interface.build(learned.config), learned.corpora[1]
     one, many = (measure(module, corpus, corpus.pieces(96), rows).metrics() for rows in (1, 7))
     assert one == pytest.approx(many, rel=1e-4)
     assert module.training
@@ -204,7 +207,7 @@ def test_the_judge_sees_compression() -> None:
 def test_the_loss_is_cross_entropy_and_alpha_times_the_ratio_loss() -> None:
     learned = recipe()
     torch.manual_seed(0)
-    module = SPEC.build(learned.config)
+    module = SPEC.interface.build(learned.config)
     batch = batch_of(learned.corpora[0], learned.corpora[0].pieces(96)[:6], epoch=1)
     logits, p, b = module(batch["byte_ids"], batch["lengths"])
     real = batch["labels"] >= 0
@@ -212,27 +215,27 @@ def test_the_loss_is_cross_entropy_and_alpha_times_the_ratio_loss() -> None:
     ratio = ratio_loss(b[real].float().mean(), p[real].mean(), 5)
     for alpha, warmup, weight in ((0.5, 0, 0.5), (0.5, 3, 0.25), (0.0, 0, 0.0)):
         changed = settings(alpha=alpha, warmup_compression_epochs=warmup)
-        trainee = Trainee(module, changed, [1, 5])
-        assert trainee(**batch)["loss"].item() == pytest.approx((nats + weight * ratio).item(), rel=1e-5)
+        with_loss = HNetWithLoss(module, changed, [1, 5])
+        assert with_loss(**batch)["loss"].item() == pytest.approx((nats + weight * ratio).item(), rel=1e-5)
 
 
 def test_ratio_loss_alone_brings_the_wanted_compression() -> None:
     """With nothing else to learn, alpha moves F towards 1 / N from where it begins."""
     learned = recipe(alpha=5.0)
     torch.manual_seed(0)
-    module = SPEC.build(learned.config)
+    module = SPEC.interface.build(learned.config)
     corpus = learned.corpora[0]
-    trainee, optimizer = Trainee(module, learned.training, [1, 5]), torch.optim.Adam(module.parameters(), 3e-3)
+    with_loss, optimizer = HNetWithLoss(module, learned.training, [1, 5]), torch.optim.Adam(module.parameters(), 3e-3)
     for start in range(0, 60, 6):
-        trainee(**batch_of(corpus, corpus.pieces(96)[start % 18 : start % 18 + 6]))["loss"].backward()
+        with_loss(**batch_of(corpus, corpus.pieces(96)[start % 18 : start % 18 + 6]))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    trainee.report()
-    trainee(**batch_of(corpus, corpus.pieces(96)[:6]))
-    after = trainee.report()
+    with_loss.report()
+    with_loss(**batch_of(corpus, corpus.pieces(96)[:6]))
+    after = with_loss.report()
     assert abs(after["train_F"] - 0.2) < 0.15
     assert after["bytes_per_s"] > 0
-    assert trainee.report() == {}
+    assert with_loss.report() == {}
 
 
 @pytest.mark.slow
@@ -278,11 +281,11 @@ def test_a_setting_that_cannot_be_is_refused(
 def test_help_has_every_setting_with_the_guides_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["hnet", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert NOTES.keys() <= {*CONFIG, *TRAINING, *run.COMMON}
+    assert NOTES.keys() <= {*CONFIG, *TRAINING, *COMMON}
     for name in ("PATIENCE", "BATCH_SIZE", "Learning Rate", "Weight Decay", "Scheduler", "alpha", "N_compress",
                  "MODEL_DIM", "MODEL_ARCH", "Warmup for Compression"):  # fmt: skip
         assert name in shown
-    assert all(setting in shown for setting in {**CONFIG, **TRAINING, **run.COMMON})
+    assert all(setting in shown for setting in {**CONFIG, **TRAINING, **COMMON})
 
 
 def test_the_experiments_are_the_guides_and_each_can_be_configured() -> None:
@@ -298,5 +301,5 @@ def test_the_experiments_are_the_guides_and_each_can_be_configured() -> None:
     assert abs(sizes[-1] / sizes[0] - 1) < 0.08
     with torch.device("meta"):
         assert sizes[-1] == sum(
-            p.numel() for p in SPEC.build({**CONFIG, **experiments["transformer T7 256"]}).parameters()
+            p.numel() for p in SPEC.interface.build({**CONFIG, **experiments["transformer T7 256"]}).parameters()
         )

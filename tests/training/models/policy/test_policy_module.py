@@ -29,16 +29,16 @@ State = tuple[Tensor, ...]
 def policy(spec_name: str, preset: str = "tiny", **changes: Any) -> nn.Module:
     torch.manual_seed(0)
     spec = BY_NAME[spec_name]
-    return spec.build({**spec.preset(preset).config, **changes}).eval().requires_grad_(False)
+    return spec.interface.build({**spec.preset(preset), **changes}).eval().requires_grad_(False)
 
 
 def frames(batch: int, time: int, seed: int = 0) -> Tensor:
     sizes = {"batch": batch, "time": time}
-    return torch.from_numpy(SPECS[0].draw_inputs({}, np.random.default_rng(seed), sizes, {})["frames"])
+    return torch.from_numpy(SPECS[0].parity.draw_inputs({}, np.random.default_rng(seed), sizes, {})["frames"])
 
 
 def zero_state(spec: ModelSpec, preset: str, batch: int) -> State:
-    arrays = spec.signature(spec.preset(preset).config).zero_state(batch)
+    arrays = spec.interface.signature(spec.preset(preset)).zero_state(batch)
     return tuple(torch.from_numpy(array) for array in arrays.values())
 
 
@@ -77,7 +77,7 @@ def test_a_sequence_is_its_steps_and_its_uneven_pieces(spec: ModelSpec, preset: 
 
 @every_model
 def test_outputs_keep_to_the_signature(spec: ModelSpec, preset: str) -> None:
-    signature = spec.signature(spec.preset(preset).config)
+    signature = spec.interface.signature(spec.preset(preset))
     for batch, time in ((1, 1), (2, 3), (5, 40)):
         inputs = {"frames": frames(batch, time).numpy(), **signature.zero_state(batch)}
         outputs = policy(spec.name, preset)(*(torch.from_numpy(array) for array in inputs.values()))
@@ -134,7 +134,7 @@ def test_ids_reach_only_embeddings() -> None:
     rng = np.random.default_rng(0)
     actions, characters = (torch.from_numpy(rng.permutation(n)) for n in (ACTION_COUNT, CHARACTER_COUNT))
     for spec in SPECS:
-        config = spec.preset("tiny").config
+        config = spec.preset("tiny")
         renamed = Policy(config).eval()
         renamed.load_state_dict(policy(spec.name).state_dict())
         with torch.no_grad():

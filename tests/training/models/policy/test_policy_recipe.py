@@ -10,8 +10,8 @@ from torch import Tensor
 
 from runtimes.pipelines.policy.melee import BUTTONS, HEADS
 from training.models.policy.data import synthetic_games
-from training.models.policy.recipe import Trainee, majority_logits, measure, policy_loss, stream_game
-from training.models.policy.spec import TIME_MAX
+from training.models.policy.recipe import PolicyWithLoss, majority_logits, measure, policy_loss, stream_game
+from training.models.policy.settings import TIME_MAX
 from training.spec import find_spec
 
 MODEL = "policy_gru"
@@ -59,16 +59,15 @@ def test_every_position_of_every_head_has_a_gradient() -> None:
         assert (values.grad.abs().sum(-1) > 0).all(), head
 
 
-def trainee(**changes: Any) -> tuple[Trainee, dict[str, Any]]:
+def with_loss(**changes: Any) -> tuple[PolicyWithLoss, dict[str, Any]]:
     spec = find_spec(MODEL)
     torch.manual_seed(0)
-    preset = spec.preset("tiny")
-    config = {**preset.config, **changes}
-    return Trainee(spec.build(config), config, preset.training), config
+    config = {**spec.preset("tiny"), **changes}
+    return PolicyWithLoss(spec.interface.build(config), config, spec.training.settings["tiny"]), config
 
 
 def test_the_state_carried_is_what_the_batch_before_left_and_zero_where_it_is_not() -> None:
-    model, _ = trainee()
+    model, _ = with_loss()
     games = synthetic_games(0, 3, 61)
     x = torch.from_numpy(np.stack([game.frames for game in games]))
     labels = torch.from_numpy(np.stack([game.labels for game in games]))
@@ -91,7 +90,7 @@ def test_the_state_carried_is_what_the_batch_before_left_and_zero_where_it_is_no
 
 
 def test_gradients_end_at_the_batch_and_judging_leaves_the_state_alone() -> None:
-    model, _ = trainee()
+    model, _ = with_loss()
     x, labels = torch.from_numpy(synthetic_games(0, 1, 31)[0].frames[None]), some_labels(1, 30)
     model.train()
     model(frames=x, labels=labels, carried=torch.tensor([False]))
@@ -107,7 +106,7 @@ def test_gradients_end_at_the_batch_and_judging_leaves_the_state_alone() -> None
 
 
 def test_a_diverged_row_does_not_poison_the_row_that_begins_after_it() -> None:
-    model, _ = trainee()
+    model, _ = with_loss()
     x, labels = torch.from_numpy(synthetic_games(0, 1, 31)[0].frames[None]), some_labels(1, 30)
     model.train()
     model.state = (torch.full((1, 1, 64), math.inf),)
@@ -116,7 +115,7 @@ def test_a_diverged_row_does_not_poison_the_row_that_begins_after_it() -> None:
 
 @pytest.mark.parametrize("piece", [1, 30, 300, 1000, 5000])
 def test_a_game_is_judged_once_however_it_is_cut(piece: int) -> None:
-    model, config = trainee()
+    model, config = with_loss()
     game = synthetic_games(0, 1, 1300)[0]
     model.eval()
     streamed = stream_game(model.policy, config, game.frames, piece, carried=True)

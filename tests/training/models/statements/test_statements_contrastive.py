@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from runtimes.errors import InputError
 from training.models.statements import contrastive
 from training.models.statements.contrastive import CachedContrast, cut, info_nce
-from training.run import configure
+from training.settings import configure
 from training.spec import find_spec
 
 SPEC = find_spec("statements")
@@ -141,17 +141,17 @@ def test_pieces_are_of_like_length_and_hold_no_padding_beyond_their_longest() ->
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd(checkpointing: bool) -> None:
     config, training = configure(SPEC, "tiny", {"papers": "12", "lora_dropout": "0", "micro": "4"})
-    recipe = SPEC.recipe()(config, training, None)
+    recipe = SPEC.training.recipe()(config, training, None)
     torch.manual_seed(0)
-    module = SPEC.build(config)
+    module = SPEC.interface.build(config)
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     batch = recipe.datasets(8)[0].__getitems__(range(8))
-    trainee = recipe.trainee(module).train()
+    with_loss = recipe.module_with_loss(module).train()
     if checkpointing:
-        trainee.gradient_checkpointing_enable()
-    trainee(**batch)["loss"].backward()
+        with_loss.gradient_checkpointing_enable()
+    with_loss(**batch)["loss"].backward()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     got = {name: parameter.grad for name, parameter in trained.items()}
     module.zero_grad()
@@ -163,9 +163,9 @@ def test_the_loss_of_a_real_model_has_the_gradient_of_plain_autograd(checkpointi
 
 @pytest.mark.parametrize(("name", "value"), [("micro", "0"), ("temperature", "0"), ("quantize", "int2")])
 def test_a_setting_that_cannot_be_trained_with_is_refused(name: str, value: str) -> None:
-    recipe = SPEC.recipe()(*configure(SPEC, "tiny", {name: value}), None)
+    recipe = SPEC.training.recipe()(*configure(SPEC, "tiny", {name: value}), None)
     with pytest.raises(InputError, match=name):
-        recipe.trainee(nn.Identity())
+        recipe.module_with_loss(nn.Identity())
 
 
 @pytest.mark.slow

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from runtimes.errors import InputError
-from runtimes.pipelines.statements.papers import SIZES, Statement, read_papers
-from training.models.statements.data import draw_pairs, flatten, split_by_paper, synthetic_papers, train_and_valid
+from runtimes.search.papers import SIZES, Statement, read_papers
+from training.models.statements.data import draw_pairs, split_by_paper, train_and_valid
+from training.models.statements.synthetic import flatten, synthetic_papers
 
 STATEMENTS = [{"type": "lemma", "text": " a "}, {"type": "theorem", "text": "b"}]
 NEW = {"arxiv_id": "1", "title": "T", "statements": STATEMENTS}

@@ -16,20 +16,20 @@ from benchmarks.statements.padding import main as padding_bench
 from runtimes.errors import ArtifactError, InputError
 from runtimes.text_pipeline import Tokens
 from training.checkpoint import Checkpoint, restore
-from training.models.statements import base, metrics
+from training.models.statements import base, metrics, tokenizer
 from training.models.statements.make_base import main as make_base
 from training.models.statements.module import StatementEmbedder, adapted_layers, merged
 from training.run import main as run
 from training.spec import find_spec
 
 SPEC = find_spec("statements")
-TINY = SPEC.preset("tiny").config
+TINY = SPEC.preset("tiny")
 
 
 def embedder(**changes: Any) -> nn.Module:
     """A tiny embedder whose adapters say something."""
     torch.manual_seed(0)
-    module = SPEC.build({**TINY, **changes}).eval()
+    module = SPEC.interface.build({**TINY, **changes}).eval()
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
@@ -104,7 +104,7 @@ def test_merged_adapters_are_the_formula_and_leave_no_adapter() -> None:
 def saved_base(folder: Path, model: Any) -> str:
     """A Hugging Face folder with this model and the tokenizer of the seeded base."""
     model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(base.tokenizer_json("seeded:tiny", "main"))
+    (folder / "tokenizer.json").write_bytes(tokenizer.tokenizer_json("seeded:tiny", "main"))
     return str(folder)
 
 
@@ -119,7 +119,9 @@ def small_bert() -> BertModel:
 def test_an_encoder_can_be_the_base(pooling: str, tmp_path: Path) -> None:
     model = small_bert().eval()
     folder = saved_base(tmp_path / "bert", model)
-    module = SPEC.build({**TINY, "base": folder, "pooling": pooling, "lora_targets": "query,key,value"}).eval()
+    module = SPEC.interface.build(
+        {**TINY, "base": folder, "pooling": pooling, "lora_targets": "query,key,value"}
+    ).eval()
     ids, mask = tokens()
     mask[0, 5:] = 0
     states = model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -135,7 +137,7 @@ def test_a_decoder_with_absolute_positions_counts_them_from_the_first_real_token
     model = GPT2Model(GPT2Config(vocab_size=1024, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
     folder = saved_base(tmp_path / "gpt2", model)
     targets = {"lora_targets": "c_attn"}
-    module = SPEC.build({**TINY, "base": folder, "pooling": "last", **targets}).eval()
+    module = SPEC.interface.build({**TINY, "base": folder, "pooling": "last", **targets}).eval()
     ids, mask = tokens()
     want = nn.functional.normalize(module.projection(model(input_ids=ids).last_hidden_state[:, -1]), dim=-1)
     padding = torch.zeros(3, 5, dtype=torch.int64)
@@ -146,7 +148,7 @@ def test_a_decoder_with_absolute_positions_counts_them_from_the_first_real_token
 def test_adapters_for_layers_that_a_base_does_not_have_are_refused_with_those_it_has(tmp_path: Path) -> None:
     folder = saved_base(tmp_path / "bert", small_bert())
     with pytest.raises(InputError, match=r"expected .* q_proj.*found dense, key, query, value.*--lora_targets"):
-        SPEC.build({**TINY, "base": folder})
+        SPEC.interface.build({**TINY, "base": folder})
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ def test_adapters_for_layers_that_a_base_does_not_have_are_refused_with_those_it
 )
 def test_a_config_that_cannot_be_is_refused_in_one_line(change: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=named) as caught:
-        SPEC.build({**TINY, **change})
+        SPEC.interface.build({**TINY, **change})
     assert "\n" not in str(caught.value)
 
 
@@ -208,7 +210,7 @@ def test_a_checkpoint_holds_adapters_and_projection_and_names_every_tensor_of_th
 def test_a_restored_model_says_what_the_trained_one_said(trained: Path) -> None:
     checkpoint = Checkpoint.load(trained / "statements")
     weights = load_file(checkpoint.folder / "weights.safetensors")
-    module = SPEC.build(checkpoint.config).eval()
+    module = SPEC.interface.build(checkpoint.config).eval()
     module.load_state_dict(weights, strict=False)
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
     ids, mask = (torch.from_numpy(checkpoint.sample_inputs()[name]) for name in ("input_ids", "attention_mask"))

@@ -19,7 +19,7 @@ from runtimes.search.collection import Collection
 from tests.toys import wait_for
 from training import embed_dataset
 from training.checkpoint import Checkpoint, restore
-from training.embed_dataset import Job, Work
+from training.embed_dataset import DatasetEmbedder, EmbeddingJob
 from training.evaluate import main as evaluate
 from training.models.statements.embedding import Embedder, open_embedder
 from training.precompute import main as precompute
@@ -112,10 +112,10 @@ def test_a_killed_run_goes_on_and_repeats_no_shard(whole: Path, file: Path, trai
     out = tmp_path / "killed"
     slow = (
         "import sys, time\n"
-        "from training.embed_dataset import Work\n"
-        "run = Work.run\n"
+        "from training.embed_dataset import DatasetEmbedder\n"
+        "run = DatasetEmbedder.run\n"
         "def slowly(self, start, stop):\n    run(self, start, stop); time.sleep(1)\n"
-        "Work.run = slowly\n"
+        "DatasetEmbedder.run = slowly\n"
         "from training.precompute import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_and_repeats_no_shard(whole: Path, file: Path, trai
     assert 2 <= len(done) < 6
     with pytest.raises(Exception, match="not"):
         Collection.open(out)
-    work = Work(Job(model="statements", checkpoint=trained, data=file, out=out, shard_rows=16))
+    work = DatasetEmbedder(EmbeddingJob(model="statements", checkpoint=trained, data=file, out=out, shard_rows=16))
     assert len(work.missing()) == 6 - len(done)
     assert embed_dataset.collect(work) == 6 - len(done)
     assert same_bytes(out, whole)
@@ -153,7 +153,7 @@ def test_several_processes_write_the_same_bytes(
 def test_ray_writes_the_same_bytes_also_when_a_worker_is_killed(
     whole: Path, file: Path, trained: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("ray.data", reason="needs ray: pip install 'slipway[ray]'")
+    pytest.importorskip("ray.data", reason="needs ray: pip install '.[ray]'")
     out = tmp_path / "ray"
     command = [sys.executable, "-m", "training.precompute", *arguments(file, trained, out, "--engine", "ray")]
     process = subprocess.Popen(command, env=ENVIRONMENT)
@@ -272,7 +272,7 @@ def test_a_model_that_embeds_no_collections_says_so(checkpoints: Path, file: Pat
 
 def test_a_job_of_no_size_is_refused() -> None:
     with pytest.raises(InputError, match="toy"):
-        Job(model="statements", checkpoint=Path(), data=Path(), out=Path(), size="huge")
+        EmbeddingJob(model="statements", checkpoint=Path(), data=Path(), out=Path(), size="huge")
 
 
 @pytest.mark.slow
@@ -288,7 +288,7 @@ def test_what_can_be_learned_is_learned_and_judged_beside_its_baselines(tmp_path
 
 @pytest.mark.slow
 def test_four_bits_train_what_the_full_base_then_serves(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install 'slipway[qlora]'")
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install '.[qlora]'")
     settings = ["--papers", "60", "--epochs", "2", "--quantize", "nf4", "--optimizer", "adamw_bnb_8bit"]
     assert run(["statements", "--out", str(tmp_path), *settings]) == 0
     checkpoint = Checkpoint.load(tmp_path / "statements")
@@ -303,7 +303,7 @@ def test_four_bits_train_what_the_full_base_then_serves(tmp_path: Path) -> None:
 def test_training_goes_on_from_a_state_that_holds_no_base(tmp_path: Path) -> None:
     from safetensors import safe_open
 
-    common = ["statements", "--papers", "40", "--work", str(tmp_path / "work"), "--lora_dropout", "0"]
+    common = ["statements", "--papers", "40", "--state-dir", str(tmp_path / "work"), "--lora_dropout", "0"]
     assert run([*common, "--epochs", "2", "--out", str(tmp_path / "first")]) == 0
     (state,) = sorted((tmp_path / "work" / "statements").glob("checkpoint-*/model.safetensors"))[-1:]
     with safe_open(state, "np") as tensors:

@@ -13,10 +13,11 @@ from training.models.strategy.discourse import one_hot
 from training.models.strategy.module import StrategyGraph, typed_edges
 from training.models.strategy.rgat import RelationalAttention
 from training.models.strategy.sparse import GroupedRGATConv, SparseLayers
-from training.spec import find_spec, override
+from training.settings import override
+from training.spec import find_spec
 
 SPEC = find_spec("strategy_graph")
-TINY = SPEC.preset("tiny").config
+TINY = SPEC.preset("tiny")
 
 
 def graph_of(**changes: Any) -> StrategyGraph:
@@ -29,7 +30,7 @@ def graph_of(**changes: Any) -> StrategyGraph:
 
 def inputs_of(batch: int = 5, turns: int = 6, seed: int = 0) -> dict[str, torch.Tensor]:
     sizes = {"batch": batch, "turns": turns}
-    arrays = SPEC.draw_inputs(TINY, np.random.default_rng(seed), sizes, {})
+    arrays = SPEC.parity.draw_inputs(TINY, np.random.default_rng(seed), sizes, {})
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -228,4 +229,4 @@ def test_the_temperature_starts_where_it_is_set() -> None:
 )
 def test_an_impossible_setting_is_refused_before_anything_is_built(change: dict[str, str]) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
-        SPEC.signature(override(TINY, change))
+        SPEC.interface.signature(override(TINY, change))

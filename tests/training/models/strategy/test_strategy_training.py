@@ -9,12 +9,12 @@ import torch
 
 from runtimes.cache.store import Store
 from training.checkpoint import Checkpoint
+from training.frozen_store import fill
 from training.models.strategy.module import typed_edges
 from training.models.strategy.pruning import Pruning
 from training.models.strategy.recipe import INPUTS, StrategyRecipe
-from training.precompute import fill
-from training.run import configure
 from training.run import main as run
+from training.settings import configure
 from training.spec import find_spec
 
 SPEC = find_spec("strategy")
@@ -39,16 +39,16 @@ def test_both_forms_of_attention_give_the_same_loss() -> None:
     for form in ("pyg", "dense"):
         recipe = recipe_of(rgat=form, dialogues=10)
         torch.manual_seed(0)
-        trainee = recipe.trainee(SPEC.build(recipe.config)).eval()
-        losses.append(trainee(**recipe.datasets(1)[0].__getitems__(range(8)))["loss"])
+        with_loss = recipe.module_with_loss(SPEC.interface.build(recipe.config)).eval()
+        losses.append(with_loss(**recipe.datasets(1)[0].__getitems__(range(8)))["loss"])
     torch.testing.assert_close(losses[0], losses[1])
 
 
 def test_every_parameter_in_the_optimiser_is_used() -> None:
     recipe = recipe_of(dialogues=10)
-    trainee = recipe.trainee(SPEC.build(recipe.config)).train()
-    trainee(**recipe.datasets(1)[0].__getitems__(range(32)))["loss"].backward()
-    trained = {name: p for name, p in trainee.named_parameters() if p.requires_grad}
+    with_loss = recipe.module_with_loss(SPEC.interface.build(recipe.config)).train()
+    with_loss(**recipe.datasets(1)[0].__getitems__(range(32)))["loss"].backward()
+    trained = {name: p for name, p in with_loss.named_parameters() if p.requires_grad}
     assert [name for name, parameter in trained.items() if parameter.grad is None] == []
 
 
@@ -64,7 +64,7 @@ def test_an_epoch_shows_every_sample_once_and_each_in_another_order() -> None:
 
 def test_pruning_begins_with_the_second_visit_and_cuts_only_weak_edges_to_the_dummy() -> None:
     recipe = recipe_of(dialogues=10)
-    graph = SPEC.build(recipe.config).dialogue
+    graph = SPEC.interface.build(recipe.config).dialogue
     batch = recipe.datasets(1)[1].__getitems__(range(4))
     inputs = tuple(batch[name] for name in INPUTS)
     typed = typed_edges(batch["kinds"], batch["relations"])

@@ -1,4 +1,4 @@
-"""`hallucination_aarf` as the rest of Slipway sees it: a step of generation with AARF. No torch until it is called."""
+"""The declaration of `hallucination_aarf`, a step of generation with AARF. No torch is imported until it is called."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -7,8 +7,9 @@ import numpy as np
 
 from runtimes.artifact import Check
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
-from training.models.hallucination.config import heads_of, layers_of
-from training.spec import Config, Tolerance
+from training.config import Config
+from training.models.hallucination.settings import heads_of, layers_of
+from training.spec import Export, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +19,7 @@ MOST_NEAR_TIES = 0.05  # of all choices of a head, in fp32
 
 
 def signature(config: Config) -> Signature:
-    """New tokens and the past in; what comes next, how it came to that, and what is to be kept of the tokens out."""
+    """New tokens and the past in; logits, ECS and PKS, and the keys, values and states of the new tokens out."""
     from training.models.hallucination.frozen import decoder_config
 
     base = decoder_config(config["base"], config["base_revision"])
@@ -56,7 +57,7 @@ def _floats(*named: tuple[str, tuple[int | str, ...]]) -> tuple[TensorSpec, ...]
 
 
 def part(module: "nn.Module") -> "nn.Module":
-    from training.models.hallucination.mitigation import MitigatedDecoder
+    from training.models.hallucination.aarf import MitigatedDecoder
 
     return MitigatedDecoder(module)  # type: ignore[arg-type]
 
@@ -82,15 +83,15 @@ def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
 
 
 def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
-    """`got` with the original's ECS where a head's choice hung on less than the precision; `agreement` limits that."""
+    """`got` with the original's ECS where a head's choice is a near-tie; `agreement` limits the share of these."""
     near = want["gaps"] <= tolerance.relative
     ecs = np.where(near & np.isfinite(got["ecs"]), want["ecs"], got["ecs"])
-    gaps = np.where(np.isfinite(got["gaps"]), want["gaps"], got["gaps"])  # compared by what they decide
+    gaps = np.where(np.isfinite(got["gaps"]), want["gaps"], got["gaps"])  # the choices they decide are compared
     return {**got, "ecs": ecs, "gaps": gaps}
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """The likeliest token is the same or, to the original, as likely; few choices of heads are too close to compare."""
+    """The likeliest token is the original's, or as likely in the original; few choices of heads are near-ties."""
     picked = np.take_along_axis(want["logits"], got["logits"].argmax(-1)[:, None], -1)[:, 0]
     best = want["logits"].max(-1)
     allowed = 2 * (tolerance.absolute + tolerance.relative * np.abs(best))
@@ -100,3 +101,11 @@ def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Ch
         "same_token": Check(value=float((picked >= best - allowed).mean()), limit=1.0, at_least=True),
         "near_ties": Check(value=near, limit=MOST_NEAR_TIES if exact else 1.0),
     }
+
+
+EXPORT = Export(
+    skips={
+        **dict.fromkeys(("onnx", "openvino", "tensorrt"), "AARF is an option of the torch runtime: --target torch"),
+        "vllm": "vLLM exposes no attention and cannot reweight heads: --target torch",
+    }
+)

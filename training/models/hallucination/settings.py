@@ -1,11 +1,10 @@
-"""The settings of `hallucination`: presets, what they may be, and the heads and layers they name."""
+"""The configs of the hallucination models, their limits, and the heads and layers that they name."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from runtimes.errors import InputError
-from training.models.hallucination.units import Head
-from training.spec import Config
+from training.config import Config
 
 CHOICES = {
     "level": ("chunk", "token"),
@@ -25,7 +24,7 @@ LEAST = {
     "chunk_characters": 8,
     "max_characters": 16,
 }
-LEAST_TRAINING = {"top_n": 1, "top_k": 1, "folds": 2, "most": 1, "ensemble": 1, "responses": 1}
+Head = tuple[int, int]  # layer, head
 # The 32 heads of Llama-2 7B chat that copy most, best first (ReDeEP's own list).
 COPYING = (
     "25.0 18.13 18.10 27.9 5.29 23.8 31.28 3.0 31.24 13.20 31.18 1.14 2.5 22.10 2.22 15.7 3.19 20.17 10.20 23.30 20.22 "
@@ -81,7 +80,7 @@ def check(config: Config) -> None:
 
 
 def resolve_config(config: Config) -> Config:
-    """The config with `all` heads and layers named; `InputError` for what base and encoder do not have."""
+    """The config with `all` replaced by names; `InputError` for heads and layers that the base does not have."""
     from training.frozen import longest_input
     from training.models.hallucination.frozen import decoder_config, encoder_config, window
 
@@ -149,28 +148,3 @@ TINY: Config = {
     "chunk_characters": 60,
 }
 SCORER: Config = {name: TINY[name] for name in ("level", "heads", "layers", "members", "threshold")}
-TRAINING: Config = {
-    "scores": "",  # a score log to use in place of features read from texts
-    "fit": "grid",  # or published: top_n, top_k, alpha and m as they stand
-    "select": "auc",  # or mi: what heads and layers are ranked by
-    "top_n": 3,
-    "top_k": 4,
-    "alpha": 0.6,
-    "m": 1.0,
-    "folds": 5,
-    "most": 7,  # heads, and layers, that the grid goes up to
-    "ensemble": 1,  # selections whose scores are averaged
-    "valid_share": 0.25,
-    "generator": "",  # only answers of this model
-    "store": "",
-    "read_heads": "",  # what features are read of, to choose from; "" is heads and layers
-    "read_layers": "",
-    "responses": 120,
-    "longest": 0,  # tokens that are read of an answer in its context; 0 is max_tokens
-    "loading": "fp32",  # or fp16, bf16, int8, nf4, or stored: as the checkpoint has it
-    "device_map": "",  # or auto, balanced: accelerate spreads the layers over GPUs, and the CPU
-    "max_memory": "",  # such as '0:12GiB cpu:20GiB'
-    "compile": False,  # the layers, by torch.compile
-    "padded_size": 8192,  # tokens of a batch, padding included
-    "profile": "",  # settings of a known machine, or auto
-}

@@ -13,7 +13,8 @@ from runtimes.artifact import Check
 from runtimes.errors import InputError
 from runtimes.tensors import Axis, Signature, Tensors, TensorSpec
 from runtimes.vllm.artifact import NEXT_IDS, TOKEN_LOGPROBS
-from training.spec import Config, Tolerance
+from training.config import Config
+from training.spec import Export, Parity, Tolerance
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,16 +23,16 @@ if TYPE_CHECKING:
 
 INPUTS = ("input_ids", "attention_mask")
 SMALLEST_VOCABULARY = (4, 260)  # ids that are neither special nor beyond it
-# What follows from what a tolerance allows a single log-probability, in nats: how far all may be off on average, by how
-# much their mean, the logarithm of perplexity, may be worse, and how large a share of likeliest tokens may be others.
+# Limits as shares of the tolerance of a single log-probability in nats: the mean shift of all, the increase of their
+# mean, the logarithm of perplexity, and the share of likeliest tokens that may differ.
 MEAN_SHARE, WORSE_SHARE, OTHER_SHARE = 0.1, 0.02, 0.25
 FEWEST_JUDGED = 100  # tokens
 
 
 def signature(config: Config) -> Signature:
-    """Texts as tokens, padded on the right; of every token its log-probability and the likeliest one after it.
+    """Texts as tokens, padded on the right; the log-probability of each token and the likeliest next token.
 
-    A window has room for one more token, without which an engine that generates does not read a prompt.
+    The window has room for one more token, because a generating engine rejects a prompt without it.
     """
     inputs = tuple(TensorSpec(name=name, dtype="int64", shape=("batch", "tokens")) for name in INPUTS)
     outputs = (
@@ -47,13 +48,13 @@ def signature(config: Config) -> Signature:
 
 
 def part(module: "nn.Module") -> "nn.Module":
-    from training.models.hallucination.scoring import TokenScores
+    from training.models.hallucination.decoder import TokenScores
 
     return TokenScores(module.base)  # type: ignore[arg-type]
 
 
 def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, int], sample_inputs: Tensors) -> Tensors:
-    """Pieces of the sample inputs's texts or made-up ones; the first row is full, the others may be padded."""
+    """Pieces of the sample inputs' texts or made-up ones; the first row is full, the others may be padded."""
     batch, tokens = sizes["batch"], sizes["tokens"]
     ids = rng.integers(*SMALLEST_VOCABULARY, (batch, tokens))
     if "token_ids" in sample_inputs:
@@ -66,19 +67,19 @@ def draw_inputs(config: Config, rng: np.random.Generator, sizes: Mapping[str, in
 
 
 def real_texts(sample_inputs: Tensors) -> list[np.ndarray]:
-    """The sample inputs's prompts and answers without padding: the last of `rows` predicts the last token."""
+    """The sample inputs' prompts and answers without padding: the last of `rows` predicts the last token."""
     ends = sample_inputs["rows"].max(-1) + 2
     return [ids[:end] for ids, end in zip(sample_inputs["token_ids"], ends, strict=True)]
 
 
 def calibration_texts(sample_inputs: Tensors) -> list[np.ndarray]:
-    """The first half of the sample inputs's texts: `parity_inputs` judges by the others."""
+    """The first half of the sample inputs' texts: `parity_inputs` has the others."""
     texts = real_texts(sample_inputs)
     return texts[: max(1, len(texts) // 2)]
 
 
 def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
-    """The second half of the sample inputs's texts, cut to the window."""
+    """The second half of the sample inputs' texts, cut to the window."""
     texts = real_texts(sample_inputs)
     held_out = texts[len(texts) // 2 :]
     longest = config["max_tokens"] - 1
@@ -93,14 +94,14 @@ def parity_inputs(config: Config, sample_inputs: Tensors) -> Iterator[Tensors]:
 
 
 def mask_near_ties(got: Tensors, want: Tensors, tolerance: Tolerance) -> Tensors:
-    """The log-probabilities alone: how far apart two token ids are says nothing."""
+    """The log-probabilities alone: a distance between token ids has no meaning."""
     return {TOKEN_LOGPROBS: got[TOKEN_LOGPROBS]}
 
 
 def agreement(got: Tensors, want: Tensors, tolerance: Tolerance) -> dict[str, Check]:
-    """Perplexity over the original's, the mean shift of a log-probability, the share of likeliest tokens alike.
+    """Perplexity over the original's, the mean shift of a log-probability, the share of equal likeliest tokens.
 
-    Of too few tokens they say nothing.
+    No check for fewer than FEWEST_JUDGED tokens.
     """
     predicted = want[TOKEN_LOGPROBS] != 0
     if predicted.sum() < FEWEST_JUDGED:
@@ -121,12 +122,12 @@ def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) 
     """The frozen decoder with its tokenizer; `InputError` if the two do not fit."""
     from training.language_model import LanguageModel, check_vocabulary, complete_tokenizer
     from training.models.hallucination.frozen import template_json, tokenizer_json
-    from training.random_init import is_seeded
+    from training.random_init import is_random
 
     model: Any = module.decoder.model  # type: ignore[union-attr]
     source, revision = config["base"], config["base_revision"]
     tokenizer = complete_tokenizer(tokenizer_json(source, revision), model.config, source, revision)
-    if is_seeded(source):
+    if is_random(source):
         around = json.loads(template_json(source, revision))
         tokenizer.chat_template = f"{around['before']}{{{{ messages[-1]['content'] }}}}{around['after']}"
     check_vocabulary(source, tokenizer, model.config)
@@ -136,13 +137,26 @@ def language_model(config: Config, module: "nn.Module", sample_inputs: Tensors) 
     return LanguageModel(model=model, tokenizer=tokenizer, task="generate", window=config["max_tokens"], texts=texts)
 
 
-TOLERANCE = {
-    "fp32": Tolerance(absolute=2e-2, relative=1e-3),
-    "bf16": Tolerance(absolute=0.2, relative=2e-2),
-    "w8a16_gptq": Tolerance(absolute=0.2, relative=2e-2),
-    "w8a8_gptq": Tolerance(absolute=0.4, relative=5e-2),
-    # Random weights, which the tiny preset has, are harder to round than trained ones. Perplexity: at most 1.05 times.
-    "w4a16_awq": Tolerance(absolute=2.5, relative=0.2),
-    "w4a16_gptq": Tolerance(absolute=2.5, relative=0.2),
-    "w3a16_gptq": Tolerance(absolute=3.0, relative=0.3),
-}
+PARITY = Parity(
+    draw_inputs=draw_inputs,
+    parity_inputs=parity_inputs,
+    mask_near_ties=mask_near_ties,
+    agreement=agreement,
+    tolerance={
+        "fp32": Tolerance(absolute=2e-2, relative=1e-3),
+        "bf16": Tolerance(absolute=0.2, relative=2e-2),
+        "w8a16_gptq": Tolerance(absolute=0.2, relative=2e-2),
+        "w8a8_gptq": Tolerance(absolute=0.4, relative=5e-2),
+        # The tiny preset has random weights, which lose more in quantization. Perplexity: at most 1.05x.
+        "w4a16_awq": Tolerance(absolute=2.5, relative=0.2),
+        "w4a16_gptq": Tolerance(absolute=2.5, relative=0.2),
+        "w3a16_gptq": Tolerance(absolute=3.0, relative=0.3),
+    },
+)
+EXPORT = Export(
+    language_model=language_model,
+    skips=dict.fromkeys(
+        ("onnx", "openvino", "tensorrt", "torch"),
+        "the generator is for engines with a key and value cache: export it with --target vllm",
+    ),
+)
