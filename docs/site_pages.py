@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 ELSEWHERE = {
     "README.md": "index.md",
@@ -60,6 +59,8 @@ def with_site_links(markdown: str, source: str, paths: dict[str, str]) -> str:
 
 def commands_page() -> str:
     """The help text of every command: the subcommands of `slipway` by group, then the other modules."""
+    if str(ROOT) not in sys.path:  # mkdocs takes back what a hook changes while it is loaded
+        sys.path.insert(0, str(ROOT))
     from slipway.command import GROUPS, help_text
 
     sections = ["# Commands", INTRODUCTION, f"```text\n{help_text()}\n```"]
