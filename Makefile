@@ -109,7 +109,7 @@ perf-analyzer: .perf_analyzer/ready ## set up NVIDIA's load generator
 # An artifact of its own, which becomes a row of every later benchmark of the encoder.
 peer-optimum: .venv/ready .venv-peers-optimum/ready ## export the encoder with optimum-onnx, for comparison
 	$(PY) -m training.run strategy --if-missing
-	PYTHONPATH=. $(PY) benchmarks/peers_cpu/optimum_encoder.py
+	$(PY) -m benchmarks.peers_cpu.optimum_encoder
 
 .venv-peers/ready:
 	$(PYTHON) -m venv .venv-peers
@@ -135,4 +135,5 @@ peer-optimum: .venv/ready .venv-peers-optimum/ready ## export the encoder with o
 	touch $@
 
 clean: ## remove environments, checkpoints and published artifacts
-	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints model_repository/* .model_repository
+	rm -rf .perf_analyzer .venv .venv-triton .venv-vllm .venv-peers* checkpoints .model_repository
+	find model_repository -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

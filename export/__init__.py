@@ -1,1 +1,1 @@
-"""Top floor: converts checkpoints, proves the result, and publishes it into a Triton model repository."""
+"""The export layer: converts checkpoints, verifies the results and publishes them in a Triton model repository."""

@@ -19,6 +19,7 @@ from runtimes.host.cli import (
     command,
     json_argument,
     models_argument,
+    mounted_at_argument,
     parser,
     precision_argument,
     program,
@@ -170,11 +171,7 @@ def _parser() -> Any:
         "--checkpoints", type=Path, default=Path("checkpoints"), help="folder of checkpoints (default: %(default)s)"
     )
     repository_argument(result, "folder to publish in")
-    result.add_argument(
-        "--mounted-at",
-        type=Path,
-        help="path of the repository in the container that serves it (default: its path here)",
-    )
+    mounted_at_argument(result)
     result.add_argument("--jobs", type=int, default=1, help="processes, one model in each (default: %(default)s)")
     result.add_argument("--dry-run", action="store_true", help="print what would be exported, and export nothing")
     result.add_argument("--force", action="store_true", help="export again what could be reused")

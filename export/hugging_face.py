@@ -1,4 +1,4 @@
-"""A language model as a folder that Hugging Face, sentence-transformers and vLLM read."""
+"""A language model as a folder for Hugging Face, sentence-transformers and vLLM."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 POOLING, DENSE, NORMALIZE = "1_Pooling", "2_Dense", "3_Normalize"
-# What sentence-transformers calls our poolings.
+# The names of our poolings in sentence-transformers.
 MODES = {"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken", "cls": "pooling_mode_cls_token"}
 IDENTITY = "torch.nn.modules.linear.Identity"
 
@@ -52,7 +52,7 @@ def _write_dense(projection: "nn.Linear", folder: Path) -> None:
 
 
 def store_as(folder: Path, dtype: "torch.dtype") -> None:
-    """The float32 tensors of a model's files become `dtype`, as its config then says, in place."""
+    """The float32 tensors of a model's files become `dtype`, which its config then names, in place."""
     import torch
     from safetensors.torch import load_file, save_file
 

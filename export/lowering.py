@@ -1,4 +1,4 @@
-"""Steps that targets share: from a traced program to a checked ONNX file whose dynamic axes have their names."""
+"""Steps that targets share: from a traced program to a checked ONNX file with named dynamic axes."""
 
 import logging
 import math
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 OPSET = 20
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter notes a node's place in the module
-EXTERNAL_BYTES = 1 << 30  # protobuf ends at 2 GiB
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's metadata key for a node's place in the module
+EXTERNAL_BYTES = 1 << 30  # the limit of protobuf is 2 GiB
 
 
 def write_onnx(source: Source, form: Form, precision: str, path: Path) -> None:
-    """Write the model as ONNX with named dynamic axes, checked; `ParityError` if an axis was frozen on the way."""
+    """Write the model as ONNX with named dynamic axes, checked; `ParityError` if the exporter froze an axis."""
     onnx = require("onnx", extra="export")
     program = source.program(form, precision)
     if program not in source.onnx_programs:
@@ -43,7 +43,7 @@ def _exported(program: "ExportedProgram", signature: Signature) -> "ONNXProgram"
     """The program in the operators of ONNX; it reads the program's own weights."""
     import torch
 
-    # It tells at every export that torchvision is missing.
+    # Every export logs that torchvision is missing.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,9 +62,9 @@ def _exported(program: "ExportedProgram", signature: Signature) -> "ONNXProgram"
 
 
 def forget_traces(graph: "onnx.GraphProto") -> None:
-    """Leave of the exporter's notes on each node only its place in the module, in place.
+    """Remove the exporter's metadata of each node but its place in the module, in place.
 
-    The others hold source lines and paths of the machine that exported: another one would write other bytes.
+    The rest holds source lines and paths of the machine that exported: another one would write other bytes.
     """
     for node in graph.node:
         kept = [entry for entry in node.metadata_props if entry.key == NAME_SCOPES]
@@ -76,10 +76,10 @@ def forget_traces(graph: "onnx.GraphProto") -> None:
 
 
 def fold_constants(model: "onnx_ir.Model") -> None:
-    """Compute ahead, in place, what parameters alone decide, where that is smaller than they are or takes their place.
+    """Replace, in place, nodes on constants by their results, where these are no larger than the constants they free.
 
-    The exporter does so for small parameters only; ONNX Runtime for all, but at every start, and what it packs and what
-    is quantized are constants as the file holds them.
+    The exporter does so for small parameters only. ONNX Runtime does so for all, but at every start, and it packs and
+    quantizes the constants of the file.
     """
     require("onnxscript", extra="export")
     from onnxscript.optimizer import fold_constants as fold
@@ -88,7 +88,7 @@ def fold_constants(model: "onnx_ir.Model") -> None:
 
 
 def _is_worth_folding(node: "onnx_ir.Node") -> bool:
-    """Whether a node on constants makes fewer numbers than it reads, or no more than nobody else reads."""
+    """Whether a node on constants makes fewer numbers than it reads, or no more than those that only it reads."""
     shapes = [value.shape for value in node.outputs]
     if any(shape is None or not shape.is_static() for shape in shapes):
         return False
@@ -117,7 +117,7 @@ def name_axes(model: "onnx.ModelProto", signature: Signature) -> None:
                 if names.get(dim.dim_param) != size:
                     raise _frozen(tensor, size, dim.dim_param or dim.dim_value)
                 dim.dim_param = size
-    # The exporter's own shapes speak of s16; inference fills them in again under the new names.
+    # The exporter's own shapes refer to s16; inference fills them in again under the new names.
     del model.graph.value_info[:]
 
 
@@ -131,9 +131,9 @@ def _frozen(tensor: TensorSpec, axis: str, found: Any) -> ParityError:
 def quantize_weights(path: Path, exact: Sequence[str] = ()) -> None:
     """Make the constant factors of matrix products and the embeddings int8, in place; checked.
 
-    What lies in the parts `exact` of the module stays as it is. A matrix has one scale per column; stacks of matrices
-    stay as they are, for ONNX Runtime 1.31 quantizes them and then fails to run them. Activations are quantized as they
-    come, by ONNX Runtime; TensorRT reads no such model.
+    The parts `exact` of the module keep their type. A matrix has one scale per column. Stacks of matrices are not
+    quantized, for ONNX Runtime 1.31 fails to run them afterwards. Activations are quantized at run time, by ONNX
+    Runtime; TensorRT does not read such a model.
     """
     onnx = require("onnx", extra="export")
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -157,13 +157,13 @@ def quantize_weights(path: Path, exact: Sequence[str] = ()) -> None:
 
 
 def lies_in(node: "onnx.NodeProto", parts: Sequence[str]) -> bool:
-    """Whether the exporter noted that the node comes from one of these parts of the module."""
+    """Whether the node comes from one of these parts of the module, by the exporter's metadata."""
     scopes = "".join(entry.value for entry in node.metadata_props if entry.key == NAME_SCOPES)
     return any(f"'{part}'" in scopes for part in parts)
 
 
 def weights_bytes(model: "onnx.ModelProto") -> int:
-    """Of all initializers that lie in the model itself."""
+    """The bytes of all initializers inside the model file."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
@@ -180,9 +180,9 @@ def check_onnx(path: Path) -> None:
 
 
 def _translations() -> dict[Any, Any]:
-    """How the traced cells of training/layers/rnn.py become ONNX LSTM and GRU, and softplus one operator.
+    """Translations of the traced cells of training/layers/rnn.py to ONNX LSTM and GRU, and of softplus to one operator.
 
-    The exporter keeps torch's threshold of softplus by three operators; that of ONNX needs none to be right.
+    The exporter keeps torch's threshold of softplus by three operators; ONNX's Softplus is exact without one.
     """
     import torch
     from onnxscript import opset20

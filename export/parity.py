@@ -1,4 +1,4 @@
-"""Parity: does the converted model say what the original says, in numbers, in decisions and over time?"""
+"""Parity: a converted model against its original, in numbers, in decisions and over time."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +17,7 @@ Checks = dict[str, Check]
 
 
 def check_parity(candidate: Runtime, source: Source, precision: str) -> Checks:
-    """Every check of a candidate against its original; the worst of each over all sizes, real inputs and a rollout."""
+    """Every check of a candidate against its original; the worst result over all sizes, real inputs and a rollout."""
     tolerance = source.spec.parity.tolerance[precision]
     rng = np.random.default_rng(0)
     checks: Checks = {}
@@ -61,7 +61,7 @@ def compare(source: Source, got: Tensors, want: Tensors, tolerance: Tolerance) -
     checks = {
         f"difference_{name}": Check(value=_in_tolerances(got[name], want[name], tolerance), limit=1.0)
         for name in want
-        if name in got  # a server keeps the state to itself
+        if name in got  # a server does not return the state
     }
     return {**checks, **source.spec.parity.agreement(printed, want, tolerance)}
 
@@ -69,7 +69,7 @@ def compare(source: Source, got: Tensors, want: Tensors, tolerance: Tolerance) -
 def rollout(candidate: Runtime, source: Source, rng: np.random.Generator) -> tuple[Tensors, Tensors]:
     """(candidate step by step, original in one piece) over ROLLOUT_STEPS with one row reset half-way.
 
-    Visible outputs [batch, ROLLOUT_STEPS, ...]. The reset row must say from there on what a fresh one says.
+    Visible outputs [batch, ROLLOUT_STEPS, ...]. From the reset on, the row must equal a new one.
     """
     half, row = ROLLOUT_STEPS // 2, 1
     inputs = source.draw_inputs(rng, {"batch": ROLLOUT_BATCH, "time": ROLLOUT_STEPS})
@@ -94,7 +94,7 @@ def _joined(batches: list[Tensors]) -> Tensors:
 
 
 def _in_tolerances(got: np.ndarray, want: np.ndarray, tolerance: Tolerance) -> float:
-    """The largest |got - want| over what is allowed there: 1 is the limit. NaN if either side holds one."""
+    """The largest |got - want| in units of the tolerance; 1 is the limit. NaN if either side holds one."""
     if got.shape != want.shape:
         return float("inf")
     wanted = want.astype(np.float64)
@@ -107,6 +107,6 @@ def _keep_worst(checks: Checks, new: Checks) -> None:
         old = checks.get(name)
         if old is None:
             checks[name] = check
-        elif old.passed:  # a failure stays: NaN would win or lose no comparison
+        elif old.passed:  # a failure stays: every comparison with NaN is false
             worse = check.value < old.value if check.at_least else check.value > old.value
             checks[name] = check if worse or not check.passed else old

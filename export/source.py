@@ -1,4 +1,4 @@
-"""Source: a restored model, traced lazily and once in each form; what every converted model is held against."""
+"""Source: a restored model, traced lazily and once in each form; every converted model is compared with it."""
 
 import copy
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ OPERATOR = Form(kind="operator")
 
 
 class Source:
-    """The original: a checkpoint of a model, ready to answer and to be traced."""
+    """The original: a checkpoint of a model, which can be run and traced."""
 
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, texts: CalibrationTexts | None = None) -> None:
         self.spec = spec
@@ -38,7 +38,7 @@ class Source:
 
     @cached_property
     def module(self) -> "torch.nn.Module":
-        """What is exported, in float32, frozen for good: a trace of trainable parameters fails inside operators."""
+        """The module to export, in float32 without gradients: traces of trainable parameters fail in operators."""
         return self.spec.interface.wrap(restore(self.checkpoint, self.spec)).requires_grad_(False)
 
     @cached_property
@@ -47,7 +47,7 @@ class Source:
 
     @cached_property
     def language_model(self) -> "LanguageModel":
-        """The decoder inside the module; `NotADecoder` where this checkpoint has none."""
+        """The decoder inside the module; `NotADecoder` if this checkpoint has none."""
         if self.spec.export.language_model is None:
             raise NotADecoder(f"{self.spec.name}: not a decoder language model")
         return self.spec.export.language_model(self.config, self.module, self.sample_inputs)
@@ -57,7 +57,7 @@ class Source:
         return self.spec.parity.draw_inputs(self.config, rng, sizes, self.sample_inputs)
 
     def answer(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        """What eager torch says to these inputs, state at zero; state outputs included."""
+        """The outputs of eager torch for these inputs, state at zero; state outputs included."""
         import torch
 
         batch = len(inputs[self.signature.free_inputs[0].name])
@@ -68,7 +68,7 @@ class Source:
         return {tensor.name: value.numpy() for tensor, value in zip(self.signature.outputs, outputs, strict=True)}
 
     def sequence(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
-        """What eager torch says to whole sequences, state at zero; visible outputs."""
+        """The visible outputs of eager torch for whole sequences, state at zero."""
         import torch
 
         if self.spec.parity.sequence is None:
@@ -78,7 +78,7 @@ class Source:
             return self.spec.parity.sequence(self.module, dict(inputs))
 
     def program(self, form: Form, precision: str, fixed: Mapping[str, int] | None = None) -> "ExportedProgram":
-        """The traced module in this precision; every axis is dynamic but those `fixed` to a size. Not to be changed.
+        """The traced module in this precision, with every axis dynamic but those `fixed` to a size; not to be changed.
 
         A module without a recurrence has one program for all forms.
         """
@@ -90,12 +90,12 @@ class Source:
         return self._programs.setdefault((form if heeded else None, *rest), program)
 
     def example(self, fixed: Mapping[str, int]) -> Tensors:
-        """Complete inputs at the opt sizes, but for those `fixed`; drawn alike every time."""
+        """Complete inputs at the opt sizes, but for those `fixed`; the same in every call."""
         sizes = {**self.signature.sizes("opt"), **fixed}
         return {**self.draw_inputs(np.random.default_rng(0), sizes), **self.signature.zero_state(sizes["batch"])}
 
     def _trace(self, form: Form, precision: str, fixed: Mapping[str, int]) -> tuple["ExportedProgram", bool]:
-        """The program, and whether the form made a difference to it."""
+        """The program, and whether it depends on the form."""
         import torch
 
         free = [axis for axis in self.signature.axes if axis.name not in fixed]
@@ -106,7 +106,7 @@ class Source:
         module = cast(self.module, precision)
         positional, variadic = _parameters(module)
         variadic = variadic and len(shapes) > positional
-        torch._dynamo.reset()  # a recurrence that was traced before brings its guards along, wrong for another dtype
+        torch._dynamo.reset()  # guards of an earlier trace of a recurrence are wrong for another dtype
         with torch.no_grad(), scan_form(form) as heed:
             program = torch.export.export(
                 module,
@@ -123,7 +123,7 @@ class Source:
 
 
 class LastSource:
-    """The original that was asked for last: the cells of a model share what was traced, and no two models are held."""
+    """The source that was used last: the cells of a model share its traces, and memory holds one model at a time."""
 
     def __init__(self) -> None:
         self._last: Source | None = None
@@ -133,7 +133,7 @@ class LastSource:
         last = self._last
         if last and (last.spec, last.checkpoint.digest, last.texts) == (spec, checkpoint.digest, texts):
             return last
-        last = self._last = None  # two originals may be more than there is memory for
+        last = self._last = None  # two originals may not fit in memory
         self._last = Source(spec, checkpoint, texts)
         return self._last
 

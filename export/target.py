@@ -11,14 +11,15 @@ from training.spec import ModelSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Built:
-    """What a conversion has to say about the files it wrote.
+    """The properties of the files that a conversion wrote.
 
-    built_with  what the bytes depend on besides library versions, such as the opset or the builder
-    device      where the artifact is to be run and proved
-    not_run_reason  the reason why this machine cannot run it, or None
-    served      whether Triton has a backend for these files
-    proxy_engine    the engine that runs what the artifact was built from, or holds; used where the artifact is idle
-    checks      what was measured of the files themselves, such as their size; a failed one ends the cell
+    built_with      settings that the bytes depend on besides library versions, such as the opset or the builder
+    device          the device on which the artifact is run and verified
+    not_run_reason  why this machine cannot run it, or None
+    served          whether Triton has a backend for these files
+    proxy_engine    the engine that is compared where this machine cannot run the artifact: it runs the model from which
+                    the artifact was built, or the same weights
+    checks          checks of the files themselves, such as their size; a failed one ends the cell
     """
 
     built_with: dict[str, str]
@@ -33,13 +34,13 @@ class Built:
 class Target:
     """One way of converting a model.
 
-    runtime     the engine that opens the artifact
-    precisions  what can be asked for, the default first
-    packages    the libraries whose versions the bytes depend on
-    convert     writes the artifact's files for (source, precision) into an empty folder
-    refuse      the reason why a model cannot be converted, or None
-    reads_texts whether the bytes depend on the texts that language models are quantized on
-    ensemble_rank   a model's ensemble goes through its target of the lowest rank
+    runtime        the engine that opens the artifact
+    precisions     the precisions it has, the default first
+    packages       the libraries whose versions the bytes depend on
+    convert        writes the artifact's files for (source, precision) into an empty folder
+    refuse         why a model cannot be converted, or None
+    reads_texts    whether the bytes depend on the texts that language models are quantized on
+    ensemble_rank  the ensemble of a model goes through its target of the lowest rank
     """
 
     name: str

@@ -1,23 +1,30 @@
-"""Check a published repository without a server: digests, configs, proofs: python -m export.verify"""
+"""Check a published repository without a server: digests, configs, parity: python -m export.verify"""
 
 import json
 import sys
-from pathlib import Path
 
 from export.triton.lint import lint
 from runtimes.artifact import Artifact
 from runtimes.errors import SlipwayError
-from runtimes.host.cli import command, existing_folder, parser, table
+from runtimes.host.cli import (
+    command,
+    existing_folder,
+    json_argument,
+    mounted_at_argument,
+    parser,
+    repository_argument,
+    table,
+)
 from runtimes.repository import published
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print every artifact with what was proved of it, and every problem; status 1 if there is one."""
+    """Print every artifact, whether its parity was verified, and every problem; status 1 if there is one."""
     result = parser("export.verify", __doc__.partition(":")[0] + ".", "", "--repository model_repository --json")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it")
-    result.add_argument("--json", action="store_true", help="print JSON only")
+    repository_argument(result)
+    mounted_at_argument(result)
+    json_argument(result)
     arguments = result.parse_args(argv)
     repository = existing_folder(arguments.repository, "published artifacts")
 
@@ -34,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps({"artifacts": rows, "problems": problems}))
     else:
-        print(table(["artifact", "proved", "note"], [[str(value) for value in row.values()] for row in rows]))
+        print(table(["artifact", "verified", "note"], [[str(value) for value in row.values()] for row in rows]))
         for problem in problems:
             print(f"problem: {problem}")
     return int(bool(problems))

@@ -1,13 +1,12 @@
-"""The plain encoder as optimum-onnx exports it, as an artifact beside ours: a row of every later benchmark of it.
+"""Publish the plain encoder as optimum-onnx exports it, for comparison: python -m benchmarks.peers_cpu.optimum_encoder
 
     make peer-optimum
-    python -m runtimes.bench --model strategy_encoder
+    python -m runtimes.bench strategy_encoder
 
-What optimum wrote is proved against the checkpoint in its own environment, as ours is. It is published where no Triton
-serves it.
+The export of optimum is verified against the checkpoint in its own environment, with the parity checks of every
+artifact. It is published in a folder that no Triton serves.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,8 @@ from export.triton.repository import drafting, publish
 from runtimes.artifact import Artifact, Facts, digests, sha256_json
 from runtimes.bench.measure import CHECKOUT, interpreter
 from runtimes.engines.optimum import MODEL_FOLDER
-from runtimes.errors import EngineError, SlipwayError
+from runtimes.errors import EngineError
+from runtimes.host.cli import command, parser, repository_argument
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint
@@ -51,9 +51,9 @@ PACKAGES = ("optimum", "optimum-onnx", "onnxruntime", "transformers", "torch")
 
 
 class RightPadded(Source):
-    """The original, asked with padding at the end alone, as a tokenizer makes it.
+    """The original, with inputs that are padded at the end only, as by a tokenizer.
 
-    Positions are counted otherwise by Hugging Face's own encoders where padding stands between tokens.
+    Hugging Face's own encoders count positions differently where padding is between tokens.
     """
 
     def draw_inputs(self, rng: np.random.Generator, sizes: Mapping[str, int]) -> Tensors:
@@ -65,14 +65,14 @@ class RightPadded(Source):
 
 
 def right_padded(ids: np.ndarray, pad: int) -> np.ndarray:
-    """The same tokens in each row, with the padding behind them."""
+    """The same tokens in each row, followed by the padding."""
     return np.take_along_axis(ids, np.argsort(ids == pad, axis=1, kind="stable"), axis=1)
 
 
-class Elsewhere(Runtime):
+class OtherEnvironment(Runtime):
     """Runs an artifact in the environment of its engine, one process for all calls."""
 
-    engine = "elsewhere"
+    engine = "other environment"
     provider = "another environment"
 
     def open(self) -> None:
@@ -86,7 +86,7 @@ class Elsewhere(Runtime):
         np.savez(self.scratch, **inputs)  # type: ignore[arg-type]
         print(self.scratch, file=self.process.stdin, flush=True)
         if not self.process.stdout.readline():
-            raise EngineError(f"expected an answer of {self.artifact.runtime}, found none; its words are above")
+            raise EngineError(f"expected an answer of {self.artifact.runtime}, found none; its output is above")
         return dict(np.load(self.scratch))
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ def plain_encoder(source: Source) -> Iterator[Path]:
 
 
 def make(source: Source, repository: Path) -> Path:
-    """The published artifact: exported by optimum, proved against the checkpoint."""
+    """The published artifact: exported by optimum, verified against the checkpoint."""
     python = interpreter("optimum")
     found = subprocess.run([python, "-c", VERSIONS % (PACKAGES,)], capture_output=True, text=True, check=True).stdout
     with drafting(repository) as draft:
@@ -115,7 +115,7 @@ def make(source: Source, repository: Path) -> Path:
             (draft / "assets" / path.name).write_bytes(path.read_bytes())
         artifact = described(source, draft, dict(line.split() for line in found.splitlines()))
         artifact.save(draft)
-        with Elsewhere(draft, artifact) as candidate:
+        with OtherEnvironment(draft, artifact) as candidate:
             checks = parity.check_parity(candidate, source, "fp32")
         parity.require_passed(checks)
         proved = Facts(built=True, deserialized=True, ran=True, compared=True)
@@ -142,18 +142,25 @@ def described(source: Source, draft: Path, versions: dict[str, str]) -> Artifact
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/strategy"))
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
-    given: Any = parser.parse_args()
-    try:
-        source = RightPadded(find_spec(MODEL), Checkpoint.load(given.checkpoint))
-        print(make(source, given.repository))
-    except SlipwayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print the folder of the artifact."""
+    arguments = _parser().parse_args(argv)
+    print(make(RightPadded(find_spec(MODEL), Checkpoint.load(arguments.checkpoint)), arguments.repository))
     return 0
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.peers_cpu.optimum_encoder",
+        __doc__.partition(": python")[0] + ".",
+        "",
+        "--checkpoint checkpoints/strategy",
+    )
+    result.add_argument("--checkpoint", type=Path, default=Path("checkpoints/strategy"),
+                        help="folder of the checkpoint (default: %(default)s)")  # fmt: skip
+    repository_argument(result)
+    return result
 
 
 if __name__ == "__main__":

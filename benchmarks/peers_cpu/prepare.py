@@ -1,6 +1,5 @@
-"""What everybody embeds, and with what: `python benchmarks/peers_cpu/prepare.py --base FOLDER --out peers`."""
+"""Make the texts and the embedder of the comparison with peers: python -m benchmarks.peers_cpu.prepare"""
 
-import argparse
 import ast
 import json
 import random
@@ -9,14 +8,16 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
-from variants import ROOT
+from benchmarks.peers_cpu.variants import ROOT
+from runtimes.host.cli import command, parser
 
 ANSWERED, HELD_BACK = 512, 1112
 
 
 def prepare(base: Path, out: Path) -> None:
-    """`out` holds the texts, and the embedder twice: as Slipway's checkpoint and as a sentence-transformers folder."""
+    """`out` has the texts, and the embedder as Slipway's checkpoint and as a sentence-transformers folder."""
     out.mkdir(parents=True, exist_ok=True)
     texts = sentences()
     parts = {"answer": texts[:ANSWERED], "calibrate": texts[ANSWERED:HELD_BACK]}
@@ -34,8 +35,7 @@ def prepare(base: Path, out: Path) -> None:
 
 
 def save_sentence_transformers(checkpoint: Path, base: Path, out: Path) -> None:
-    """The checkpoint, its adapters merged, as sentence-transformers reads it: encoder, mean, Dense, norm."""
-    sys.path.insert(0, str(ROOT))
+    """Write the checkpoint with merged adapters for sentence-transformers: encoder, mean, Dense, norm."""
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
@@ -67,7 +67,7 @@ def save_sentence_transformers(checkpoint: Path, base: Path, out: Path) -> None:
 
 
 def sentences() -> list[str]:
-    """Sentences and paragraphs of the standard library's docstrings, in an order that is always the same."""
+    """Sentences and paragraphs of the standard library's docstrings, in a fixed order."""
     found = set()
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted([*root.glob("*.py"), *root.glob("[!_]*/*.py")]):
@@ -85,13 +85,25 @@ def sentences() -> list[str]:
     return texts[:HELD_BACK]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--base", type=Path, required=True, help="folder of a BERT-like encoder, such as MiniLM")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    prepare(given.base.resolve(), given.out.resolve())
+@command
+def main(argv: list[str] | None = None) -> int:
+    """The folder of --out holds everything that benchmarks.peers_cpu.run needs but the artifacts."""
+    arguments = _parser().parse_args(argv)
+    prepare(arguments.base.resolve(), arguments.out.resolve())
+    return 0
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.peers_cpu.prepare",
+        __doc__.partition(": python")[0] + ".",
+        "--base bases/minilm --out peers",
+        "--base bases/base --out peers_base",
+    )
+    result.add_argument("--base", type=Path, required=True, help="folder of a BERT-like encoder, such as MiniLM")
+    result.add_argument("--out", type=Path, required=True, help="folder to make")
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

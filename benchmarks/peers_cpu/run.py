@@ -1,16 +1,15 @@
-"""What a user would pick instead, beside Slipway's artifacts: one sentence embedder, one text, one interleaved run.
+"""Compare a sentence embedder in other libraries with Slipway's artifacts: python -m benchmarks.peers_cpu.run FOLDER
 
-    python benchmarks/peers_cpu/prepare.py --base FOLDER --out peers
-    python -m export.all --target onnx --target openvino --model statements --precision fp32 --precision int8 \\
+    python -m benchmarks.peers_cpu.prepare --base FOLDER --out peers
+    python -m export.all statements --target onnx,openvino --precision fp32,int8 \\
       --checkpoints peers/checkpoints --repository peers/model_repository
-    python benchmarks/peers_cpu/run.py peers --json peers.json
+    python -m benchmarks.peers_cpu.run peers --json peers.json
 
-`make peers` makes the environments of the peers; those that are not there are left out, and said to be. Every variant
-is one process that lives through the whole run; they take turns within each repeat. Times are end to end, from text to
-unit vectors: 48 texts one by one (b1), and 256 texts in batches of 32 of about the same length (b32).
+`make peers` makes the environments of the peers; variants without their environment are left out and listed. Every
+variant is one process for the whole run; within each repeat they alternate. Times are end to end, from text to unit
+vectors: 48 texts at batch 1 (b1), and 256 texts in batches of 32 of about the same length (b32).
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from variants import ROOT, SINGLE, SORTED, VARIANTS
+
+from benchmarks.peers_cpu.variants import ROOT, SINGLE, SORTED, VARIANTS
+from runtimes.host.cli import command, parser
 
 BASE = next(iter(VARIANTS))
 NEIGHBOURS = 10
@@ -46,7 +47,7 @@ class Process:
         )
 
     def ask(self, task: str) -> float | None:
-        """Seconds the task took, or None if the process has died."""
+        """Seconds of the task, or None if the process has died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -63,7 +64,7 @@ class Process:
 
 
 def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each variant that could be run: sentences a second, times as fast as the first, fidelity."""
+    """One row for each variant that could be run: sentences a second, as a multiple of the first, and fidelity."""
     alive: list[Process] = []
     seconds: dict[str, dict[str, list[float]]] = {}
     vectors: dict[str, np.ndarray] = {}
@@ -118,21 +119,33 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="what prepare.py made, with the repository in it")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    folder = given.folder.resolve()
-    rows = run(folder, folder / "model_repository", given.threads, given.repeats)
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print one table; with --json keep its rows."""
+    arguments = _parser().parse_args(argv)
+    folder = arguments.folder.resolve()
+    rows = run(folder, folder / "model_repository", arguments.threads, arguments.repeats)
     print(as_table(rows))
-    for left in sorted({each.venv for each in VARIANTS.values() if not (ROOT / each.venv).is_dir()}):
-        print(f"left out, for there is no {left}: make peers")
-    if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for missing in sorted({each.venv for each in VARIANTS.values() if not (ROOT / each.venv).is_dir()}):
+        print(f"left out: the variants of {missing}; make it with: make peers")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.peers_cpu.run",
+        __doc__.partition(": python")[0] + ".",
+        "peers",
+        "peers --json peers.json",
+    )
+    result.add_argument("folder", type=Path, help="folder of benchmarks.peers_cpu.prepare, with the repository in it")
+    result.add_argument("--threads", type=int, default=2, help="threads of each variant (default: %(default)s)")
+    result.add_argument("--repeats", type=int, default=5, help="repeats of each task (default: %(default)s)")
+    result.add_argument("--json", type=Path, help="keep the rows in this file (default: none)")
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,10 @@
-"""The ways of running one sentence embedder, and the process that runs one of them: `variants.py FOLDER NAME THREADS`.
+"""The variants of one sentence embedder, and the process of one variant: variants.py FOLDER NAME THREADS
 
-Each starts as a function from texts, at most 32 of about one length, to unit vectors. Only what a variant needs is
-imported: its environment has nothing else.
+Each is a function from texts, at most 32 of about the same length, to unit vectors. A variant imports only the packages
+of its environment.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -54,7 +55,7 @@ def raw_torch(folder: Path, threads: int, dynamic: bool = False) -> Embed:
 
 
 def onnx_runtime(folder: Path, threads: int, int8: bool = False) -> Embed:
-    """A careful user's own loop: eager attention, dynamo export, and quantize_dynamic for int8."""
+    """A loop of one's own: eager attention, dynamo export, and quantize_dynamic for int8."""
     import onnxruntime
 
     path = _exported(folder)
@@ -75,7 +76,7 @@ def onnx_runtime(folder: Path, threads: int, int8: bool = False) -> Embed:
 
 
 def openvino(folder: Path, threads: int, int8: str = "") -> Embed:
-    """A careful user's own loop, with nncf's int8 of weights or, calibrated on 300 texts, of everything."""
+    """A loop of one's own, with nncf's int8 of weights or, calibrated on 300 texts, of weights and activations."""
     import openvino as ov
 
     tokens, core = _tokens(folder), ov.Core()
@@ -162,7 +163,7 @@ def slipway(folder: Path, threads: int, artifact: str = "") -> Embed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Variant:
-    """A way of running the embedder, and the environment that has its libraries."""
+    """One variant, and the environment that has its libraries."""
 
     venv: str
     start: Callable[[Path, int], Embed]
@@ -279,7 +280,7 @@ def _exported(folder: Path) -> Path:
 def work(folder: Path, name: str, threads: int) -> None:
     """Answer "b1", "b32" and "embed FILE" on stdin, one JSON line each."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is not an answer
+    os.dup2(2, 1)  # the output of libraries is not an answer
     texts = json.loads((folder / "texts.json").read_text())["answer"]
     embed = VARIANTS[name].start(folder, threads)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -301,5 +302,15 @@ def batches(order: Sequence[int]) -> Iterator[Sequence[int]]:
     yield from (order[start : start + BATCH] for start in range(0, len(order), BATCH))
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Serve the variant that the command line names, until standard input ends."""
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("folder", type=Path, help="folder of benchmarks.peers_cpu.prepare")
+    result.add_argument("name", choices=VARIANTS, help="name of the variant")
+    result.add_argument("threads", type=int, help="threads of the variant")
+    arguments = result.parse_args(argv)
+    work(arguments.folder, arguments.name, arguments.threads)
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main()

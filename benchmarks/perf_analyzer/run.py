@@ -1,14 +1,14 @@
-"""Does runtimes.bench see what NVIDIA's perf_analyzer sees? One server, the same load, the two clients in turns.
+"""Compare runtimes.bench with NVIDIA's perf_analyzer on one server: python -m benchmarks.perf_analyzer.run
 
     make perf-analyzer triton
-    python -m export.all --target onnx --model strategy_encoder
-    PYTHONPATH=. python benchmarks/perf_analyzer/run.py --model strategy_encoder --lanes 1 --lanes 2 --lanes 4
+    python -m export.all strategy_encoder --target onnx
+    python -m benchmarks.perf_analyzer.run strategy_encoder --concurrency 1 --concurrency 2 --concurrency 4
 
-Both send the same request over gRPC, keep as many in flight, and report the median of the client's latency. Every round
-asks each of them once, in a random order; a row gives the median over the rounds and the ratio within a round.
+Both clients send the same request over gRPC, keep the same number in flight, and report the median of their latency.
+Every round runs each client once, in a random order; a row gives the median over the rounds and the ratio within a
+round.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -26,12 +26,13 @@ from runtimes.bench import wire
 from runtimes.bench.measure import Worker
 from runtimes.bench.plan import request_sizes
 from runtimes.bench.worker import example_inputs
-from runtimes.errors import EngineError, SlipwayError
+from runtimes.errors import EngineError
+from runtimes.host.cli import command, hidden_alias, models_argument, parser, repository_argument
 from runtimes.repository import find
 from runtimes.runtime import open_runtime
 from runtimes.triton.server import TritonServer, find_bundle
 
-HOME = Path(__file__).parents[2] / ".perf_analyzer"
+PEER_ROOT = Path(__file__).parents[2] / ".perf_analyzer"
 WINDOWS = 3  # perf_analyzer reports its last three
 AGREE = 0.15
 
@@ -44,31 +45,38 @@ def input_data(root: Path, path: Path) -> None:
     path.write_text(json.dumps({"data": [tensors]}))
 
 
-def peer_median_s(model: str, url: str, lanes: int, seconds: float, data: Path) -> float:
+def peer_median_s(model: str, url: str, concurrency: int, seconds: float, data: Path) -> float:
     """The median latency that perf_analyzer reports."""
     table = data.with_suffix(".csv")
-    libraries = os.pathsep.join((str(HOME), str(find_bundle().site / "nvidia_pytriton.libs")))
-    command = [HOME / "perf_analyzer", "-m", model, "-i", "grpc", "-u", url, "-b", "1", "-f", table]
-    command += ["--input-data", data, "--concurrency-range", f"{lanes}:{lanes}", "--stability-percentage", "999"]
-    command += ["--measurement-interval", f"{seconds * 1e3:.0f}", "--max-trials", str(WINDOWS)]
-    asked = subprocess.run(
-        command, env={**os.environ, "LD_LIBRARY_PATH": libraries}, capture_output=True, text=True, check=False
+    libraries = os.pathsep.join((str(PEER_ROOT), str(find_bundle().site / "nvidia_pytriton.libs")))
+    arguments = [PEER_ROOT / "perf_analyzer", "-m", model, "-i", "grpc", "-u", url, "-b", "1", "-f", table]
+    arguments += [
+        "--input-data",
+        data,
+        "--concurrency-range",
+        f"{concurrency}:{concurrency}",
+        "--stability-percentage",
+        "999",
+    ]
+    arguments += ["--measurement-interval", f"{seconds * 1e3:.0f}", "--max-trials", str(WINDOWS)]
+    ended = subprocess.run(
+        arguments, env={**os.environ, "LD_LIBRARY_PATH": libraries}, capture_output=True, text=True, check=False
     )
-    if asked.returncode:
-        raise EngineError(f"perf_analyzer: expected status 0, found {asked.returncode}: {asked.stderr[-300:]}")
+    if ended.returncode:
+        raise EngineError(f"perf_analyzer: expected status 0, found {ended.returncode}: {ended.stderr[-300:]}")
     with table.open() as lines:
         (found,) = csv.DictReader(lines)
     return float(found["p50 latency"]) * 1e-6
 
 
-def own_median_s(worker: Worker, lanes: int, seconds: float) -> float:
+def own_median_s(worker: Worker, concurrency: int, seconds: float) -> float:
     """The median latency over as many windows of the same length."""
-    load = wire.concurrent(lanes, seconds)
+    load = wire.concurrent(concurrency, seconds)
     windows = [worker.window(load) for _ in range(WINDOWS)]
     return float(np.median([sample for window in windows for sample in window.samples_s]))
 
 
-def rows(model: str, repository: Path, lanes: list[int], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
+def rows(model: str, repository: Path, concurrency: list[int], rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
     """One row for each number in flight."""
     root = find(repository, f"{model}_onnx")
     name, rng = Artifact.load(root).name, np.random.default_rng(0)
@@ -78,7 +86,7 @@ def rows(model: str, repository: Path, lanes: list[int], rounds: int, seconds: f
         worker = Worker(root, {"engine": "triton", "url": server.grpc_url})
         try:
             worker.prepare(request_sizes(Artifact.load(root)))
-            for count in lanes:
+            for count in concurrency:
                 own, peer = np.empty(rounds), np.empty(rounds)
                 own_median_s(worker, count, seconds)  # a warm-up at this many in flight
                 for i in range(rounds):
@@ -100,30 +108,39 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join([*cells, f'{ratio:.2f}', verdict])} |"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", required=True)
-    parser.add_argument("--lanes", type=int, action="append", required=True)
-    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--json", type=Path, help="keep the medians of every round in this file")
-    given = parser.parse_args()
-    found = []
+@command
+def main(argv: list[str] | None = None) -> int:
+    """Print a line for each model and number in flight; with --json keep the medians of every round."""
+    arguments = _parser().parse_args(argv)
     print("| model | in flight | perf_analyzer p50 ms | runtimes.bench p50 ms | ratio | within 15 % |")
     print("|---|--:|--:|--:|--:|---|")
-    try:
-        for model in given.model:
-            for row in rows(model, given.repository, given.lanes, given.rounds, given.seconds):
-                print(line(row), flush=True)
-                found.append(row)
-    except SlipwayError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1) + "\n")
+    found = []
+    for model in arguments.models:
+        for row in rows(model, arguments.repository, arguments.concurrency, arguments.rounds, arguments.seconds):
+            print(line(row), flush=True)
+            found.append(row)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nload {os.getloadavg()[0]:.1f}")
     return 0
+
+
+def _parser() -> Any:
+    result = parser(
+        "benchmarks.perf_analyzer.run",
+        __doc__.partition(": python")[0] + ".",
+        "strategy_encoder --concurrency 1",
+        "strategy_encoder --concurrency 1 --concurrency 4 --rounds 13 --seconds 0.3 --json medians.json",
+    )
+    models_argument(result, "the published models", least=1)
+    repository_argument(result)
+    result.add_argument("--concurrency", type=int, action="append", required=True,
+                        help="requests in flight; repeat for several")  # fmt: skip
+    result.add_argument("--rounds", type=int, default=7, help="rounds of each client (default: %(default)s)")
+    result.add_argument("--seconds", type=float, default=1.0, help="length of a window (default: %(default)s)")
+    result.add_argument("--json", type=Path, help="keep the medians of every round in this file (default: none)")
+    hidden_alias(result, "--lanes", "--concurrency")
+    return result
 
 
 if __name__ == "__main__":

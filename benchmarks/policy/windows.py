@@ -1,4 +1,4 @@
-"""What windows cost in memory and in time: cut from the table, or all copied beforehand."""
+"""Measure windows of frames, cut from the table or all copied beforehand: python -m benchmarks.policy.windows"""
 
 import argparse
 import json
@@ -46,43 +46,43 @@ def main(argv: list[str] | None = None) -> int:
 def _options(argv: list[str] | None) -> argparse.Namespace:
     summary = (
         "Builds a table of random frames and reads shuffled batches of windows from it. Lazy and eager each have a "
-        "process of their own and take turns. Resident memory counts from after the imports and a first small batch; "
-        "peak includes the building. A rate is one over the median time of a batch. The eager cases need as much "
-        "memory as all windows together: 14 GB at the defaults."
+        "process of their own, and their rounds alternate. Resident memory is what a process gains after the imports "
+        "and a first small batch; peak includes the building. A rate is one over the median time of a batch. The eager "
+        "cases need as much memory as all windows together: 14 GB at the defaults."
     )
     arguments = parser(MODULE, summary, "", "--frames 38000 --json")
-    arguments.add_argument("--frames", type=int, default=380_000)
-    arguments.add_argument("--window", type=int, default=30, help="frames in a window")
-    arguments.add_argument("--batch", type=int, default=256, help="windows in a batch")
-    arguments.add_argument("--batches", type=int, default=50, help="batches in a round")
-    arguments.add_argument("--rounds", type=int, default=12, help="turns of each case")
-    arguments.add_argument("--json", action="store_true", help="print only JSON, with every sample")
+    arguments.add_argument("--frames", type=int, default=380_000, help="frames of the table (default: %(default)s)")
+    arguments.add_argument("--window", type=int, default=30, help="frames in a window (default: %(default)s)")
+    arguments.add_argument("--batch", type=int, default=256, help="windows in a batch (default: %(default)s)")
+    arguments.add_argument("--batches", type=int, default=50, help="batches in a round (default: %(default)s)")
+    arguments.add_argument("--rounds", type=int, default=12, help="rounds of each case (default: %(default)s)")
+    arguments.add_argument("--json", action="store_true", help="print JSON only, with every sample")
     arguments.add_argument("--child", nargs=2, metavar=("MODE", "DTYPE"), help=argparse.SUPPRESS)
     return arguments.parse_args(argv)
 
 
 def _compare(options: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
-    """One row per mode; the modes take turns, so that a slow moment of the machine falls on both."""
+    """One row for each mode; their rounds alternate, so that noise of the machine affects both."""
     with ExitStack() as stack:
         children = {mode: stack.enter_context(_child(options, mode, dtype)) for mode in MODES}
-        turns = [(mode, _turn(child)) for _ in range(options.rounds) for mode, child in children.items()]
-    return [_summary(mode, dtype, [result for name, result in turns if name == mode]) for mode in MODES]
+        results = [(mode, _round(child)) for _ in range(options.rounds) for mode, child in children.items()]
+    return [_summary(mode, dtype, [result for name, result in results if name == mode]) for mode in MODES]
 
 
 @contextmanager
 def _child(options: argparse.Namespace, mode: str, dtype: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that measures one round for each line it is sent, once it is ready."""
+    """A process that measures one round for each line on its standard input."""
     settings = [f"--{name}={getattr(options, name)}" for name in SETTINGS]
     arguments = [sys.executable, "-m", MODULE, *settings, "--child", mode, dtype]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
-            _turn(child)  # the first round waits for the building and is not counted
+            _round(child)  # the first round waits for the building and is not counted
             yield child
         finally:
             child.kill()
 
 
-def _turn(child: subprocess.Popen[str]) -> dict[str, Any]:
+def _round(child: subprocess.Popen[str]) -> dict[str, Any]:
     assert child.stdin
     assert child.stdout
     try:
@@ -101,9 +101,9 @@ def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
     frames = FrameTable.from_games(_random_games(options.frames), getattr(torch, dtype))
     dataset = WindowDataset(Windows(frames, options.window, mode=mode))
     latency_s, resident = [], 0
-    for turn, _ in enumerate(sys.stdin):
+    for done, _ in enumerate(sys.stdin):
         for i in range(options.batches):
-            samples = (np.arange(options.batch) + (turn * options.batches + i) * options.batch) % len(dataset)
+            samples = (np.arange(options.batch) + (done * options.batches + i) * options.batch) % len(dataset)
             start = time.perf_counter()
             batch = dataset.__getitems__(samples)
             latency_s.append(time.perf_counter() - start)
@@ -114,7 +114,7 @@ def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
 
 
 def _warm_up(mode: Any, dtype: str) -> None:
-    """Code and arenas that the first batch of a process touches are in memory, and not on the windows' account."""
+    """Load the code and memory that the first batch of a process needs, so that no round includes them."""
     frames = FrameTable.from_games(_random_games(64), getattr(torch, dtype))
     WindowDataset(Windows(frames, 8, mode=mode)).__getitems__(range(32))
 
@@ -139,16 +139,16 @@ def _peak_bytes() -> int:
     return int(kilobytes) * 1024
 
 
-def _summary(mode: str, dtype: str, turns: list[dict[str, Any]]) -> dict[str, Any]:
-    samples_s = [turn["latency_s"] for turn in turns]
+def _summary(mode: str, dtype: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    samples_s = [each["latency_s"] for each in rounds]
     p50_s = statistics.median(sample for samples in samples_s for sample in samples)
     return {
         "mode": mode,
         "dtype": dtype,
-        "table_bytes": turns[-1]["table_bytes"],
-        "batch_bytes": turns[-1]["batch_bytes"],
-        "resident_bytes": turns[-1]["resident_bytes"],
-        "peak_bytes": turns[-1]["peak_bytes"],
+        "table_bytes": rounds[-1]["table_bytes"],
+        "batch_bytes": rounds[-1]["batch_bytes"],
+        "resident_bytes": rounds[-1]["resident_bytes"],
+        "peak_bytes": rounds[-1]["peak_bytes"],
         "p50_s": p50_s,
         "batches_per_s": 1 / p50_s,
         "batches_per_s_of_rounds": [1 / statistics.median(samples) for samples in samples_s],

@@ -1,6 +1,7 @@
-"""What length buckets save beside padding everything: python -m benchmarks.statements.padding
+"""Measure batches by length against padding to the longest: python -m benchmarks.statements.padding
 
-Both read the same statements in turns, with the same model, tokenizer and thread; CPU time is what is compared.
+Both embed the same statements in alternating rounds, with the same model, tokenizer and thread, and are compared by CPU
+time.
 """
 
 import sys
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     lengths = bucketed.tokens.lengths(texts)
 
     class Padded(Embedder):
-        """Batches in the order of the file, each padded to the longest input there is; as large as those beside it."""
+        """Batches in the order of the file, each padded to the longest input, as large as a bucket."""
 
         def embed(self, texts: Any) -> np.ndarray:
             rows = [np.pad(row, (0, longest - len(row))) for row in self.tokens.rows(texts)]
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _embedder(arguments: Any) -> tuple[Any, int]:
-    """(embedder, longest input) of a checkpoint, or of an untrained model: time does not depend on the weights."""
+    """(embedder, longest input) of a checkpoint, or of an untrained model: the time does not depend on the weights."""
     from training.models.statements.embedding import Embedder, open_embedder
 
     spec = find_spec("statements")
@@ -74,12 +75,10 @@ def _embedder(arguments: Any) -> tuple[Any, int]:
         checkpoint = Checkpoint.load(arguments.checkpoint)
         return open_embedder(checkpoint, spec, device="cpu"), checkpoint.config["max_tokens"]
     if not arguments.base:
-        raise InputError("expected --checkpoint DIR or --base SOURCE, found neither")
-    config = {**spec.preset("tiny"), "base": arguments.base}
-    tokens = Tokens(spec.interface.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
-    return Embedder(spec.interface.part(spec.interface.build(config).eval()), tokens, device="cpu"), config[
-        "max_tokens"
-    ]
+        raise InputError("expected --checkpoint DIR or --base SOURCE, found neither; name one")
+    config = {**spec.preset("tiny").config, "base": arguments.base}
+    tokens = Tokens(spec.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
+    return Embedder(spec.part(spec.build(config).eval()), tokens, device="cpu"), config["max_tokens"]
 
 
 def _cpu_s(embed: Callable[[Any], Any], texts: list[str]) -> float:
@@ -95,13 +94,16 @@ def _parser() -> Any:
         "--checkpoint checkpoints/statements --data stacks_valid.jsonl",
         "--base bases/base --data stacks_valid.jsonl --statements 200 --rounds 5",
     )
-    result.add_argument("--checkpoint", type=Path, help="folder of the checkpoint")
-    result.add_argument("--base", help="a base in place of a checkpoint, its model untrained")
+    result.add_argument("--checkpoint", type=Path, help="folder of the checkpoint (default: none)")
+    result.add_argument("--base", help="a base with random weights in place of a checkpoint (default: none)")
     result.add_argument("--data", type=Path, required=True, help="file with papers")
     result.add_argument(
-        "--statements", type=int, default=1000, help="about how many to read, from all over the file (default: 1000)"
+        "--statements",
+        type=int,
+        default=1000,
+        help="approximate number of statements, spread over the file (default: 1000)",
     )
-    result.add_argument("--rounds", type=int, default=3, help="how often each way has its turn (default: 3)")
+    result.add_argument("--rounds", type=int, default=3, help="rounds of each way (default: %(default)s)")
     return result
 
 

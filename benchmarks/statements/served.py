@@ -1,6 +1,7 @@
-"""How well the published artifacts find statements: python -m benchmarks.statements.served
+"""Measure retrieval by the published artifacts of statements: python -m benchmarks.statements.served
 
-Every held-out statement goes through the pipeline and the engine of each artifact, one thread, batches of like length.
+Every held-out statement goes through the pipeline and the engine of each artifact, with one thread, in batches of
+similar length.
 """
 
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.errors import InputError
-from runtimes.host.cli import command, existing_folder, parser, table
+from runtimes.host.cli import command, existing_folder, parser, repository_argument, table
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import published
 from runtimes.runtime import open_runtime
@@ -21,12 +22,12 @@ from training.models.statements.metrics import cosine, measure
 from training.models.statements.spec import same_neighbours
 from training.models.statements.synthetic import flatten
 
-ROWS = 8  # of a batch
+BATCH_ROWS = 8
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print a row for each artifact: how well it finds, how near it is to the first, how fast it is."""
+    """Print for each artifact its retrieval metrics, its likeness to the first, and its speed."""
     import torch
 
     arguments = _parser().parse_args(argv)
@@ -58,8 +59,8 @@ def embed(root: Path, texts: list[str]) -> np.ndarray:
     with open_runtime(root) as runtime:
         pipeline = open_pipeline(runtime.artifact, root)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(order), ROWS):
-            batch = order[start : start + ROWS]
+        for start in range(0, len(order), BATCH_ROWS):
+            batch = order[start : start + BATCH_ROWS]
             (vectors,) = runtime.fresh(pipeline.encode([{"text": texts[i]} for i in batch])).values()
             for i, vector in zip(batch, vectors, strict=True):
                 found[i] = vector
@@ -79,7 +80,7 @@ def _parser() -> Any:
         "--data stacks_valid.jsonl --repository model_repository",
     )
     result.add_argument("--data", type=Path, required=True, help="file with papers")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
+    repository_argument(result)
     return result
 
 

@@ -1,6 +1,7 @@
-"""What serving costs by precision, in time and in quality: python -m benchmarks.strategy.requests
+"""Measure time and quality of requests by precision: python -m benchmarks.strategy.requests
 
-The held-out dialogues of a checkpoint are requests in process, each another than the one before; precisions take turns.
+The held-out dialogues of a checkpoint are requests in this process, each different from the one before; the precisions
+alternate.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import numpy as np
 from runtimes.bench.statistics import percentile
 from runtimes.cache.store import Store
 from runtimes.errors import InputError
-from runtimes.host.cli import command, parser, table
+from runtimes.host.cli import command, parser, precision_argument, repository_argument, table
 from runtimes.pipelines.strategy.cached import StrategyCascade
 from training.checkpoint import Checkpoint
 from training.models.strategy.data import Sample
@@ -28,7 +29,7 @@ Cascades = Mapping[str, StrategyCascade]
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print how well the served parts predict what is held out, and p50 and p99 of a request."""
+    """Print the quality of the served parts on held-out dialogues, and p50 and p99 of a request."""
     arguments = _parser().parse_args(argv)
     checkpoint = Checkpoint.load(arguments.checkpoint)
     held_out = StrategyRecipe(checkpoint.config, checkpoint.training, arguments.data).samples[1]
@@ -37,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
         for precision in arguments.precision or ["fp32"]:
             opened = StrategyCascade(arguments.repository, stack.enter_context(Store()), precision=precision)
             cascades[precision] = stack.enter_context(opened)
-        # First, while nothing is in the stores: the other table reads the same texts.
+        # First, while the stores are empty: the other table has the same texts.
         latencies = latency_table(cascades, held_out, arguments.turns or [2, 5], arguments.calls)
         print(f"{quality_table(cascades, held_out)}\n\n{latencies}")
     return 0
 
 
 def quality_table(cascades: Cascades, samples: Sequence[Sample]) -> str:
-    """Metrics of each precision on these samples, with the emotions they were recorded with."""
+    """Metrics of each precision on these samples, with their recorded emotions."""
     rows, first = [], None
     for precision, cascade in cascades.items():
         labels = cascade.strategies
@@ -59,7 +60,7 @@ def quality_table(cascades: Cascades, samples: Sequence[Sample]) -> str:
 
 
 def latency_table(cascades: Cascades, samples: Sequence[Sample], sizes: Sequence[int], calls: int) -> str:
-    """Milliseconds of a request with nothing in the store, and with all of it there."""
+    """Milliseconds of a request with an empty store, and with all its texts in the store."""
     rows = []
     for turns in sizes:
         requests = [request_of(sample) for sample in samples if len(sample.dialogue.turns) == turns]
@@ -77,7 +78,7 @@ def latency_table(cascades: Cascades, samples: Sequence[Sample], sizes: Sequence
 
 
 def request_of(sample: Sample, emotion_logits: np.ndarray | None = None) -> dict[str, Any]:
-    """A sample as a request; without its emotions, those are the classifier's."""
+    """A sample as a request; without emotions, the classifier computes them."""
     turns = [{"speaker": turn.speaker, "text": turn.text, "strategy": turn.strategy} for turn in sample.dialogue.turns]
     edges = None if sample.dialogue.edges is None else [list(edge) for edge in sample.dialogue.edges]
     emotions = None if emotion_logits is None else emotion_logits.tolist()
@@ -85,7 +86,7 @@ def request_of(sample: Sample, emotion_logits: np.ndarray | None = None) -> dict
 
 
 def _seconds(cascade: StrategyCascade, requests: Sequence[Any]) -> list[float]:
-    """How long each request took."""
+    """The seconds of each request."""
     ticks = [time.perf_counter()]
     for request in requests:
         cascade.answer([request])
@@ -98,14 +99,16 @@ def _parser() -> Any:
         "benchmarks.strategy.requests",
         __doc__.partition(":")[0] + ".",
         "--checkpoint checkpoints/strategy --data dialogues.jsonl",
-        "--checkpoint checkpoints/strategy --data dialogues.jsonl --precision fp32 --precision int8",
+        "--checkpoint checkpoints/strategy --data dialogues.jsonl --precision fp32,int8",
     )
     result.add_argument("--checkpoint", type=Path, required=True, help="folder of the checkpoint")
-    result.add_argument("--data", type=Path, required=True, help="what it was trained on")
-    result.add_argument("--repository", type=Path, default=Path("model_repository"), help="where artifacts are")
-    result.add_argument("--precision", action="append", help="of all parts (default: fp32)")
-    result.add_argument("--turns", action="append", type=int, help="length of the dialogues (default: 2 and 5)")
-    result.add_argument("--calls", type=int, default=1000, help="calls of each, at least (default: 1000)")
+    result.add_argument("--data", type=Path, required=True, help="data of the training")
+    repository_argument(result)
+    precision_argument(result, "precisions of all parts (default: fp32)")
+    result.add_argument(
+        "--turns", action="append", type=int, help="turns of the dialogues; repeat for several (default: 2 and 5)"
+    )
+    result.add_argument("--calls", type=int, default=1000, help="least number of calls of each (default: %(default)s)")
     return result
 
 

@@ -1,7 +1,4 @@
-"""What a store saves: samples/s of training with the frozen models in the loop, and with what they said kept.
-
-python -m benchmarks.strategy.store
-"""
+"""Measure training with frozen models in the loop, and from a store: python -m benchmarks.strategy.store"""
 
 import itertools
 import sys
@@ -24,7 +21,7 @@ from training.spec import find_spec
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Train on the same batches both ways, taking turns, and print how many samples a second each gets through."""
+    """Train on the same batches both ways, and print the samples a second of each."""
     arguments, more = _parser().parse_known_args(argv)
     spec = find_spec("strategy")
     changes = {"encoder": arguments.geometry, "emotion_model": arguments.geometry}
@@ -51,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fetch(store: Store, frozen_inferences: Sequence[FrozenInference]) -> None:
-    """Take from the store what it holds, as training does once before its first epoch."""
+    """Read the outputs from the store, as training does once before its first epoch."""
     for each in frozen_inferences:
         store.namespace(each.namespace, each.identity).require(each.texts, "read them first")
 
@@ -90,9 +87,17 @@ def _parser() -> Any:
         "--data dialogues.jsonl --geometry seeded:tiny --batches 20",
     )
     result.add_argument("--data", type=Path, help="the model's data (default: synthetic)")
-    result.add_argument("--geometry", default="seeded:base", help="encoder and classifier (default: seeded:base)")
-    result.add_argument("--batches", type=int, default=4, help="batches of each way (default: 4)")
-    result.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change one setting")
+    result.add_argument(
+        "--geometry", default="seeded:base", help="geometry of encoder and classifier (default: %(default)s)"
+    )
+    result.add_argument("--batches", type=int, default=4, help="batches of each way (default: %(default)s)")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one setting; repeat for several (default: none)",
+    )
     return result
 
 

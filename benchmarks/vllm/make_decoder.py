@@ -1,6 +1,7 @@
-"""Make the decoder that the benchmark of vLLM runs: python benchmarks/vllm/make_decoder.py --data stacks_train.jsonl
+"""Make the decoder of the benchmark of vLLM: python -m benchmarks.vllm.make_decoder --data stacks_train.jsonl
 
-A Llama of about 90 million parameters, trained on statements for so long that its perplexity means something.
+A Llama of about 90 million parameters, trained on statements until its perplexity is far below that of an untrained
+model.
 """
 
 import argparse
@@ -10,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from runtimes.host.cli import command, parser
+from runtimes.host.progress import progress
 from runtimes.search.papers import read_papers
 from training.models.statements.synthetic import flatten
 from training.random_init import train_tokenizer
@@ -57,7 +58,7 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, arguments: argparse.Names
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, max(2, arguments.steps), pct_start=0.1)
     losses = []
-    for _ in tqdm(range(arguments.steps), disable=not sys.stderr.isatty()):
+    for _ in progress(range(arguments.steps), "train the decoder"):
         starts = rng.integers(0, len(stream) - arguments.tokens, arguments.batch)
         ids = torch.tensor(np.stack([stream[start : start + arguments.tokens] for start in starts]))
         loss = model(input_ids=ids, labels=ids).loss
@@ -67,19 +68,23 @@ def train(model: LlamaForCausalLM, stream: np.ndarray, arguments: argparse.Names
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        print(f"step {len(losses)} loss {losses[-1]:.3f}", file=sys.stderr, flush=True)
     return float(np.mean(losses[-10:])) if losses else float("nan")
 
 
 def _parser() -> Any:
-    result = parser("benchmarks.vllm.make_decoder", "Makes a decoder.", "--data stacks_train.jsonl --out decoders/90m")
+    result = parser(
+        "benchmarks.vllm.make_decoder",
+        "Makes a decoder.",
+        "--data stacks_train.jsonl --out decoders/90m",
+        "--data stacks_train.jsonl --out decoders/7m --width 256 --layers 4",
+    )
     result.add_argument("--data", type=Path, required=True, help="file with papers")
     result.add_argument("--out", type=Path, required=True, help="folder of the decoder")
-    result.add_argument("--width", type=int, default=768)
-    result.add_argument("--layers", type=int, default=10)
-    result.add_argument("--steps", type=int, default=80)
-    result.add_argument("--batch", type=int, default=8, help="rows of a step")
-    result.add_argument("--tokens", type=int, default=64, help="of a row")
+    result.add_argument("--width", type=int, default=768, help="hidden size (default: %(default)s)")
+    result.add_argument("--layers", type=int, default=10, help="layers (default: %(default)s)")
+    result.add_argument("--steps", type=int, default=80, help="training steps (default: %(default)s)")
+    result.add_argument("--batch", type=int, default=8, help="rows of a step (default: %(default)s)")
+    result.add_argument("--tokens", type=int, default=64, help="tokens of a row (default: %(default)s)")
     return result
 
 

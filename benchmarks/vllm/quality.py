@@ -1,7 +1,7 @@
-"""What quantizing costs a decoder: benchmarks/vllm/quality.py decoders/7m --train train.jsonl --valid valid.jsonl
+"""Measure the quality of a quantized decoder: python -m benchmarks.vllm.quality decoders/7m --train FILE --valid FILE
 
-Perplexity and next-token agreement on held-out statements, with the numbers that packed weights stand for, in float32;
-and the bytes of the quantized layers. One row is a control: the zero points of AWQ are one too large.
+Perplexity and next-token agreement on held-out statements, with the values of the packed weights in float32; and the
+bytes of the quantized layers. One row is a control: the zero points of AWQ are one too large.
 """
 
 import sys
@@ -26,7 +26,7 @@ from training.models.statements.synthetic import flatten
 CONTROL = "w4a16_awq"
 NIBBLES = np.arange(0, 32, 4, dtype=np.uint32)
 
-Said = tuple[np.ndarray, np.ndarray]  # log-probabilities of the tokens, the likeliest ones in their places
+Scores = tuple[np.ndarray, np.ndarray]  # log-probabilities of the tokens, the likeliest token in each place
 
 
 @command
@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     calibration = rows(tokenizer, arguments.train, arguments.samples, arguments.tokens)
     held_out = rows(tokenizer, arguments.valid, arguments.held_out, arguments.tokens)
     plain = AutoModelForCausalLM.from_pretrained(arguments.decoder, dtype=torch.float32).eval()
-    own = say(plain, held_out)
+    own = score(plain, held_out)
     lines = [line("float32", own, own)]
     for name, folder, seconds in quantized(arguments, tokenizer, calibration):
         options = {"quantization_config": CompressedTensorsConfig(dequantize=True), "dtype": torch.float32}
         with bars_on_a_terminal_only():
             model = AutoModelForCausalLM.from_pretrained(folder, **options).float().eval()
-        lines.append(line(name, say(model, held_out), own, bytes_of_bf16(folder), seconds))
+        lines.append(line(name, score(model, held_out), own, bytes_of_bf16(folder), seconds))
     print(f"{len(own[0])} held-out tokens; {sum(map(len, calibration))} to calibrate on")
     print(table(["precision", "bytes of bf16", "perplexity", "ratio", "next token", "mean shift", "seconds"], lines))
     return 0
@@ -54,7 +54,7 @@ def quantized(arguments: Any, tokenizer: Any, calibration: Sequence[np.ndarray])
     """(precision, folder, seconds) of each quantized decoder, and of the control; a folder lives until the next."""
     for name, scheme in SCHEMES.items():
         if scheme.activations < 16:
-            continue  # its activations are rounded, too: by vLLM, not here
+            continue  # vLLM also rounds its activations, this script does not
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             started = time.perf_counter()
@@ -69,13 +69,13 @@ def quantized(arguments: Any, tokenizer: Any, calibration: Sequence[np.ndarray])
 
 
 def rows(tokenizer: Any, path: Path, count: int, tokens: int) -> list[np.ndarray]:
-    """The first texts of a file of papers in a line of tokens, cut into rows of one length, as many as asked for."""
+    """`count` rows of `tokens` tokens from the start of a file of papers, its texts concatenated."""
     texts, _ = flatten(list(read_papers(path)))
     line = np.concatenate([[*ids, tokenizer.eos_token_id] for ids in tokenizer(texts).input_ids]).astype(np.int64)
     return [line[start : start + tokens] for start in range(0, min(len(line) - tokens, count * tokens), tokens)]
 
 
-def say(model: Any, texts: Sequence[np.ndarray]) -> Said:
+def score(model: Any, texts: Sequence[np.ndarray]) -> Scores:
     scores, likeliest = [], []
     with torch.no_grad():
         for text in texts:
@@ -86,7 +86,7 @@ def say(model: Any, texts: Sequence[np.ndarray]) -> Said:
     return np.concatenate(scores), np.concatenate(likeliest)
 
 
-def line(name: str, printed: Said, own: Said, size: float | None = None, seconds: float = 0.0) -> list[str]:
+def line(name: str, printed: Scores, own: Scores, size: float | None = None, seconds: float = 0.0) -> list[str]:
     perplexity, original = (float(np.exp(-scores.astype(float).mean())) for scores, _ in (printed, own))
     return [
         name,
@@ -100,7 +100,7 @@ def line(name: str, printed: Said, own: Said, size: float | None = None, seconds
 
 
 def shift_zero_points(path: Path) -> None:
-    """Every zero point of four bits is one more than it was, up to the largest."""
+    """Every zero point of four bits is increased by one, up to 15."""
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if name.endswith("zero_point"):
@@ -115,13 +115,14 @@ def _parser() -> Any:
         "benchmarks.vllm.quality",
         "Measures what quantizing costs a decoder.",
         "decoders/7m --train stacks_train.jsonl --valid stacks_valid.jsonl",
+        "decoders/7m --train stacks_train.jsonl --valid stacks_valid.jsonl --held-out 16",
     )
     result.add_argument("decoder", type=Path, help="Hugging Face folder")
     result.add_argument("--train", type=Path, required=True, help="papers to calibrate on")
-    result.add_argument("--valid", type=Path, required=True, help="papers to judge by")
-    result.add_argument("--samples", type=int, default=128, help="rows to calibrate on")
-    result.add_argument("--held-out", type=int, default=64, help="rows to judge by")
-    result.add_argument("--tokens", type=int, default=128, help="of a row")
+    result.add_argument("--valid", type=Path, required=True, help="papers to measure on")
+    result.add_argument("--samples", type=int, default=128, help="rows to calibrate on (default: %(default)s)")
+    result.add_argument("--held-out", type=int, default=64, help="rows to measure on (default: %(default)s)")
+    result.add_argument("--tokens", type=int, default=128, help="tokens of a row (default: %(default)s)")
     return result
 
 

@@ -1,6 +1,6 @@
-"""Quantize the decoder that the benchmark of vLLM runs: python benchmarks/vllm/quantize_decoder.py decoders/90m
+"""Quantize the decoder of the benchmark of vLLM: python -m benchmarks.vllm.quantize_decoder decoders/90m
 
-By the code of the target vllm, on the first statements of a file, cut to a length.
+It runs the code of the target vllm, calibrated on the first statements of a file, cut to a length.
 """
 
 import sys
@@ -39,13 +39,16 @@ def _parser() -> Any:
         "benchmarks.vllm.quantize_decoder",
         "Quantizes a decoder.",
         "decoders/90m --data stacks_train.jsonl --out decoders/90m_w4",
+        "decoders/90m --data stacks_train.jsonl --out decoders/90m_w4_gptq --scheme w4a16_gptq",
     )
     result.add_argument("decoder", type=Path, help="Hugging Face folder")
     result.add_argument("--data", type=Path, required=True, help="file with papers to calibrate on")
     result.add_argument("--out", type=Path, required=True, help="folder of the quantized decoder")
-    result.add_argument("--scheme", choices=SCHEMES, default="w4a16_awq")
-    result.add_argument("--samples", type=int, default=64, help="statements")
-    result.add_argument("--tokens", type=int, default=128, help="of each at most")
+    result.add_argument(
+        "--scheme", choices=SCHEMES, default="w4a16_awq", help="quantization scheme (default: %(default)s)"
+    )
+    result.add_argument("--samples", type=int, default=64, help="statements to calibrate on (default: %(default)s)")
+    result.add_argument("--tokens", type=int, default=128, help="tokens of a statement, at most (default: %(default)s)")
     return result
 
 

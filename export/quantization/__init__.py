@@ -1,1 +1,1 @@
-"""Quantization: static int8 (Q/DQ), its calibration, and the texts that language models are calibrated on."""
+"""Quantization: static int8 (Q/DQ) for ONNX, AWQ and GPTQ for language models, and their calibration texts."""

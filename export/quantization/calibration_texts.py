@@ -1,4 +1,4 @@
-"""What a language model is quantized on: texts in a file, or those that its checkpoint keeps."""
+"""The texts that a language model is quantized on: those in a file, or those in its checkpoint."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from runtimes.artifact import sha256_file
 from runtimes.errors import InputError
 from training.language_model import LanguageModel
 
-SHORTEST = 2  # tokens; what is shorter has nothing to predict
+SHORTEST = 2  # tokens; a shorter text has no token to predict
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +33,7 @@ class CalibrationTexts:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the bytes of an artifact depend on."""
+        """The settings that the bytes of an artifact depend on."""
         file = None
         if self.file is not None:
             _require_file(self.file)
@@ -43,8 +43,8 @@ class CalibrationTexts:
     def rows(self, language_model: LanguageModel) -> list[np.ndarray]:
         """Token ids, int64 [tokens] each; `InputError` if there are none.
 
-        Of a model that embeds, a text is a row. What a model that generates reads is cut from all texts in a line, as
-        it was trained on them.
+        For a model that embeds, a text is a row. For a model that generates, rows are cut from all texts joined, as in
+        its training.
         """
         tokens = min(self.tokens, language_model.window)
         if self.file is None:
@@ -63,7 +63,7 @@ class CalibrationTexts:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a calibration file; `InputError` for a line that is none."""
+    """The texts of a calibration file; `InputError` for a line without a text."""
     _require_file(path)
     try:
         content = path.read_text(encoding="utf-8")

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 EXTRA = "quantize"
 GROUP_MAX, GROUP_MIN = 128, 32  # weights that share a scale; vLLM on a CPU wants widths in 32s
-OBSERVER = "memoryless_mse"  # clips where that makes the error of a group smaller; the default never does
-HEAD = "lm_head"  # stays as it is, as do embeddings and norms
+OBSERVER = "memoryless_mse"  # clips where that reduces the error of a group; the default never clips
+HEAD = "lm_head"  # not quantized, as embeddings and norms are not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scheme:
     """How weights become integers: by AWQ with zero points, by GPTQ without.
 
-    activations  the bits of a layer's input: 16 leaves it as it is, 8 makes it integers token by token; weights then
-                 share a scale along a whole row, as the kernels for that want
+    activations  the bits of a layer's input: 16 is unquantized, 8 is quantized token by token; weights then share a
+                 scale along a whole row, as the kernels for it need
     """
 
     method: Literal["awq", "gptq"]
@@ -54,16 +54,16 @@ SCHEMES = {
 
 
 def quantize(model: Any, tokenizer: Any, texts: Sequence[np.ndarray], scheme: Scheme, folder: Path) -> None:
-    """`folder` holds the quantized model in the format that Hugging Face and vLLM read; `model` is changed in place.
+    """Write the quantized model to `folder` in the format of Hugging Face and vLLM; `model` is changed in place.
 
-    `texts` are token ids, each a row of its own: there is no padding to be quantized on.
+    `texts` are token ids, each a row of its own, so that no padding takes part.
     """
     import torch
 
     with silenced():
         llmcompressor = require("llmcompressor", extra=EXTRA)
         model.config.save_pretrained(folder)
-        model.config._name_or_path = str(folder)  # llmcompressor reads the config of what it quantizes from a folder
+        model.config._name_or_path = str(folder)  # llmcompressor reads the config of a model from a folder
         rows = [{"input_ids": torch.from_numpy(ids)} for ids in texts]
         with pinning_left_out():
             llmcompressor.oneshot(
@@ -80,7 +80,7 @@ def quantize(model: Any, tokenizer: Any, texts: Sequence[np.ndarray], scheme: Sc
 def group_size(model: "nn.Module") -> int:
     """The largest power of two from GROUP_MIN to GROUP_MAX that divides every width; `InputError` if there is none.
 
-    vLLM reads the groups of a row as a whole number; widths of published models are multiples of 128.
+    vLLM needs a whole number of groups in a row; widths of published models are multiples of 128.
     """
     widths = {name: layer.in_features for name, layer in quantized_layers(model)}
     if not widths:
@@ -120,9 +120,9 @@ def bytes_of_bf16(folder: Path) -> float:
 
 @contextmanager
 def pinning_left_out() -> Iterator[None]:
-    """llmcompressor can run AWQ where there is no accelerator.
+    """llmcompressor can run AWQ without an accelerator.
 
-    Its 0.14.0.1 pins the activations it keeps in any case, and torch then says "Cannot access accelerator device when
+    Its 0.14.0.1 pins the activations it keeps in any case, and torch then raises "Cannot access accelerator device when
     none is available". Pinning only makes copies to a device faster.
     """
     import torch
@@ -144,7 +144,7 @@ def silenced() -> Iterator[None]:
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in quiet}
     os.environ.update(quiet)
-    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns of a name that llmcompressor uses
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # warns about a name that llmcompressor uses
     try:
         with bars_on_a_terminal_only(), redirect_stdout(sys.stderr):
             require("llmcompressor", extra=EXTRA)  # which turns its log on

@@ -10,9 +10,9 @@ from runtimes.engines.onnxruntime import MODEL_FILE
 
 
 def convert(source: Source, precision: str, out: Path) -> Built:
-    """Write the model; in fp16 its parameters are half, and what its module keeps in float32 stays so.
+    """Write the model; in fp16 its parameters are half precision, but for those that its module keeps in float32.
 
-    int8 has its scales in the file. int8_dynamic, for CPUs only, finds those of its activations in each batch.
+    int8 has its scales in the file. int8_dynamic, for CPUs only, computes those of its activations in each batch.
     """
     path = out / MODEL_FILE
     write_onnx(source, OPERATOR, "fp16" if precision == "fp16" else "fp32", path)

@@ -1,4 +1,4 @@
-"""OpenVINO's own format, converted from the ONNX file; for CPUs, in float32 or with calibrated int8."""
+"""OpenVINO's own format, converted from an ONNX file; for CPUs, in float32 or calibrated int8."""
 
 from pathlib import Path
 

@@ -1,8 +1,8 @@
-"""TensorRT from ONNX: NVIDIA's TensorRT where it and a GPU are, TensorRT-RTX ahead of time everywhere else.
+"""TensorRT from ONNX: NVIDIA's TensorRT where it is installed beside a GPU, else TensorRT-RTX ahead of time.
 
-Written to the surface that TensorRT 11.4 and TensorRT-RTX 1.7 share: strongly typed, precision in the graph. What
-TensorRT-RTX builds here is not served by Triton, whose `tensorrt_plan` wants NVIDIA's TensorRT; and without a GPU it
-is built, not run.
+The code uses the interface that TensorRT 11.4 and TensorRT-RTX 1.7 share: strongly typed, precision in the graph.
+Triton does not serve engines of TensorRT-RTX, for its `tensorrt_plan` reads those of NVIDIA's TensorRT. Without a GPU
+an engine is built, not run.
 """
 
 import importlib.util
@@ -20,7 +20,8 @@ from runtimes.host.gpu import gpu
 from runtimes.tensors import Signature
 from training.layers.form import Form
 
-# What one RTX engine is built for: Ampere, Ada and Blackwell. Turing has no float32 matrix product, Hopper no support.
+# The architectures that one RTX engine is built for: Ampere, Ada and Blackwell. Turing has no float32 matrix product;
+# Hopper is not supported.
 RTX_CAPABILITIES = ("SM80", "SM86", "SM89", "SM120")
 
 
@@ -28,7 +29,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     """Write the engine, with one optimisation profile from the axes."""
     builder = choose_builder()
     longest = max((axis.max for axis in source.signature.axes if axis.name == "time"), default=1)
-    onnx_path = out / MODEL_FILE  # kept beside the engine: another machine can build its own from it
+    onnx_path = out / MODEL_FILE  # kept with the engine: another machine can build its own from it
     # TensorRT runs ONNX Scan step by step; doubling is a few large operations.
     form = Form(kind="doubling", length=longest)
     write_onnx(source, form, "fp32" if precision == "int8" else precision, onnx_path)
@@ -38,7 +39,7 @@ def convert(source: Source, precision: str, out: Path) -> Built:
     return Built(
         built_with={"opset": str(OPSET), "builder": builder, "gpu": _architectures(builder)},
         device="cuda",
-        not_run_reason=_why_idle(builder),
+        not_run_reason=_not_run_reason(builder),
         served=builder == FULL,
         proxy_engine="onnxruntime",
     )
@@ -50,7 +51,7 @@ def choose_builder() -> str:
 
 
 def build(builder: str, onnx_path: Path, signature: Signature) -> bytes:
-    """The serialized engine; `EngineError` with the parser's own words for what it cannot build."""
+    """The serialized engine; `EngineError` with the parser's messages if it cannot be built."""
     trt = require(builder, extra="tensorrt-rtx" if builder == RTX else "tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     factory = trt.Builder(logger)
@@ -62,7 +63,7 @@ def build(builder: str, onnx_path: Path, signature: Signature) -> bytes:
     check_network(trt, network, signature)
     plan = factory.build_serialized_network(network, _configure(trt, factory, signature))
     if plan is None:
-        raise EngineError(f"{builder} parsed the model but could not build it; its log above says why")
+        raise EngineError(f"{builder} parsed the model but could not build it; the reason is in its log above")
     return bytes(plan)
 
 
@@ -101,7 +102,7 @@ def _architectures(builder: str) -> str:
     return " ".join(RTX_CAPABILITIES).lower() if builder == RTX or not found else found.architecture
 
 
-def _why_idle(builder: str) -> str | None:
+def _not_run_reason(builder: str) -> str | None:
     found = gpu()
     if not found:
         return "built, not run: no NVIDIA GPU here"

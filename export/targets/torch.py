@@ -1,4 +1,4 @@
-"""The exported program itself: what every other target is compared with, eager or compiled."""
+"""The exported torch program, eager or compiled: the baseline of the benchmark."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def convert(source: Source, precision: str, out: Path) -> Built:
-    """Write the program; for a recurrent model also its single step, in which no loop is left to interpret."""
+    """Write the program; for a recurrent model also its single step, which has no loop."""
     torch_program.save(tidy(source.program(OPERATOR, precision)), out / PROGRAM_FILE)
     if source.signature.state and any(axis.name == "time" for axis in source.signature.axes):
         step = source.program(Form(kind="loop"), precision, {"time": 1})
@@ -26,14 +26,14 @@ def convert(source: Source, precision: str, out: Path) -> Built:
 
 
 def tidy(program: "ExportedProgram") -> "ExportedProgram":
-    """The program without checks, casts and dropouts that do nothing, and with its cells by their own names.
+    """The program without checks, casts and dropouts that have no effect, and with its recurrent cells by name.
 
-    A program as it is traced runs at half the speed of its module, most of it in checks of what cannot change.
+    A program as it is traced runs at half the speed of its module, and most of that time goes into constant checks.
     """
     from training.layers.rnn import name_cells
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own tree specs when they are copied
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own tree specs when they are copied
         program = name_cells(copy.deepcopy(program))
     for node in list(program.graph.nodes):
         name = str(node.target)
@@ -49,7 +49,7 @@ def tidy(program: "ExportedProgram") -> "ExportedProgram":
 
 
 def _bypass(program: "ExportedProgram", node: "Node") -> None:
-    """Let everything that read `node` read its input; the program's outputs are known by name, too."""
+    """Every reader of `node` reads its input instead; outputs of the program are renamed with it."""
     from torch.fx import Node
 
     source = node.args[0]

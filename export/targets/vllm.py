@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from training.spec import ModelSpec
 
 BYTES_MAX = {3: 0.30, 4: 0.35, 8: 0.60}  # of bfloat16, by bits: numbers, scales and zero points
-# What vLLM 0.32 computes on a CPU, by its kernels/linear/mixed_precision/cpu.py and attention/backends/cpu_attn.py.
+# What vLLM 0.32 supports on a CPU, by its kernels/linear/mixed_precision/cpu.py and attention/backends/cpu_attn.py.
 CPU_BITS, CPU_MULTIPLE = 4, 32
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -30,16 +30,16 @@ def refuse(spec: "ModelSpec") -> str | None:
 
 
 def convert(source: Source, precision: str, out: Path) -> Built:
-    """Write the checkpoint and model.json. fp32 and bf16 are the model as it is; else its layers are quantized.
+    """Write the checkpoint and model.json. fp32 and bf16 keep the weights; else the linear layers are quantized.
 
-    What is not quantized, such as embeddings and norms, is bfloat16, in which vLLM computes.
+    Layers that are not quantized, such as embeddings and norms, are bfloat16, the type in which vLLM computes.
     """
     import torch
 
     language_model = source.language_model
     folder, scheme = out / CHECKPOINT, SCHEMES.get(precision)
     folder.mkdir()
-    # Quantizing changes both; parity and other precisions ask the original.
+    # Quantizing changes both; parity and other precisions need the original.
     model, tokenizer = copy.deepcopy(language_model.model), copy.deepcopy(language_model.tokenizer)
     built_with: dict[str, str] = {TASK: language_model.task}
     checks: dict[str, Check] = {}
@@ -62,24 +62,24 @@ def convert(source: Source, precision: str, out: Path) -> Built:
         built_with=built_with,
         checks=checks,
         device="cuda" if gpu() else "cpu",
-        not_run_reason=why_idle(language_model.model, precision),
+        not_run_reason=not_run_reason(language_model.model, precision),
         proxy_engine="transformers",
     )
 
 
 def engine_arguments(language_model: "LanguageModel", precision: str) -> dict[str, Any]:
-    """What AsyncEngineArgs is to be called with; `model` and `tokenizer` become whole paths when they are published."""
+    """The arguments of AsyncEngineArgs; `model` and `tokenizer` become absolute paths when they are published."""
     arguments = {
         "model": CHECKPOINT,
         "tokenizer": TOKENIZER,
-        "dtype": "float32" if precision == "fp32" else "bfloat16",  # by itself, it would round float32 on a CPU
+        "dtype": "float32" if precision == "fp32" else "bfloat16",  # its default rounds float32 on a CPU
         "max_model_len": language_model.window,
     }
     return {**arguments, "runner": "pooling"} if language_model.task == "embed" else arguments
 
 
-def why_idle(model: Any, precision: str) -> str | None:
-    """The reason why vLLM does not run this model here, or None."""
+def not_run_reason(model: Any, precision: str) -> str | None:
+    """Why vLLM does not run this model on this machine, or None."""
     try:
         find_python()
     except MissingPackage as error:
@@ -88,16 +88,16 @@ def why_idle(model: Any, precision: str) -> str | None:
 
 
 def why_nowhere(config: Any) -> str | None:
-    """The reason why vLLM reads this model wrongly on any device, or None."""
-    usual = config.hidden_size // config.num_attention_heads  # its models/qwen2.py asks for nothing else
+    """Why vLLM reads this model wrongly on any device, or None."""
+    usual = config.hidden_size // config.num_attention_heads  # the only width in its models/qwen2.py
     width = getattr(config, "head_dim", None) or usual
     if config.model_type == "qwen2" and width != usual:
-        return f"built, not run: vLLM takes heads of qwen2 to be {usual} wide, here they are {width}"
+        return f"built, not run: expected heads of width {usual}, as vLLM has for qwen2, found {width}"
     return None
 
 
 def why_not_on_cpu(model: Any, precision: str) -> str | None:
-    """The reason why vLLM refuses this model on a CPU, or None: it would say so itself, after half a minute."""
+    """Why vLLM refuses this model on a CPU, or None; vLLM itself reports it after half a minute."""
     scheme, config = SCHEMES.get(precision), model.config
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if heads not in CPU_HEADS:
@@ -109,7 +109,7 @@ def why_not_on_cpu(model: Any, precision: str) -> str | None:
     for name, layer in quantized_layers(model):
         if layer.in_features % CPU_MULTIPLE or layer.out_features % CPU_MULTIPLE:
             sizes = f"{layer.in_features} x {layer.out_features}"
-            return f"built, not run: vLLM on a CPU wants sizes in {CPU_MULTIPLE}s, {name} is {sizes}"
+            return f"built, not run: vLLM on a CPU needs sizes in multiples of {CPU_MULTIPLE}, found {name} of {sizes}"
     return None
 
 

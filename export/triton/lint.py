@@ -1,4 +1,4 @@
-"""Checks a model repository without a server: does every config say what its artifact is?"""
+"""Checks a model repository without a server: every config against its artifact."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -22,9 +22,9 @@ Configs = Mapping[str, ModelConfig]
 
 
 def lint(repository: Path, mounted_at: Path | None = None) -> list[str]:
-    """One line for each thing in the repository that is not as its artifacts say, "model: expected X, found Y".
+    """One line for each fault of the repository, "model: expected X, found Y".
 
-    `mounted_at` is the repository's path for the server that reads it, where that is another.
+    `mounted_at` is the repository's path on the server that reads it, if that is another.
     """
     problems: list[str] = []
     configs: dict[str, ModelConfig] = {}
@@ -60,7 +60,7 @@ def loaded(present: list[Path], config: ModelConfig) -> list[Path]:
 
 
 def _check_versions(present: list[Path], config: ModelConfig, mounted_at: Path) -> Iterator[str]:
-    """Every version is whole; those that are served are what the config says."""
+    """Faults of all versions: each has its files, and those that Triton loads fit the config."""
     for version in present:
         try:
             artifact = Artifact.load(version)
@@ -98,9 +98,9 @@ def _check_interface(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
 
 
 def _check_batch(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
-    proved = artifact.signature.axis(BATCH).max
-    if config.max_batch_size != proved:
-        yield f"expected max_batch_size {proved}, for which the artifact was proved, found {config.max_batch_size}"
+    verified = artifact.signature.axis(BATCH).max
+    if config.max_batch_size != verified:
+        yield f"expected max_batch_size {verified}, for which the artifact was verified, found {config.max_batch_size}"
 
 
 def _check_state(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
@@ -115,7 +115,7 @@ def _check_state(artifact: Artifact, config: ModelConfig) -> Iterator[str]:
 
 
 def _check_step(version: Path, config: ModelConfig) -> Iterator[str]:
-    """A Python step is ours, whole, and speaks as its artifact does."""
+    """Faults of a Python step: it is ours, has its files, and has the tensors of its artifact."""
     step = config.parameters["step"].string_value if "step" in config.parameters else ""
     if step not in (*STEPS, WRITE):
         yield f"expected parameter step of {', '.join((*STEPS, WRITE))}, found '{step}'"
@@ -154,7 +154,7 @@ def _check_writer(version: Path, artifact: Artifact, config: ModelConfig) -> Ite
 
 
 def _check_ensemble(model: Path, config: ModelConfig, configs: Configs) -> Iterator[str]:
-    """Every tensor a step reads was written before, by the request or by a step, and is of the same kind."""
+    """Faults of an ensemble: a step reads tensors of the request or of a step before it, in their type and dims."""
     known = declared(config.input)
     for step in config.ensemble_scheduling.step:
         if step.model_name not in configs:
@@ -162,7 +162,7 @@ def _check_ensemble(model: Path, config: ModelConfig, configs: Configs) -> Itera
             continue
         called = configs[step.model_name]
         newest = max(map(number_of, versions(model.parent / step.model_name)), default=-1)
-        if step.model_version not in (-1, newest):  # -1, whichever is newest, is of an earlier export
+        if step.model_version not in (-1, newest):  # -1, the newest, is of an earlier export
             found = f"expected version {newest}, the newest, found {step.model_version}"
             yield f"step '{step.model_name}': {found}; publish the ensemble again"
         if called.max_batch_size < config.max_batch_size:
@@ -179,14 +179,14 @@ def _check_ensemble(model: Path, config: ModelConfig, configs: Configs) -> Itera
     names = [step.model_name for step in config.ensemble_scheduling.step]
     yield from _check_keys(model.parent, names)
     for encode in [version for name in names[:1] for version in versions(model.parent / name)[-1:]]:
-        with suppress(SlipwayError):  # the step has a line of its own
+        with suppress(SlipwayError):  # the step itself has a line
             artifact = Artifact.load(encode)
             verify_digests(encode, artifact.assets)
             yield from _check_schema(versions(model)[-1], open_pipeline(artifact, encode).schema())
 
 
 def _check_schema(version: Path, expected: Schema) -> Iterator[str]:
-    """What is said of requests is what the pipeline that reads them says."""
+    """The schema in a version is that of the pipeline which reads the requests."""
     try:
         if read_json(version / REQUEST_SCHEMA) == expected:
             return
@@ -197,7 +197,7 @@ def _check_schema(version: Path, expected: Schema) -> Iterator[str]:
 
 
 def _check_keys(repository: Path, names: list[str]) -> Iterator[str]:
-    """The steps were made for the artifact that is served, not for an earlier one."""
+    """All steps belong to the artifact that is served, not to an earlier one."""
     newest = [present[-1] for present in (versions(repository / name) for name in names) if present]
     keys = {Artifact.load(version).key for version in newest if (version / MANIFEST).is_file()}
     if len(keys) > 1:
@@ -211,7 +211,7 @@ def _compare(what: str, expected: Mapping[str, object], found: Mapping[str, obje
 
 
 def declared(tensors: Iterable[Any]) -> dict[str, Kind]:
-    """What a config's inputs or outputs are, by name, as the model behind Triton sees them."""
+    """The type and dims of a config's inputs or outputs, by name, as the model behind Triton has them."""
     return {
         each.name: (_type(each.data_type), tuple(each.reshape.shape if each.HasField("reshape") else each.dims))
         for each in tensors
@@ -223,7 +223,7 @@ def kinds(specs: Iterable[TensorSpec]) -> dict[str, Kind]:
 
 
 def kind(spec: TensorSpec) -> Kind:
-    """What Triton has to say of a tensor: its type and its dims without the batch."""
+    """A tensor's type in Triton, and its dims without the batch."""
     return TYPES[spec.dtype], tuple(dims(spec))
 
 

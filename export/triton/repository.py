@@ -1,7 +1,7 @@
-"""The Triton model repository: publishes artifacts so that whoever looks at it, at any time, sees whole models only.
+"""The Triton model repository: publishes artifacts so that a reader sees complete models only, at any time.
 
-Work in progress lies in the folder beside the repository (see runtimes.repository), in `drafts/` and `staging/`. The
-two must be on one file system: a version appears by one rename.
+Work in progress lies in the workspace next to the repository (see runtimes.repository), in `drafts/` and `staging/`.
+The two must be on one file system: a version appears by one rename.
 """
 
 import fcntl
@@ -43,9 +43,9 @@ from runtimes.repository import (
 )
 
 STEP_SOURCES = Path(runtimes.triton.__file__).parent / "steps"
-VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 loads nothing any more once a version vanishes that it is loading
-# Triton's interpreter heeds no PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
-NO_BYTECODE = "A file where Python wants a folder: what it wrote there, Triton would take for a change of the model.\n"
+VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 stops loading models once a version vanishes while it is loaded
+# Triton's interpreter ignores PYTHONDONTWRITEBYTECODE, and a server that polls would load each step twice.
+NO_BYTECODE = "This file takes the place of a folder: Triton would take bytecode in it for a change of the model.\n"
 
 
 def publish(
@@ -57,11 +57,11 @@ def publish(
     scheduling: Scheduling = UNLIMITED,
     mounted_at: Path | None = None,
 ) -> Path:
-    """The new version folder of `artifact`, which `draft` has become; the three newest versions are kept.
+    """The new version folder of `artifact`, to which `draft` was moved; the three newest versions are kept.
 
-    `served=False` keeps it where no Triton sees it. `mounted_at` is the repository's path for the server that reads it,
-    where that is another. `ArtifactError` if the draft is not what its manifest says, or if the disk refuses; the
-    repository is then as it was.
+    `served=False` puts it in the folder that Triton does not read. `mounted_at` is the repository's path on the server,
+    if that is another. `ArtifactError` if the draft differs from its manifest, or if the disk refuses a write; the
+    repository is then unchanged.
     """
     artifact.verify_files(draft)
     with _publishing(artifact.name, repository) as staging:
@@ -72,13 +72,13 @@ def publish(
         address(draft, artifact, server_paths(artifact, repository if mounted_at is None else mounted_at, number))
         published = _install(draft, model, number, config, staging)
         _discard(versions(model)[:-VERSIONS_KEPT], staging)
-        if served:  # a version that was kept aside until now is out of date
+        if served:  # an unserved version of before is out of date
             _discard(versions(artifacts_root(repository, False) / artifact.name), staging)
         return published
 
 
 def publish_again(found: Path, artifact: Artifact, repository: Path, *, mounted_at: Path | None = None) -> Path:
-    """`found`, or a new version with the same files if the paths in it are not those of its server."""
+    """`found`, or a new version with the same files and other paths, where its server needs other ones."""
     where = repository if mounted_at is None else mounted_at
     if found.parent.parent.absolute() != repository.absolute() or is_addressed(found, artifact, where):
         return found
@@ -118,9 +118,9 @@ def _path_file(artifact: Artifact) -> str:
 
 
 def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> None:
-    """The published artifact's config says this scheduling, and the ensemble made for it is as it would be made now.
+    """The config of the published artifact has this scheduling, and its ensemble is up to date.
 
-    What is so already is not touched.
+    Files that have not changed are not touched.
     """
     model = repository / artifact.name
     if not versions(model):
@@ -136,12 +136,12 @@ def reschedule(artifact: Artifact, repository: Path, scheduling: Scheduling) -> 
 
 
 def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Scheduling = UNLIMITED) -> None:
-    """The ensemble named after the model leads through `artifact`; what has not changed is not written again.
+    """The ensemble named after the model goes through `artifact`; files that have not changed are not written again.
 
-    It names the versions of its steps and is written after them. Triton looks at models by name, hence at the ensemble
-    before its steps: where it sees the new one it sees what that names, and until then the old one finds what it names.
-    Beside that of a step of a byte language model lies a model that writes texts with it. Both say in a file what a
-    request must be. `ArtifactError` if the artifact is not served.
+    It names the versions of its steps and is written after them. Triton polls models in the order of their names, hence
+    the ensemble before its steps: when the new ensemble is there, its steps are, and until then the old one finds its
+    own. A pipeline that generates in batches has a model of its own beside the ensemble. Both hold the JSON Schema of a
+    request. `ArtifactError` if the artifact is not served.
     """
     served = versions(repository / artifact.name)
     if not served:
@@ -168,10 +168,9 @@ def publish_ensemble(artifact: Artifact, repository: Path, scheduling: Schedulin
 
 
 def how_many_load(artifact: Artifact, earlier: list[Path]) -> int:
-    """How many of the newest versions a server is to load of a model to which `artifact` was added, or will be.
+    """How many of the newest versions a server loads of a model to which `artifact` was added, or will be.
 
-    One where it could not load the last of the `earlier` ones, by the same config and with the same libraries: Triton
-    loads all or none.
+    One, if the last of the `earlier` ones needs another config or other libraries: Triton loads all or none.
     """
     if not earlier:
         return VERSIONS_LOADED
@@ -185,18 +184,18 @@ def how_many_load(artifact: Artifact, earlier: list[Path]) -> int:
 
 
 def earlier_than(draft: Path, model: Path) -> list[Path]:
-    """The versions of a model beside that which holds, or will hold, what `draft` does."""
+    """The versions of a model but the one that holds, or will hold, the files of `draft`."""
     present = versions(model)
     return present[:-1] if present and _contents(present[-1]) == _contents(draft) else present
 
 
 @contextmanager
 def drafting(repository: Path) -> Iterator[Path]:
-    """A new folder to make an artifact in, fit for `publish`; whatever is left of it at the end is removed."""
+    """A new folder for the files of an artifact, which `publish` can move; it is removed at the end."""
     drafts = workspace(repository) / "drafts"
     drafts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with _locked(drafts):  # nobody sweeps a draft between its making and its locking
+        with _locked(drafts):  # no other process sweeps the draft before it is locked
             _sweep(drafts)
             own = Path(tempfile.mkdtemp(dir=drafts))
             stack.callback(shutil.rmtree, own, ignore_errors=True)
@@ -208,13 +207,13 @@ def drafting(repository: Path) -> Iterator[Path]:
 
 @contextmanager
 def _publishing(name: str, repository: Path) -> Iterator[Path]:
-    """An empty folder for staging, with no other publisher at work; a refusal of the disk is an `ArtifactError`."""
+    """An empty folder for staging, while no other process publishes; `ArtifactError` if the disk refuses a write."""
     staging = workspace(repository) / "staging"
     try:
         repository.mkdir(parents=True, exist_ok=True)
         staging.parent.mkdir(exist_ok=True)
         with _locked(staging.parent):
-            shutil.rmtree(staging, ignore_errors=True)  # what a publisher left that was killed
+            shutil.rmtree(staging, ignore_errors=True)  # left by a publisher that was killed
             staging.mkdir()
             try:
                 yield staging
@@ -228,7 +227,7 @@ def _publishing(name: str, repository: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """No other process holds `folder`; `BlockingIOError` if one does and we do not wait. A killed holder lets go."""
+    """No other process holds `folder`; `BlockingIOError` if one does, without `wait`. A killed process unlocks it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -238,14 +237,14 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 def _sweep(drafts: Path) -> None:
-    """Remove the drafts whose makers were killed: nobody holds them. A maker may remove its own at the same time."""
+    """Remove the drafts of processes that were killed: no process holds them. Another may remove its own meanwhile."""
     for draft in drafts.iterdir():
         with suppress(BlockingIOError, FileNotFoundError), _locked(draft, wait=False):
             shutil.rmtree(draft, ignore_errors=True)
 
 
 def _install(draft: Path, model: Path, number: int, config: ModelConfig | None, staging: Path) -> Path:
-    """The version folder `number` of `model`, renamed into place after everything it holds is on the disk."""
+    """The version folder `number` of `model`, renamed into place when everything in it is on the disk."""
     version = model / str(number)
     if model.is_dir():
         durable.sync_tree(draft)
@@ -266,7 +265,7 @@ def _install(draft: Path, model: Path, number: int, config: ModelConfig | None, 
 
 
 def _install_changes(draft: Path, model: Path, config: ModelConfig, staging: Path) -> None:
-    """`model` has this config and, as newest version, these files; what it has already stays untouched."""
+    """`model` has this config and, as its newest version, these files; it is not touched if it has them already."""
     present = versions(model)
     if present != earlier_than(draft, model):
         with _config_replaced(model, config, staging):
@@ -278,7 +277,7 @@ def _install_changes(draft: Path, model: Path, config: ModelConfig, staging: Pat
 
 @contextmanager
 def _config_replaced(model: Path, config: ModelConfig | None, staging: Path) -> Iterator[None]:
-    """`model` has this config, untouched if it is the same, and has the old one again if the disk then refuses."""
+    """`model` has this config, untouched if it is equal, and the old one again if the disk refuses a later write."""
     path, new, old = model / CONFIG, staging / f"{model.name}.new", staging / f"{model.name}.old"
     if config is None or has_config(model, config):
         yield
@@ -297,7 +296,7 @@ def _config_replaced(model: Path, config: ModelConfig | None, staging: Path) -> 
 
 
 def _draft_step(version: Path, draft: Path, program: str, files: Iterable[str]) -> Path:
-    """`draft` holds what a Python model needs of an artifact: the manifest, these of its files, the program."""
+    """`draft` holds the parts of an artifact that a Python model needs: manifest, these files, and the program."""
     for name in (MANIFEST, *files):
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(version / name, draft / name)
@@ -311,6 +310,6 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _discard(folders: list[Path], staging: Path) -> None:
-    """Remove folders; each vanishes from the repository by one rename before it is taken apart."""
+    """Remove folders; each leaves the repository by one rename before its files are deleted."""
     for folder in folders:
         folder.rename(staging / f"{folder.parent.name}-{folder.name}")

@@ -231,6 +231,12 @@ def repository_argument(to: Arguments, help: str = "folder of published artifact
     to.add_argument("--repository", type=Path, default=REPOSITORY, metavar="DIR", help=f"{help} (default: %(default)s)")
 
 
+def mounted_at_argument(to: argparse.ArgumentParser) -> None:
+    """--mounted-at, the path of the model repository on the server that reads it."""
+    to.add_argument("--mounted-at", type=Path, help="path of the repository in the container that serves it "
+                    "(default: its path here)")  # fmt: skip
+
+
 def device_arguments(to: argparse.ArgumentParser, *, threads: int = 1) -> None:
     """--device and --threads of an engine."""
     group = to.add_argument_group("engine")

@@ -113,7 +113,7 @@ def test_without_vllm_a_checkpoint_is_built_and_held_against_the_original_by_tra
     artifact = Artifact.load(root)
     assert quantized not in root.parents  # what no vLLM has run is not served
     assert artifact.note.startswith("built, not run: expected vLLM")
-    assert artifact.note.endswith("run: make vllm; what it was made of is proved in transformers")
+    assert artifact.note.endswith("run: make vllm; its source is verified in transformers")
     assert (artifact.facts.built, artifact.facts.ran, artifact.facts.compared) == (True, False, False)
     assert artifact.parity["bytes_of_bf16"].value < 0.35
     names = {name.removeprefix("transformers_") for name in artifact.parity}

@@ -86,7 +86,11 @@ def test_widths_that_no_group_divides_are_refused() -> None:
         ({}, "w3a16_gptq", "runs weights of 4 bits beside activations of 16, not of 3"),
         ({}, "w8a16_gptq", "runs weights of 4 bits beside activations of 16, not of 8"),
         ({"num_attention_heads": 4, "num_key_value_heads": 4}, "bf16", "has no attention for heads of 16"),
-        ({"intermediate_size": 80}, "w4a16_awq", "wants sizes in 32s, model.layers.0.mlp.gate_proj is 64 x 80"),
+        (
+            {"intermediate_size": 80},
+            "w4a16_awq",
+            "needs sizes in multiples of 32, found model.layers.0.mlp.gate_proj of 64 x 80",
+        ),
     ],
 )
 def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
@@ -100,7 +104,7 @@ def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
 )
 def test_heads_of_a_width_that_vllm_does_not_ask_for_are_named(kind: str, width: int, refused: bool) -> None:
     config = AutoConfig.for_model(kind, hidden_size=64, num_attention_heads=4, head_dim=width)
-    reason = "built, not run: vLLM takes heads of qwen2 to be 16 wide, here they are 32"
+    reason = "built, not run: expected heads of width 16, as vLLM has for qwen2, found 32"
     assert why_nowhere(config) == (reason if refused else None)
 
 
