@@ -2,7 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: export gpu test test-vllm test-fast fuzz soak check docs triton vllm peers peer-optimum perf-analyzer matrix clean
+.DEFAULT_GOAL := help
+.PHONY: help export gpu test test-vllm test-fast fuzz soak check docs triton vllm peers peer-optimum perf-analyzer matrix \
+  clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,11 +38,8 @@ check: .venv/ready ## check style and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# The documentation site, into site/; a broken link or reference is an error.
-docs: .venv/ready
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
-
-triton: .venv-triton/ready
+docs: .venv/ready ## build the documentation site into site/, warnings are errors
+	$(PY) -m mkdocs build --strict
 
 triton: .venv-triton/ready ## set up .venv-triton, with the Triton server that tests and slipway serve start
 
