@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, markdown_pages
+from tests.docs.blocks import ROOT, blocks_of, markdown_pages
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 CODE = re.compile(r"^ *```.*?^ *```|`[^`\n]*`", re.DOTALL | re.MULTILINE)
@@ -53,6 +53,11 @@ def test_linked_files_are_tracked() -> None:
 @pytest.mark.parametrize("link", ["nowhere.md", "../../outside.md", "#no-such-heading", "README.md#no-such-heading"])
 def test_a_broken_link_is_found(link: str) -> None:
     assert broken(ROOT / "README.md", f"[text]({link})") == [link]
+
+
+@pytest.mark.parametrize("page", markdown_pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_has_a_language(page: Path) -> None:
+    assert [block.place for block in blocks_of(page) if not block.language] == []
 
 
 def test_links_inside_code_are_not_links() -> None:
