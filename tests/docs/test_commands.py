@@ -110,10 +110,12 @@ def check_settings(found: argparse.Namespace, changes: dict[str, str]) -> None:
     names = getattr(found, "models", None) or [found.model]
     names = [spec.name for spec in all_specs().values() if spec.trained] if names == ["all"] else names
     for name in names:
-        config, training = defaults(find_spec(name), getattr(found, "preset", "tiny"))
-        known = {**config, **training}
-        assert set(changes) <= set(known), f"{name} has no setting {', '.join(set(changes) - set(known))}"
-        override(known, {name: value for name, value in changes.items() if not value.startswith("$")})
+        spec = find_spec(name)
+        config, training = defaults(spec, getattr(found, "preset", "tiny"))
+        known, previous = {**config, **training}, getattr(spec.training, "renamed", {})
+        given = {previous.get(setting, setting): value for setting, value in changes.items()}
+        assert set(given) <= set(known), f"{name} has no setting {', '.join(set(given) - set(known))}"
+        override(known, {setting: value for setting, value in given.items() if not value.startswith("$")})
 
 
 def check_make(words: list[str]) -> None:
