@@ -88,7 +88,7 @@ matrix: .venv/ready ## export and measure everything, write the matrix; half an 
 	$(PY) -m training.run all --if-missing
 	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
 	-$(MAKE) peer-optimum
-	-$(PY) -m runtimes.bench --windows 6 --max-windows 18 --seconds 0.1 --summary $(MATRIX)/results.json
+	-$(PY) -m runtimes.bench --windows 10 --max-windows 20 --seconds 0.1 --summary $(MATRIX)/results.json
 	$(PY) -m runtimes.matrix $(MATRIX) --into README.md --into docs/matrix.md
 
 # NVIDIA's load generator, from an old wheel of its client; two of its libraries are those of the bundled server.

@@ -58,19 +58,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def choose_cells(models: Sequence[str], targets: Sequence[str], precisions: Sequence[str]) -> Iterator[Cell]:
     """The requested cells; `InputError` for a model, target or precision that does not exist."""
-    specs = all_specs()
+    specs, remedy = all_specs(), f"list them: {program.get() or 'python -m export.all'} --help"
     for model in models:
         if model not in (*specs, ALL):
-            raise unknown_name("model", model, specs, "list them: python -m export.all --help")
+            raise unknown_name("model", model, specs, remedy)
     names = plugins.names("export.targets")
     for target in targets:
         if target not in (*names, ALL):
-            raise unknown_name("target", target, names, "list them: python -m export.all --help")
+            raise unknown_name("target", target, names, remedy)
     chosen = _load_targets(names if ALL in targets else list(dict.fromkeys(targets)))
     known = {precision for target in chosen for precision in target.precisions}
     for precision in precisions:
         if precision not in known:
-            raise unknown_name("precision", precision, known, "list them: python -m export.all --help")
+            raise unknown_name("precision", precision, known, remedy)
     for model in dict.fromkeys(specs if ALL in models or not models else models):
         for each in chosen:
             for precision in dict.fromkeys(precisions or each.precisions[:1]):

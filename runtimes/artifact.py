@@ -1,4 +1,4 @@
-"""Artifact: the manifest of a converted model. It records what the model is, how it was made, and what was verified."""
+"""Artifact: the manifest of a converted model. It records the model, its origin, and its checks."""
 
 import hashlib
 import json
@@ -74,7 +74,7 @@ class Artifact:
 
     @property
     def assets(self) -> dict[str, str]:
-        """Of `files`, those that the pipeline may read: what a step of an ensemble needs, without the weights."""
+        """The files that the pipeline may read, without the weights; a step of an ensemble needs these."""
         return {name: digest for name, digest in self.files.items() if name.startswith(f"{ASSETS}/")}
 
     @property

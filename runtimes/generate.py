@@ -12,7 +12,6 @@ import numpy as np
 
 from runtimes.artifact import Artifact, artifact_name, require_plain
 from runtimes.errors import EngineError, InputError, one_line
-from runtimes.generation import BatchingPipeline, GeneratingPipeline, Option, Piece, generating_pipelines
 from runtimes.host.cli import (
     command,
     device_arguments,
@@ -27,12 +26,13 @@ from runtimes.host.cli import (
 from runtimes.pipeline import open_pipeline, parse_request
 from runtimes.repository import newest, published
 from runtimes.runtime import open_runtime
+from runtimes.text_pipeline import BatchingPipeline, GeneratingPipeline, Option, Piece, generating_pipelines
 from runtimes.triton.client import CLIENTS
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print what the model generates: its text as it comes, or with --json each piece as JSON on a line."""
+    """Print the generated text as it arrives, or with --json each piece as JSON on a line."""
     arguments = _parser().parse_args(argv)
     root = _artifact(arguments)
     pipeline = _pipeline(arguments, root)

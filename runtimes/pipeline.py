@@ -11,6 +11,7 @@ import numpy as np
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
 from runtimes.errors import EngineError, InputError, one_line
+from runtimes.host.cli import unknown_name
 from runtimes.runtime import Runtime
 
 Schema = dict[str, Any]  # a JSON Schema (2020-12)
@@ -58,7 +59,7 @@ class Pipeline(ABC):
 
 
 def open_pipeline(artifact: Artifact, folder: Path) -> Pipeline:
-    """The pipeline of an artifact that lies in `folder`."""
+    """The pipeline of an artifact in `folder`."""
     return find_pipeline(artifact.pipeline)(artifact.config, folder / ASSETS)
 
 
@@ -70,10 +71,12 @@ def all_pipelines() -> dict[str, type[Pipeline]]:
 
 
 def find_pipeline(name: str) -> type[Pipeline]:
-    """The pipeline of this name; `InputError` names the pipelines there are."""
+    """The pipeline of this name; `InputError` names the nearest one."""
     pipelines = all_pipelines()
     if name not in pipelines:
-        raise InputError(f"expected a pipeline of {', '.join(sorted(pipelines))}; found '{name}'")
+        raise unknown_name(
+            "pipeline", name, pipelines, "install the plug-in that declares it, or export the model again"
+        )
     return pipelines[name]
 
 
@@ -84,7 +87,7 @@ def refuse_no_requests(requests: Sequence[Any]) -> None:
 
 
 def parse_request(text: bytes, where: str) -> Any:
-    """The JSON value of a request; `InputError` for what is too long, too deep, not UTF-8 or no JSON."""
+    """The JSON value of a request; `InputError` for one that is too long, too deep, not UTF-8 or no JSON."""
     if len(text) > REQUEST_BYTES:
         raise InputError(f"{where}: expected at most {REQUEST_BYTES} bytes, found {len(text)}; send less at once")
     try:

@@ -1,10 +1,10 @@
-"""Plug-ins: a file in a folder is a plug-in, its file name is its name, one constant declares it."""
+"""Plug-ins: a file in a plug-in folder is one, its name is that of the file, and one constant declares it."""
 
 import importlib
 import pkgutil
 from typing import Any
 
-from runtimes.errors import InputError
+from runtimes.host.cli import unknown_name
 
 
 def names(package: str) -> list[str]:
@@ -14,8 +14,8 @@ def names(package: str) -> list[str]:
 
 
 def load(package: str, name: str, constant: str) -> Any:
-    """The `constant` that plug-in `name` of `package` declares; `InputError` names the plug-ins there are."""
-    if name not in names(package):
+    """The `constant` that plug-in `name` of `package` declares; `InputError` names the nearest plug-in."""
+    if name not in (known := names(package)):
         kind = package.rpartition(".")[2].removesuffix("s")
-        raise InputError(f"expected a {kind} of {', '.join(names(package))}; found '{name}'")
+        raise unknown_name(kind, name, known, "install the plug-in that declares it")
     return getattr(importlib.import_module(f"{package}.{name}"), constant)

@@ -27,7 +27,7 @@ TARGET, PRECISION = "onnx", "fp32"
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print the answer as JSON, or with --example a request to start from, or with --schema what a request must be.
+    """Print the answer as JSON, or with --example a valid request, or with --schema the JSON Schema of requests.
 
     An answer has the same bytes wherever it was computed.
     """

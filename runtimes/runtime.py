@@ -99,7 +99,7 @@ class Runtime(ABC):
         return self.carried(batch)
 
     def carried(self, batch: int) -> "CarriedStream":
-        """A stream whose state lies in this process, so that its rows may come and go."""
+        """A stream whose state is in this process, so that rows can be added and removed."""
         return CarriedStream(self, batch)
 
     def fresh(self, inputs: Mapping[str, np.ndarray]) -> Tensors:
@@ -143,7 +143,7 @@ class Stream(ABC):
 
 
 class CarriedStream(Stream):
-    """A stream whose state lies in this process. State that the engine returned is not checked again."""
+    """A stream whose state is in this process. State that the engine returned is not checked again."""
 
     def __init__(self, runtime: Runtime, batch: int) -> None:
         self.runtime = runtime

@@ -1,4 +1,4 @@
-"""Axis, TensorSpec, Signature: what goes into a model and comes out, declared once and checked once."""
+"""Axis, TensorSpec, Signature: the inputs and outputs of a model, declared once and checked once."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -60,7 +60,7 @@ class TensorSpec:
 class Signature:
     """Inputs, outputs and axes of a model, and the pairs (input, output) that carry a recurrent state.
 
-    `in_place` names the inputs of those pairs that may lie in the memory of their output: the model reads nothing there
+    `in_place` names the inputs of those pairs that may share the memory of their output: the model reads nothing there
     once it has written there. An engine that shares the memory need not copy what does not change, such as a ring.
     """
 

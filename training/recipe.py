@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.host.cli import table
+from runtimes.host.cli import settings_argument, table
 from runtimes.tensors import Tensors
 from training.config import Config, Metrics
 from training.frozen_store import FrozenInference
@@ -162,10 +162,4 @@ def data_arguments(to: argparse.ArgumentParser) -> None:
 
 def set_argument(to: argparse.ArgumentParser) -> None:
     """--set, which changes a setting of the config or of training."""
-    to.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="change one setting, may be repeated; --NAME VALUE is the same (default: those of the preset)",
-    )
+    settings_argument(to, "change one setting, may be repeated (default: those of the preset)")

@@ -4,7 +4,6 @@ Shapes: as in the model's module.py.
 """
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.hallucination.bench_decoder import TOP_PERCENT, as_tensors, decoder_config, prompt_and_answer
+from benchmarks.process_cost import interleaved_cpu_s
 from runtimes.errors import InputError, require
 from runtimes.host.cli import table
 from training.models.hallucination.decoder import Decoder
@@ -115,7 +115,7 @@ def bench_fused(arguments: Any) -> str:
             "all attention, scored by token": lambda: dense_module.scores_by_token(dense.run(None, ids), given),
         }
         _same_scores(ways)
-        times = _interleaved(ways, arguments.repeats)
+        times = interleaved_cpu_s(ways, arguments.repeats)
         sent = {"fused": fused.run(None, made), "all attention, without scores": dense.run(None, ids)}
     size = {name: sum(array.nbytes for array in arrays) for name, arrays in sent.items()}
     dense_bytes = size["all attention, without scores"]
@@ -146,14 +146,3 @@ def _same_scores(ways: dict[str, Callable[[], Any]]) -> None:
         wanted_ecs, wanted_pks = found["fused"]
         if np.quantile(np.abs(ecs - wanted_ecs), 0.99) > 1e-3 or np.abs(pks - wanted_pks).max() > 1e-5:
             raise InputError(f"expected the scores of 'fused' from '{name}', found others; check torch and onnxruntime")
-
-
-def _interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each way; one call of each alternates, so that other processes affect all alike."""
-    samples: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, call in ways.items():
-            started = time.process_time()
-            call()
-            samples[name].append(time.process_time() - started)
-    return {name: float(np.median(values)) for name, values in samples.items()}

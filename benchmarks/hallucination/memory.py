@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.hallucination.bench_decoder import as_tensors, decoder_config, prompt_and_answer
+from benchmarks.process_cost import peak_bytes
 from runtimes.host.cli import table
 from training.models.hallucination.module import ChunkDetector, TokenDetector
 
@@ -39,16 +39,10 @@ def measure_memory(way: str, tokens: int, answer: int) -> str:
     with torch.inference_mode():
         if way == "dense":
             detector.base.model.set_attn_implementation("eager")
-        before = peak_mib()
+        before = peak_bytes()
         if way == "dense":
             kept = detector.base.model.model(given["token_ids"], output_attentions=True, output_hidden_states=True)
-            assert len(kept.attentions) == 8
+            assert len(kept.attentions) == len(detector.base.model.model.layers)
         else:
             detector(**given)
-    return f"{peak_mib() - before:.0f}"
-
-
-def peak_mib() -> float:
-    """The peak memory of this process; that of getrusage includes the process which started it."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
+    return f"{(peak_bytes() - before) / 2**20:.0f}"

@@ -31,16 +31,15 @@ def bench_reading(arguments: Any) -> str:
     for name, settings in ways.items():
         reader = FeatureReader(config, {**SETTINGS, **settings})
         reading = reader.reading(examples)
-        reader.ask(reading.texts[:2])
+        reader.run(reading.texts[:2])
         with Store(memory_entries=1 << 30) as store:
             started = time.process_time()
             fill(store, reading, reader.training["padded_size"])
             minutes = (time.process_time() - started) / 60
-            pks = np.concatenate(store.namespace(reading.namespace, reading.identity).require(reading.texts, ""))[
-                :, -8:
-            ]
-        exact = pks if exact is None else exact
+            features = np.concatenate(store.namespace(reading.namespace, reading.identity).require(reading.texts, ""))
         layers = reader.detector.base.model.model.layers
+        pks = features[:, -len(layers) :]  # the last columns, one for each layer
+        exact = pks if exact is None else exact
         size = sum(weight.numel() * weight.element_size() for weight in layers.parameters()) / 2**20
         moved = np.median(np.abs(pks - exact) / exact)
         rows.append((name, f"{len(examples) / minutes:.0f}", f"{size:.1f}", f"{moved:.1e}"))

@@ -7,13 +7,14 @@ ratio is that of medians.
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.process_cost import cpu_s, interleaved_cpu_s
 from runtimes.artifact import artifact_name
 from runtimes.errors import InputError
 from runtimes.host.cli import artifact_arguments, command, parser, table
@@ -75,8 +76,9 @@ def texts(module: HNetForCausalLM, full: Runtime, text: np.ndarray) -> list[Row]
         def converted(inputs: Mapping[str, np.ndarray] = inputs) -> None:
             full.infer(inputs)
 
-        ours, theirs = alternating(converted, eager)
-        rows.append(compared(f"text of {batch} x {length}", ours, "torch eager", theirs))
+        converted(), eager()  # the first calls are not measured
+        times = interleaved_cpu_s({"ours": converted, "theirs": eager}, CALLS)
+        rows.append(compared(f"text of {batch} x {length}", times["ours"], "torch eager", times["theirs"]))
     return rows
 
 
@@ -124,21 +126,6 @@ def streams(full: Runtime, one: Runtime, text: np.ndarray) -> list[Row]:
         compared(f"stream of {len(text)} bytes", sum(spent), prefixes, EVERY * sum(again)),
         compared("second half of the stream", sum(spent[half:]), "first half", sum(spent[:half])),
     ]
-
-
-def alternating(ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float]:
-    """Median CPU seconds of each, in alternating calls after a first call."""
-    ours(), theirs()
-    spent = np.array([(cpu_s(ours), cpu_s(theirs)) for _ in range(CALLS)])
-    one, other = np.median(spent, 0)
-    return float(one), float(other)
-
-
-def cpu_s(act: Callable[[], Any]) -> float:
-    """CPU seconds of this process for one call."""
-    started = time.process_time()
-    act()
-    return time.process_time() - started
 
 
 def compared(work: str, ours_s: float, other: str, theirs_s: float) -> Row:

@@ -118,8 +118,8 @@ def make(source: Source, repository: Path) -> Path:
         with OtherEnvironment(draft, artifact) as candidate:
             checks = parity.check_parity(candidate, source, "fp32")
         parity.require_passed(checks)
-        proved = Facts(built=True, deserialized=True, ran=True, compared=True)
-        artifact = replace(artifact, parity=checks, facts=proved)
+        verified = Facts(built=True, deserialized=True, ran=True, compared=True)
+        artifact = replace(artifact, parity=checks, facts=verified)
         artifact.save(draft)
         return publish(draft, artifact, repository, served=False)
 

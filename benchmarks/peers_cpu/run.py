@@ -23,7 +23,6 @@ import numpy as np
 from benchmarks.peers_cpu.variants import ROOT, SINGLE, SORTED, VARIANTS
 from runtimes.host.cli import command, parser
 
-BASE = next(iter(VARIANTS))
 NEIGHBOURS = 10
 
 
@@ -46,7 +45,7 @@ class Process:
             env=environment,
         )
 
-    def ask(self, task: str) -> float | None:
+    def seconds_of(self, task: str) -> float | None:
         """Seconds of the task, or None if the process has died."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -63,19 +62,19 @@ class Process:
         self.log.close()
 
 
-def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict[str, Any]]:
+def run(folder: Path, repository: Path, threads: int, repeats: int, names: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each variant that could be run: sentences a second, as a multiple of the first, and fidelity."""
     alive: list[Process] = []
     seconds: dict[str, dict[str, list[float]]] = {}
     vectors: dict[str, np.ndarray] = {}
     try:
-        for name, each in VARIANTS.items():
-            if not (ROOT / each.venv).is_dir():
+        for name in names:
+            if not (ROOT / VARIANTS[name].venv).is_dir():
                 continue
             started = Process(folder, name, threads, repository)
             alive.append(started)
             answers = folder / f"{started.process.pid}.npy"
-            if started.ask(f"embed {answers}") is None:
+            if started.seconds_of(f"embed {answers}") is None:
                 alive.remove(started)
                 print(f"left out: {name} failed, see {started.log.name}", file=sys.stderr)
                 continue
@@ -83,22 +82,25 @@ def run(folder: Path, repository: Path, threads: int, repeats: int) -> list[dict
         for repeat in range(repeats + 1):
             for task in ("b1", "b32"):
                 for process in alive:
-                    taken = process.ask(task)
+                    taken = process.seconds_of(task)
                     if repeat and taken:  # the first is a warm-up
                         seconds[process.name][task].append(taken)
     finally:
         for process in alive:
             process.close()
-    return [row(name, seconds, vectors) for name in seconds]
+    return [row(name, names[0], seconds, vectors) for name in seconds]
 
 
-def row(name: str, seconds: dict[str, dict[str, list[float]]], vectors: dict[str, np.ndarray]) -> dict[str, Any]:
+def row(
+    name: str, base_name: str, seconds: dict[str, dict[str, list[float]]], vectors: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """A variant beside the base, the variant of the first row."""
     found: dict[str, Any] = {"variant": name, "int8": VARIANTS[name].int8}
     for task, texts in (("b1", SINGLE), ("b32", SORTED)):
-        own, base = np.array(seconds[name][task]), np.array(seconds[BASE][task])
+        own, base = np.array(seconds[name][task]), np.array(seconds[base_name][task])
         found[f"{task}_per_s"] = texts / float(np.median(own))
         found[f"{task}_times"] = float(np.median(base / own))
-    one, other = vectors[name], vectors[BASE]
+    one, other = vectors[name], vectors[base_name]
     found["cosine_min"] = float(((one * other).sum(1) / np.linalg.norm(one, axis=1)).min())
     near, wanted = nearest(one), nearest(other)
     found["top10"] = float(np.mean([len(set(a) & set(b)) / NEIGHBOURS for a, b in zip(near, wanted, strict=True)]))
@@ -124,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     """Print one table; with --json keep its rows."""
     arguments = _parser().parse_args(argv)
     folder = arguments.folder.resolve()
-    rows = run(folder, folder / "model_repository", arguments.threads, arguments.repeats)
+    names = arguments.variant or list(VARIANTS)
+    rows = run(folder, folder / "model_repository", arguments.threads, arguments.repeats, names)
     print(as_table(rows))
     for missing in sorted({each.venv for each in VARIANTS.values() if not (ROOT / each.venv).is_dir()}):
         print(f"left out: the variants of {missing}; make it with: make peers")
@@ -143,6 +146,8 @@ def _parser() -> Any:
     result.add_argument("folder", type=Path, help="folder of benchmarks.peers_cpu.prepare, with the repository in it")
     result.add_argument("--threads", type=int, default=2, help="threads of each variant (default: %(default)s)")
     result.add_argument("--repeats", type=int, default=5, help="repeats of each task (default: %(default)s)")
+    result.add_argument("--variant", action="append", choices=VARIANTS,
+                        help="one to run, beside the first one given; repeated (default: all)")  # fmt: skip
     result.add_argument("--json", type=Path, help="keep the rows in this file (default: none)")
     return result
 

@@ -54,25 +54,60 @@ def raw_torch(folder: Path, threads: int, dynamic: bool = False) -> Embed:
     return embed
 
 
-def onnx_runtime(folder: Path, threads: int, int8: bool = False) -> Embed:
-    """A loop of one's own: eager attention, dynamo export, and quantize_dynamic for int8."""
+def onnx_runtime(folder: Path, threads: int, int8: str = "") -> Embed:
+    """A loop of one's own: eager attention, dynamo export, and ONNX Runtime's own quantizers for int8."""
     import onnxruntime
 
     path = _exported(folder)
     if int8:
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-
-        float_path, path = path, folder / "int8_dynamic.onnx"
-        constants = {"MatMulConstBOnly": True}
-        kinds = ["MatMul", "Gemm", "Gather"]
-        quantize_dynamic(
-            float_path, path, kinds, per_channel=True, weight_type=QuantType.QInt8, extra_options=constants
-        )
+        float_path, path = path, folder / f"int8_{int8}.onnx"
+        if int8 == "dynamic":
+            _quantize_dynamic(float_path, path)
+        else:
+            _quantize_static(folder, float_path, path, symmetric=int8 == "static_symmetric")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     tokens = _tokens(folder)
     return lambda texts: session.run(None, tokens(texts))[0]
+
+
+def _quantize_dynamic(float_path: Path, path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    constants = {"MatMulConstBOnly": True}
+    kinds = ["MatMul", "Gemm", "Gather"]
+    quantize_dynamic(float_path, path, kinds, per_channel=True, weight_type=QuantType.QInt8, extra_options=constants)
+
+
+def _quantize_static(folder: Path, float_path: Path, path: Path, symmetric: bool) -> None:
+    """Q/DQ with the largest value of each activation over 300 texts; symmetric scales are those that TensorRT takes."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    texts = json.loads((folder / "texts.json").read_text())["calibrate"][:300]
+    tokens = _tokens(folder)
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.rows = (tokens([text]) for text in texts)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.rows, None)
+
+    prepared = folder / f"prepared-{os.getpid()}.onnx"
+    quant_pre_process(float_path, prepared, skip_symbolic_shape=True)
+    quantize_static(
+        prepared,
+        path,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm"],
+        per_channel=True,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"MatMulConstBOnly": True, "ActivationSymmetric": symmetric},
+    )
 
 
 def openvino(folder: Path, threads: int, int8: str = "") -> Embed:
@@ -180,7 +215,11 @@ VARIANTS = {
     "torch loop": Variant(venv=".venv-peers", start=raw_torch),
     "torch loop, quantize_dynamic": Variant(venv=".venv-peers", start=_with(raw_torch, dynamic=True), int8=True),
     "onnxruntime loop": Variant(venv=".venv-peers", start=onnx_runtime),
-    "onnxruntime loop, dynamic int8": Variant(venv=".venv-peers", start=_with(onnx_runtime, int8=True), int8=True),
+    "onnxruntime loop, dynamic int8": Variant(venv=".venv-peers", start=_with(onnx_runtime, int8="dynamic"), int8=True),
+    "onnxruntime loop, static int8": Variant(venv=".venv-peers", start=_with(onnx_runtime, int8="static"), int8=True),
+    "onnxruntime loop, static symmetric int8": Variant(
+        venv=".venv-peers", start=_with(onnx_runtime, int8="static_symmetric"), int8=True
+    ),
     "openvino loop": Variant(venv=".venv-peers", start=openvino),
     "openvino loop, nncf int8 weights": Variant(venv=".venv-peers", start=_with(openvino, int8="weights"), int8=True),
     "openvino loop, nncf int8": Variant(venv=".venv-peers", start=_with(openvino, int8="all"), int8=True),

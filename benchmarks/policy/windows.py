@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.process_cost import peak_bytes
 from runtimes.errors import SlipwayError, require
 from runtimes.host.cli import command, parser, table
 from runtimes.pipelines.policy.melee import FRAME_WIDTH, LABEL_WIDTH
@@ -109,7 +110,7 @@ def _serve(options: argparse.Namespace, mode: Any, dtype: str) -> None:
             latency_s.append(time.perf_counter() - start)
             resident = max(resident, process.memory_info().rss - before)
         sizes = {"table_bytes": frames.nbytes, "batch_bytes": sum(tensor.nbytes for tensor in batch.values())}
-        memory = {"resident_bytes": resident, "peak_bytes": _peak_bytes() - before}
+        memory = {"resident_bytes": resident, "peak_bytes": peak_bytes() - before}
         print(json.dumps({**sizes, **memory, "latency_s": latency_s[-options.batches :]}), flush=True)
 
 
@@ -131,12 +132,6 @@ def _random_games(frames: int) -> list[Game]:
         )
         for i, size in enumerate(sizes)
     ]
-
-
-def _peak_bytes() -> int:
-    with open("/proc/self/status") as status:
-        kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM"))
-    return int(kilobytes) * 1024
 
 
 def _summary(mode: str, dtype: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:

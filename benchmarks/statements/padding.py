@@ -5,14 +5,13 @@ time.
 """
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
+from benchmarks.process_cost import cpu_s
 from runtimes.cache.store import buckets
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser, table
@@ -47,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
 
     padded = Padded(bucketed.module, bucketed.tokens, device="cpu")
     with torch.inference_mode():
-        seconds = [(_cpu_s(bucketed.embed, texts), _cpu_s(padded.embed, texts)) for _ in range(arguments.rounds)]
+        seconds = [
+            (cpu_s(lambda: bucketed.embed(texts)), cpu_s(lambda: padded.embed(texts))) for _ in range(arguments.rounds)
+        ]
     computed = sum(len(batch) * max(batch) for batch in buckets(lengths, lengths, bucketed.padded_size))
     print(f"{len(texts)} statements, {np.mean(lengths):.1f} tokens on average, {longest} at most")
     rows = [
@@ -79,12 +80,6 @@ def _embedder(arguments: Any) -> tuple[Any, int]:
     config = {**spec.preset("tiny").config, "base": arguments.base}
     tokens = Tokens(spec.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
     return Embedder(spec.part(spec.build(config).eval()), tokens, device="cpu"), config["max_tokens"]
-
-
-def _cpu_s(embed: Callable[[Any], Any], texts: list[str]) -> float:
-    started = time.process_time()
-    embed(texts)
-    return time.process_time() - started
 
 
 def _parser() -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 EXTRA = "quantize"
-GROUP_MAX, GROUP_MIN = 128, 32  # weights that share a scale; vLLM on a CPU wants widths in 32s
+GROUP_MAX, GROUP_MIN = 128, 32  # weights that share a scale; vLLM on a CPU needs widths in multiples of 32
 OBSERVER = "memoryless_mse"  # clips where that reduces the error of a group; the default never clips
 HEAD = "lm_head"  # not quantized, as embeddings and norms are not
 

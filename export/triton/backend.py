@@ -20,7 +20,7 @@ class Backend:
     name            of the engine, and of Triton's backend
     file            what Triton opens in a version folder
     platforms       older names of the backend, which the linter accepts
-    config_names_platform   whether its configs name the first of `platforms`, as Triton wants it, and not the backend
+    config_names_platform   whether its configs name the first of `platforms`, as Triton needs it, and not the backend
     gpu_only        whether its models run on a GPU only
     cpu_parameters  of a config, where the model runs on a CPU
     takes_tensors   whether the served model has the tensors of the signature, as an ensemble needs

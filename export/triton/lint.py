@@ -10,10 +10,10 @@ from export.triton.config import ANSWER, REQUEST, STEPS, WRITE
 from export.triton.schema import TYPES, ModelConfig, dims, read_config, schema
 from runtimes.artifact import MANIFEST, Artifact, read_json, verify_digests
 from runtimes.errors import SlipwayError, one_line
-from runtimes.generation import BatchingPipeline
 from runtimes.pipeline import Schema, find_pipeline, open_pipeline
 from runtimes.repository import REQUEST_SCHEMA, STEP_FILE, number_of, versions
 from runtimes.tensors import BATCH, TensorSpec
+from runtimes.text_pipeline import BatchingPipeline
 
 TEXT = ("TYPE_STRING", (1,))
 

@@ -28,7 +28,6 @@ from export.triton.scheduling import UNLIMITED, Scheduling
 from export.triton.schema import CONFIG, ModelConfig, has_config, to_text
 from runtimes.artifact import MANIFEST, Artifact, read_json, sha256_file, verify_digests, write_json
 from runtimes.errors import ArtifactError, SlipwayError, one_line
-from runtimes.generation import BatchingPipeline
 from runtimes.host import durable
 from runtimes.pipeline import open_pipeline
 from runtimes.repository import (
@@ -41,6 +40,7 @@ from runtimes.repository import (
     versions,
     workspace,
 )
+from runtimes.text_pipeline import BatchingPipeline
 
 STEP_SOURCES = Path(runtimes.triton.__file__).parent / "steps"
 VERSIONS_KEPT = VERSIONS_LOADED + 1  # Triton 2.51 stops loading models once a version vanishes while it is loaded

@@ -1,4 +1,4 @@
-"""Measure search over a synthetic collection, exact and approximate: python -m runtimes.bench.search DIR"""
+"""Measure exact and approximate search over a synthetic collection: python -m runtimes.bench.search DIR"""
 
 import os
 import statistics
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from runtimes.errors import require
 from runtimes.host.cli import command, parser
+from runtimes.host.progress import progress
 from runtimes.search.collection import EMBEDDINGS, Collection, Entry, Info
 from runtimes.search.exact import Hits, top_k
 from runtimes.search.index import INDEX, Index, build_index
@@ -25,12 +25,12 @@ QUERIES = 200
 THREADS = 2
 TEXT = "Let $X$ be a scheme. Then $X$ is quasi-affine if and only if $\\mathcal{O}_X$ is ample. " * 5
 
-Ask = Callable[[np.ndarray, int], np.ndarray]  # queries [n, width], k -> rows [n, k]
+Search = Callable[[np.ndarray, int], np.ndarray]  # queries [n, width], k -> rows [n, k]
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    """Print what opening, exact search and each approximate index cost. The collections stay in DIR for another run."""
+    """Print the times of opening, exact search and each approximate index. The collections stay in DIR."""
     arguments = _parser().parse_args(argv)
     folders = [arguments.folder / f"{arguments.rows}x{arguments.width}_{dtype}" for dtype in arguments.dtype]
     for folder, dtype in zip(folders, [] if arguments.collection else arguments.dtype, strict=False):
@@ -52,20 +52,20 @@ def _print_rows(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def write_synthetic(folder: Path, rows: int, width: int, dtype: str) -> None:
-    """A collection whose rows lie around their papers, and those around 200 topics, is in the folder."""
+    """The folder has a collection whose rows are near those of their paper, and papers near one of 200 topics."""
     info = Info(
         rows=rows, width=width, dtype=dtype, model="0" * 64, base={"source": "synthetic", "sha256": "0" * 64},
         pooling="last", max_tokens=256, size=str(rows), data="0" * 64,
     )  # fmt: skip
     writer = Writer.reserve(folder, info, _entries(rows))
     topics = np.random.default_rng(0).standard_normal((200, width), np.float32)
-    for start, stop in tqdm(writer.missing(SHARD_ROWS), desc=folder.name, disable=not sys.stderr.isatty()):
+    for start, stop in progress(writer.missing(SHARD_ROWS), folder.name):
         writer.write(start, _clustered(topics, start, stop))
     writer.finish()
 
 
 def _clustered(topics: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Cosines of about .8 within a paper and .4 within a topic; a row does not depend on the shard it is in."""
+    """Cosines of about .8 within a paper and .4 within a topic; a row does not depend on its shard."""
     first = start // PAPER_ROWS
     papers = [_paper(topics, paper) for paper in range(first, -(-stop // PAPER_ROWS))]
     rows = np.concatenate(papers)[start - first * PAPER_ROWS :][: stop - start]
@@ -95,20 +95,20 @@ def _exact_rows(folder: Path, rounds: int) -> Iterator[tuple[object, ...]]:
     size = f"{collection.info.tensor['data_offsets'][1] / 1e9:.2f}"
     for cache, count in (("cold", 1), ("warm", 1), ("warm", 8)):
         latencies_s = []
-        for turn in range(rounds):
+        for i in range(rounds):
             if cache == "cold":
-                collection = _forget(collection)
-            asked = queries[turn * count % 64 :][:count]
+                collection = _uncached(collection)
+            batch = queries[i * count % 64 :][:count]
             started = time.perf_counter()
-            top_k(collection.embeddings, asked, 10, threads=THREADS)
+            top_k(collection.embeddings, batch, 10, threads=THREADS)
             latencies_s.append(time.perf_counter() - started)
         yield (collection.info.dtype, size, f"{open_s:.3f}", cache, count, f"{statistics.median(latencies_s):.3f}")
 
 
-def _forget(collection: Collection) -> Collection:
-    """The collection opened anew, its rows on the disk only."""
+def _uncached(collection: Collection) -> Collection:
+    """The collection opened again, with none of its rows in the page cache."""
     path = collection.folder / EMBEDDINGS
-    collection.embeddings._mmap.close()  # type: ignore[attr-defined]  # mapped pages are not forgotten
+    collection.embeddings._mmap.close()  # type: ignore[attr-defined]  # the kernel keeps mapped pages
     with path.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return Collection.open(collection.folder)
@@ -125,38 +125,38 @@ def _approximate_rows(collection: Collection, others: bool) -> Iterator[tuple[ob
         "exact",
         "0",
         f"{embeddings.nbytes / 1e6:.0f}",
-        *_asked(lambda q, k: top_k(embeddings, q, k).rows, queries, exact),
+        *_figures(lambda q, k: top_k(embeddings, q, k).rows, queries, exact),
     )
     for name, build in {"runtimes.search.index": lambda _: _ours(collection), **(OTHERS if others else {})}.items():
         started = time.perf_counter()
-        ask, index_bytes = build(embeddings)
+        search, index_bytes = build(embeddings)
         build_s = time.perf_counter() - started
-        yield (name, f"{build_s:.1f}", f"{index_bytes / 1e6:.0f}", *_asked(ask, queries, exact))
+        yield (name, f"{build_s:.1f}", f"{index_bytes / 1e6:.0f}", *_figures(search, queries, exact))
         if name in OTHERS:
-            yield (f"{name}, 40 rescored", "", "", *_asked(_rescored(ask, embeddings), queries, exact))
+            yield (f"{name}, 40 rescored", "", "", *_figures(_rescored(search, embeddings), queries, exact))
 
 
-def _asked(ask: Ask, queries: np.ndarray, exact: Hits) -> tuple[str, str]:
-    """Median milliseconds of one query, and the share of the exact ten that were found."""
+def _figures(search: Search, queries: np.ndarray, exact: Hits) -> tuple[str, str]:
+    """Median milliseconds of one query, and the share of the exact ten that it finds."""
     latencies_s, found = [], 0
     for query, rows in zip(queries, exact.rows, strict=True):
         started = time.perf_counter()
-        answer = ask(query[None], 10)
+        answer = search(query[None], 10)
         latencies_s.append(time.perf_counter() - started)
         found += len(np.intersect1d(answer[0], rows))
     return f"{1000 * statistics.median(latencies_s):.2f}", f"{found / exact.rows.size:.3f}"
 
 
-def _rescored(ask: Ask, embeddings: np.ndarray) -> Ask:
+def _rescored(search: Search, embeddings: np.ndarray) -> Search:
     def rescored(query: np.ndarray, k: int) -> np.ndarray:
-        rows = np.sort(ask(query, 4 * k)[0])
+        rows = np.sort(search(query, 4 * k)[0])
         return rows[top_k(embeddings[rows], query, k, threads=1).rows]
 
     return rescored
 
 
-def _faiss(description: str, setting: str, value: int) -> Callable[[np.ndarray], tuple[Ask, int]]:
-    def build(embeddings: np.ndarray) -> tuple[Ask, int]:
+def _faiss(description: str, setting: str, value: int) -> Callable[[np.ndarray], tuple[Search, int]]:
+    def build(embeddings: np.ndarray) -> tuple[Search, int]:
         faiss = require("faiss", extra="search")
         faiss.omp_set_num_threads(THREADS)
         index = faiss.index_factory(embeddings.shape[1], description, faiss.METRIC_INNER_PRODUCT)
@@ -171,8 +171,8 @@ def _faiss(description: str, setting: str, value: int) -> Callable[[np.ndarray],
     return build
 
 
-def _usearch(dtype: str, connectivity: int, search: int) -> Callable[[np.ndarray], tuple[Ask, int]]:
-    def build(embeddings: np.ndarray) -> tuple[Ask, int]:
+def _usearch(dtype: str, connectivity: int, search: int) -> Callable[[np.ndarray], tuple[Search, int]]:
+    def build(embeddings: np.ndarray) -> tuple[Search, int]:
         usearch: Any = require("usearch.index", extra="search-bench")
         index = usearch.Index(
             ndim=embeddings.shape[1], metric="cos", dtype=dtype, connectivity=connectivity, expansion_search=search
@@ -185,7 +185,7 @@ def _usearch(dtype: str, connectivity: int, search: int) -> Callable[[np.ndarray
     return build
 
 
-def _ours(collection: Collection) -> tuple[Ask, int]:
+def _ours(collection: Collection) -> tuple[Search, int]:
     build_index(collection, threads=THREADS)
     index = Index(collection)
     return lambda queries, k: index.top_k(queries, k, threads=THREADS).rows, (collection.folder / INDEX).stat().st_size
@@ -208,13 +208,23 @@ def _parser() -> Any:
         "bench --rows 500000",
         "bench --rows 100000 --dtype float16 --approximate all",
     )
-    result.add_argument("folder", type=Path, metavar="DIR", help="where the synthetic collections are made, and kept")
-    result.add_argument("--rows", type=int, default=500_000, help="rows of a collection (default: 500000)")
-    result.add_argument("--width", type=int, default=2048, help="numbers of a row (default: 2048)")
-    result.add_argument("--dtype", nargs="+", default=["float16", "float32"], choices=["float16", "float32"])
-    result.add_argument("--rounds", type=int, default=7, help="searches of each kind (default: 7)")
-    result.add_argument("--approximate", choices=["ours", "all"], help="build and ask these indexes instead")
-    result.add_argument("--collection", type=Path, help="index this collection instead of a synthetic one")
+    result.add_argument("folder", type=Path, metavar="DIR", help="folder of the synthetic collections, which are kept")
+    result.add_argument("--rows", type=int, default=500_000, help="rows of a collection (default: %(default)s)")
+    result.add_argument("--width", type=int, default=2048, help="numbers of a row (default: %(default)s)")
+    result.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["float16", "float32"],
+        choices=["float16", "float32"],
+        help="dtypes of the rows (default: float16 float32)",
+    )
+    result.add_argument("--rounds", type=int, default=7, help="searches of each kind (default: %(default)s)")
+    result.add_argument(
+        "--approximate", choices=["ours", "all"], help="measure these indexes instead (default: exact search)"
+    )
+    result.add_argument(
+        "--collection", type=Path, help="index this collection instead of a synthetic one (default: none)"
+    )
     return result
 
 

@@ -1,7 +1,7 @@
 """transformers' `generate` in a child process: python -m runtimes.bench.transformers_worker FOLDER
 
-It answers, on standard output, one line for each on standard input: prompts as token ids, whether they go in one batch,
-and how many tokens are wanted after each.
+It writes one JSON line for each line on standard input: prompts as token ids, whether they form one batch, and the
+number of tokens after each.
 """
 
 import json
@@ -14,7 +14,7 @@ from runtimes.errors import require
 
 
 class FirstToken:
-    """A streamer of transformers' that only looks at the clock."""
+    """A streamer for transformers that records the time of each token."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -23,7 +23,7 @@ class FirstToken:
         self.times_s.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Called after the last token."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,27 +39,27 @@ def main(argv: Sequence[str]) -> None:
     model = model.to(device).eval()
     print(json.dumps({"version": transformers.__version__}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        batches = [asked["prompts"]] if asked["batched"] else [[prompt] for prompt in asked["prompts"]]
+        request = json.loads(line)
+        batches = [request["prompts"]] if request["batched"] else [[prompt] for prompt in request["prompts"]]
         started = time.perf_counter()
-        rows = [row for batch in batches for row in generate(torch, model, batch, asked["tokens"])]
+        rows = [row for batch in batches for row in generate(torch, model, batch, request["tokens"])]
         seconds = time.perf_counter() - started
-        first_s = first_token_s(torch, model, asked["prompts"][0]) if asked["first"] else None
+        first_s = first_token_s(torch, model, request["prompts"][0]) if request["first"] else None
         print(json.dumps({"seconds": seconds, "first_s": first_s, "token_ids": rows}), flush=True)
 
 
 def generate(torch: Any, model: Any, prompts: list[list[int]], tokens: int, **options: Any) -> list[list[int]]:
-    """The tokens after prompts of one length, exactly so many of them, each the likeliest."""
+    """Exactly `tokens` tokens after each prompt, each the likeliest; the prompts have one length."""
     ids = torch.tensor(prompts, device=model.device)
     lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     with torch.inference_mode():
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths, **options)
-    rows: list[list[int]] = whole[:, ids.shape[1] :].tolist()
+        completed = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **lengths, **options)
+    rows: list[list[int]] = completed[:, ids.shape[1] :].tolist()
     return rows
 
 
 def first_token_s(torch: Any, model: Any, prompt: list[int]) -> float:
-    """From the call to the first new token; the streamer is handed the prompt before it."""
+    """Seconds from the call to the first new token; the streamer receives the prompt before it."""
     clock, started = FirstToken(), time.perf_counter()
     generate(torch, model, [prompt], 2, streamer=clock)
     return clock.times_s[1] - started

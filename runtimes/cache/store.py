@@ -19,7 +19,7 @@ from runtimes.artifact import read_json, sha256_json, write_json
 from runtimes.errors import ArtifactError, one_line, require
 
 MEMORY_ENTRIES = 50_000
-MAP_BYTES = 1 << 36  # address space, not disk: the file grows with what it holds
+MAP_BYTES = 1 << 36  # address space, not disk: the file grows with its entries
 MANIFEST = "store.json"
 FORMAT = "slipway.store/1"
 

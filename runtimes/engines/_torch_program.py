@@ -4,7 +4,7 @@
 and records with a name of an older format. It loads the libraries in the archive, evaluates the sizes in the graph with
 sympy, writes names of the graph into Python source, imports modules that its trees name, and has operators that open
 files.
-So `load` first looks through the archive, with torch's own reader, for what is not on a list of what may be in it.
+So `load` first compares the records of the archive, by torch's own reader, with a list of allowed ones.
 Source: torch/export/pt2_archive/_package.py and torch/_export/serde/serialize.py.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 GRAPH = "models/model.json"
 EXAMPLE = "data/sample_inputs/model.pt"
-# What the tensors are called, by the record that lists them.
+# The names of the tensors, by the record that lists them.
 TENSORS = {
     "data/weights/model_weights_config.json": re.compile(r"weight_\d+"),
     "data/constants/model_constants_config.json": re.compile(r"tensor_\d+"),
@@ -73,7 +73,7 @@ def save(program: "ExportedProgram", path: Path) -> None:
 def load(path: Path) -> "ExportedProgram":
     """The program in the file; `ArtifactError` if torch would do more with it than read a graph and tensors."""
     require("torch", extra="export")
-    # Not torch.export.load: what that cannot read, it takes for the format of 2.7, which is nothing but pickles.
+    # Not torch.export.load: it takes an archive that it cannot read for the format of 2.7, which is a pickle.
     from torch.export.pt2_archive._package import load_pt2
 
     try:
@@ -88,7 +88,7 @@ def load(path: Path) -> "ExportedProgram":
 
 
 def strangers(path: Path) -> Iterator[str]:
-    """What is in the archive that may not be in it."""
+    """The contents of the archive that are not allowed."""
     from torch.export.pt2_archive import PT2ArchiveReader
 
     reader = PT2ArchiveReader(str(path))

@@ -77,7 +77,7 @@ class BoundStream(CarriedStream):
 
     def __init__(self, runtime: OnnxRuntime, batch: int) -> None:
         super().__init__(runtime, batch)
-        self._sizes: dict[str, int] = {}  # what is bound; nothing yet
+        self._sizes: dict[str, int] = {}  # of the bound arrays; empty before the first step
         self._inputs: Tensors = {}
         self._visible: Tensors = {}
         self._next: Tensors = {}

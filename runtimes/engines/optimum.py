@@ -12,7 +12,7 @@ from runtimes.errors import EngineError, require
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
 
-MODEL_FOLDER = "hub"  # what optimum's save_pretrained wrote
+MODEL_FOLDER = "hub"  # written by save_pretrained of optimum
 PROVIDER = "CPUExecutionProvider"
 
 

@@ -89,7 +89,7 @@ class TritonRuntime(RemoteModel):
 
 
 class SequenceStream(Stream):
-    """A stream whose state lies on the server, one sequence per row."""
+    """A stream whose state is kept by the server, one sequence per row."""
 
     def __init__(self, runtime: TritonRuntime, batch: int) -> None:
         self.runtime = runtime

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, ClassVar, TypeVar
 
-import runtimes
 from runtimes.errors import EngineError, InputError, one_line
 from runtimes.host.process_guard import STOP_TIMEOUT_S
 from runtimes.host.process_log import ServerLog
 
-PACKAGE = Path(runtimes.__file__).parent
+PACKAGE = Path(__file__).parents[1]
 GUARD = PACKAGE / "host" / "process_guard.py"
 LOOPBACK = "127.0.0.1"
 EVERYWHERE = "0.0.0.0"
@@ -84,7 +83,7 @@ class BackgroundServer(ABC):
 
     @property
     def pid(self) -> int:
-        """The process whose descendants are the server and what it starts."""
+        """The process whose descendants are the server and its children."""
         assert self._guard is not None, "pid outside of the with block"
         return self._guard.pid
 

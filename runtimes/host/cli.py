@@ -1,4 +1,4 @@
-"""What all command lines share: one-line errors, exit statuses, argument groups, names, tables."""
+"""The shared parts of command lines: one-line errors, exit statuses, argument groups, names, tables."""
 
 import argparse
 import ast
@@ -76,12 +76,18 @@ def _missing_package(error: ModuleNotFoundError, main: Main) -> MissingPackage:
     package = (error.name or "").partition(".")[0]
     if package not in EXTRAS:
         raise error
-    extra = "export,train" if main.__module__.startswith("export.") else EXTRAS[package]
+    extra = "export,train" if _module_of(main).startswith("export.") else EXTRAS[package]
     try:
         require(package, extra=extra)
     except MissingPackage as missing:
         return missing
     raise error  # the package is there; a part of it is not
+
+
+def _module_of(main: Main) -> str:
+    """The module of a command, also where it runs as `python -m MODULE`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if main.__module__ == "__main__" and spec else main.__module__
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,6 +148,14 @@ class Parser(argparse.ArgumentParser):
             del found.models
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows how many models a command takes, which is more exact than the `[MODEL ...]` of argparse."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown: str | None = getattr(action, "shown_as", None)
+        return shown or super()._format_args(action, default_metavar)
+
+
 def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> Parser:
     """A parser whose help opens with commands to paste; without --help, for a command that has its own.
 
@@ -152,7 +166,7 @@ def parser(module: str, summary: str, *examples: str, add_help: bool = True) -> 
     return Parser(
         prog=prog,
         description=f"{pasted}\n\n{summary}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         add_help=add_help,
     )
@@ -190,7 +204,8 @@ def models_argument(to: argparse.ArgumentParser, help: str, *, least: int = 0, m
 
     The result is `arguments.models`, a list; or where `most` is 1 `arguments.model`, a name or None.
     """
-    to.add_argument("models", nargs="*", metavar="MODEL", help=help)
+    action: Any = to.add_argument("models", nargs="*", metavar="MODEL", help=help)
+    action.shown_as = {(0, 1): "[MODEL]", (1, 1): "MODEL", (1, None): "MODEL [MODEL ...]"}.get((least, most))
     to.add_argument("--model", dest="models_option", action=Names, default=[], help=argparse.SUPPRESS)
     to.set_defaults(_models_least=least, _models_most=most)
 
@@ -201,7 +216,7 @@ def settings_argument(to: Arguments, help: str = "change one setting") -> None:
     `arguments.set` holds the former and `parse_known_args` returns the latter, for `settings` and `flags`.
     """
     to.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help=f"{help}; --NAME VALUE has the same effect"
+        "--set", action="append", default=[], metavar="NAME=VALUE", help=f"{help}; --NAME VALUE is the same"
     )
     to.set_defaults(**{TAKES_SETTINGS: True})
 
@@ -270,7 +285,7 @@ def json_argument(to: Arguments) -> None:
 
 
 def hidden_alias(to: Arguments, old: str, new: str) -> None:
-    """The option `new` also by its name in the version before, which the help does not show."""
+    """Accept the option `new` by its name in the version before, too; the help does not show that name."""
     to._option_string_actions[old] = to._option_string_actions[new]
 
 

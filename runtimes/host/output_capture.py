@@ -1,4 +1,4 @@
-"""Redirection of output that libraries write unasked."""
+"""Redirection of unwanted output of libraries."""
 
 import os
 import sys

@@ -47,7 +47,7 @@ def guard(folder: Path, shared_memory_prefix: str, command: Sequence[str]) -> in
 def end_with(guard: int) -> None:
     """This process, which is about to become the server, receives SIGTERM when the guard ends for any reason.
 
-    The guard has one thread and runs nothing else meanwhile, so calling this between fork and exec is safe.
+    The guard has one thread and runs nothing else at that time, so calling this between fork and exec is safe.
     """
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != guard:  # the guard ended before the call of prctl

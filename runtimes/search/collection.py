@@ -2,7 +2,7 @@
 
     embeddings.safetensors   one tensor `embeddings` [rows, width], float16 or float32; rows of length 1
     metadata.jsonl           line i describes row i: {"paper", "arxiv_id", "title", "type", "text"}
-    info.json                what made it, written last: a folder without it is unfinished
+    info.json                its origin, written last: a folder without it is unfinished
 
 `writer.py` makes such a folder.
 """
@@ -23,7 +23,7 @@ from runtimes.search.papers import read_papers
 
 SCHEMA = 1
 EMBEDDINGS, METADATA, INFO = "embeddings.safetensors", "metadata.jsonl", "info.json"
-UNFINISHED = "unfinished.json"  # what info.json will be
+UNFINISHED = "unfinished.json"  # the later info.json
 OLD_EMBEDDINGS = "embeddings.pt"
 DTYPES = {"float16": "F16", "float32": "F32"}
 REMEDY = "precompute it: python -m training.precompute MODEL --data FILE --out DIR"
@@ -91,7 +91,7 @@ class Info:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entry:
-    """One line of the metadata. `paper` counts from 0; the rows of a paper stand together."""
+    """One line of the metadata. `paper` counts from 0; the rows of a paper are adjacent."""
 
     paper: int
     arxiv_id: str

@@ -102,7 +102,7 @@ def _refuse(row: int) -> None:
 
 
 def _largest(scores: np.ndarray, k: int) -> Hits:
-    """Of equal scores the first come first, also at the border of the k."""
+    """The k largest scores; of equal ones those with smaller row numbers."""
     k = min(k, len(scores))
     kth = np.partition(scores, -k)[-k]
     above, equal = np.flatnonzero(scores > kth), np.flatnonzero(scores == kth)

@@ -1,6 +1,6 @@
 """Build an approximate index of a large collection: python -m runtimes.search.index COLLECTION
 
-The rows stand in lists around centres, as bytes; the lists closest to a query are read, and the best of their rows are
+The rows are in lists around centres, as bytes; the lists closest to a query are read, and the best of their rows are
 scored again, exactly, from the collection. Other indexes were slower or missed more
 (benchmarks/search/search_2026-11-21.md).
 """
@@ -72,7 +72,7 @@ class Index:
 
 
 def build_index(collection: Collection, *, threads: int = 2) -> None:
-    """The index lies in the collection's folder, its manifest written last."""
+    """Write the index into the collection's folder, its manifest last."""
     faiss = require("faiss", extra="search")
     faiss.omp_set_num_threads(threads)
     rows, width = len(collection), collection.info.width

@@ -1,6 +1,6 @@
-"""Writes a collection, row range by row range, from any number of processes; a run that was killed goes on.
+"""Writes a collection, row range by row range, from any number of processes; a run that was killed can be continued.
 
-Until it is finished, the folder holds `unfinished.json` (what `info.json` will be) and in `shards/` a record for every
+Until it is finished, the folder holds `unfinished.json` (the later `info.json`) and in `shards/` a record for every
 range of rows that is on the disk. A record names the digest of that info, so that two runs cannot mix.
 """
 
@@ -111,7 +111,7 @@ class Writer:
             )
 
     def _announce(self) -> None:
-        """`unfinished.json` is this run's; it appears whole and once, so that of two runs only the first goes on."""
+        """`unfinished.json` is this run's; it is created once, so that of two runs only the first continues."""
         path = self.folder / UNFINISHED
         if any((self.folder / name).exists() for name in (EMBEDDINGS, METADATA)) and not path.exists():
             raise ArtifactError(f"{self.folder}: expected an empty folder, found files of something else; give another")

@@ -1,1 +1,1 @@
-"""Triton: client, server, watchers, and what runs inside the server (backends, steps)."""
+"""Triton: client, server, watchers, and the programs that run inside the server (backends, steps)."""

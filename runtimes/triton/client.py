@@ -121,7 +121,7 @@ class TritonClient(ABC):
     def stream(self, model: str, inputs: Mapping[str, np.ndarray], **sequence: Any) -> Iterator[Tensors]:
         """The responses of a decoupled model to one request, as they arrive; `timeout_s` bounds the wait for each.
 
-        An iterator that is closed, or dropped, cancels what is still to come. Every error is an `EngineError`, and
+        An iterator that is closed, or dropped, cancels the remaining responses. Every error is an `EngineError`, and
         `Overloaded` by its text, for it arrives without a status: Triton 2.51 would send one for the
         header `triton_grpc_error`, but may crash then.
         """
@@ -287,7 +287,7 @@ class HttpClient(TritonClient):
         return answered
 
     def close(self) -> None:
-        self.threads.shutdown()  # each thread's client goes with it
+        self.threads.shutdown()  # each thread's client is closed with it
         super().close()
 
 

@@ -50,7 +50,7 @@ PROBE = "import sys, sysconfig, numpy; print(*sys.version_info[:2], numpy.__vers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """The Triton core of nvidia-pytriton in a virtual environment, and what its Python stub needs."""
+    """The Triton core of nvidia-pytriton in a virtual environment, and the requirements of its Python stub."""
 
     venv: Path
     site: Path

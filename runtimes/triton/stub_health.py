@@ -43,7 +43,7 @@ def stubs(shared_memory_prefix: str) -> Iterator[tuple[int, Path]]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has just ended
             continue
         if line[0].endswith(STUB) and any(shared_memory_prefix in argument for argument in line[2:]):
             yield int(folder.name), Path(line[1]).parent  # REPOSITORY/MODEL/VERSION/FILE

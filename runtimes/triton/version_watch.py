@@ -72,7 +72,7 @@ def problem_of(version: Path) -> str:
 def verify(version: Path) -> None:
     """`ArtifactError` unless the files in a version folder are those of its manifest.
 
-    The steps of an ensemble have the manifest of a whole artifact, and of its files what they read.
+    The steps of an ensemble have the manifest of a whole artifact, but only those of its files that they read.
     """
     if is_ensemble(version):
         return

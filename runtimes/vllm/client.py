@@ -1,4 +1,4 @@
-"""Requests to vLLM's OpenAI-compatible server: completions, their tokens one by one, scores, vectors, metrics."""
+"""Requests to vLLM's OpenAI-compatible server: completions, streamed completions, scores, vectors, metrics."""
 
 import base64
 import http.client
@@ -94,7 +94,7 @@ class VllmClient:
     def _sent(
         self, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
-        """The response to a request that was not refused; it is closed in the end, and with it what is unfinished."""
+        """The response to a request that was not refused; it is closed in the end, which ends an unfinished request."""
         connection = http.client.HTTPConnection(self.url, timeout=self.timeout_s)
         try:
             connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})

@@ -20,7 +20,7 @@ CPU_CACHE_GIB = "1"  # of keys and values; vLLM's own default is half of the mem
 # Log lines look like "(EngineCore pid=7) ERROR 11-25 22:16:54 [core.py:133] ValueError: no such layer".
 PREFIX = re.compile(r"^(\(\w+ pid=\d+\)\s*)?([A-Z]+ \d\d-\d\d [\d:]+ )?(\[[\w.]+:\d+\]\s*)?")
 FAILURE = re.compile(r"^(\w+\.)*\w*(Error|Exception|Interrupt): |: error: ")
-CONSEQUENCE = "root cause"  # what points at another error
+CONSEQUENCE = "root cause"  # in an error that refers to another one
 CONFIGURED = re.compile(
     r"LLM engine \(v(?P<version>[^)]+)\) with config:.*?\bdtype=torch\.(?P<dtype>\w+),"
     r".*?\bquantization=(?P<quantization>[^,]+),.*?\bdevice_config=(?P<device>\w+)"
@@ -104,7 +104,7 @@ class VllmServer(BackgroundServer):
         raise EngineError(f"expected vLLM to log the configuration it runs {self.subject} with, found no such line")
 
     def _environment(self) -> dict[str, str]:
-        """Ours without what is Python's, nothing that leaves this machine, and a CPU shared with others."""
+        """This environment without Python's variables, offline, with a CPU shared with others."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         defaults = {"VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         return {**defaults, **inherited, **OFFLINE, "OMP_NUM_THREADS": str(self.threads)}

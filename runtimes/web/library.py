@@ -22,7 +22,7 @@ STATEMENTS_SUFFIX = ".jsonl"
 
 
 class Source(Protocol):
-    """What the page reads: a collection on the disk, or one that was just computed."""
+    """The source of the page: a collection on the disk, or one that was just computed."""
 
     @property
     def embeddings(self) -> np.ndarray: ...
@@ -191,7 +191,7 @@ class Library:
             raise ArtifactError(f"{self.folder}: expected a folder of collections, found {error.strerror}") from error
         found = {path.name: path for path in paths if any(isfile(path / mark) for mark in MARKS)}
         files = {path.stem: path for path in paths if path.suffix == STATEMENTS_SUFFIX and isfile(path)}
-        return {**files, **found}  # a collection stands for the file it was made from
+        return {**files, **found}  # a collection replaces the file it was made from
 
 
 def statement(opened: Opened, row: int) -> dict[str, Any]:

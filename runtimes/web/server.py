@@ -48,7 +48,7 @@ class TooLarge(InputError):
     """The body of a request is larger than any that makes sense."""
 
 
-# What is wrong with a request, in order; what is wrong with a collection or the model is none of its fault.
+# Errors of a request, in order; an error of a collection or of the model is no error of the request.
 STATUSES = {
     NotFound: HTTPStatus.NOT_FOUND,
     TooLarge: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,

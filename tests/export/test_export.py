@@ -1,4 +1,4 @@
-"""Exporting: what is published was proved, what was not proved is not published, and nothing is lost on the way."""
+"""Export: every published artifact is verified, every cell has an artifact or a reason, a failure stops no other."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def run(checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("model", sorted(all_specs()))
-def test_every_model_fills_its_cell_or_says_why_not(model: str, target: str, exports: Exports) -> None:
+def test_every_model_fills_its_cell_or_has_a_reason(model: str, target: str, exports: Exports) -> None:
     cell = exports.cells(model, TARGETS)[target]
     if cell["status"] == "skipped":
         assert cell["reason"]
@@ -62,7 +62,7 @@ def test_every_model_fills_its_cell_or_says_why_not(model: str, target: str, exp
     assert cell["facts"]["compared"] or cell["reason"].startswith("built, not run")
 
 
-def test_what_is_published_answers_as_torch_does(gru_repository: Path, checkpoints: Path) -> None:
+def test_a_published_artifact_has_the_outputs_of_torch(gru_repository: Path, checkpoints: Path) -> None:
     root = newest(gru_repository, f"{MODEL}_onnx")
     assert root
     source = Source(find_spec(MODEL), Checkpoint.load(checkpoints / MODEL))
@@ -73,7 +73,7 @@ def test_what_is_published_answers_as_torch_does(gru_repository: Path, checkpoin
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
 
 
-def test_nothing_changed_is_reused_and_a_change_is_not(run: Any, checkpoints: Path, tmp_path: Path) -> None:
+def test_an_unchanged_artifact_is_reused_and_a_changed_one_is_not(run: Any, checkpoints: Path, tmp_path: Path) -> None:
     first = run("--target", "onnx", "--model", MODEL)[1][0]
     again = run("--target", "onnx", "--model", MODEL)[1][0]
     assert (first["status"], again["status"]) == ("ok", "reused")
@@ -175,7 +175,7 @@ def test_a_dry_run_touches_nothing(run: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
-def test_no_spec_says_again_what_a_target_says_of_it(tmp_path: Path) -> None:
+def test_no_spec_repeats_the_reason_of_a_target(tmp_path: Path) -> None:
     vllm = plugins.load("export.targets", "vllm", "TARGET")
     for spec in all_specs().values():
         refused, own = vllm.refuse(spec), spec.export.skips.get("vllm")
@@ -294,7 +294,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_manifest_of_a_checkpoint_says_what_it_was_made_of(checkpoints: Path) -> None:
+def test_the_manifest_of_a_checkpoint_lists_its_files(checkpoints: Path) -> None:
     data = json.loads((checkpoints / MODEL / MANIFEST).read_text())
     assert data["model"] == MODEL
     assert set(data["files"]) == {"weights.safetensors", "sample_inputs.safetensors"}
@@ -352,10 +352,10 @@ def test_a_flipped_decision_is_noticed_even_within_the_tolerance_of_numbers(sour
     assert checks["clear_main_y"].passed
 
 
-def test_every_dynamic_axis_is_proved_at_its_bounds(source: Source) -> None:
-    proved = list(parity.sizes_to_check(source.signature))
+def test_every_dynamic_axis_is_checked_at_its_bounds(source: Source) -> None:
+    checked = list(parity.sizes_to_check(source.signature))
     for axis in source.signature.axes:
-        assert {axis.min, axis.opt, axis.max} <= {sizes[axis.name] for sizes in proved}
+        assert {axis.min, axis.opt, axis.max} <= {sizes[axis.name] for sizes in checked}
 
 
 def test_a_rollout_notices_a_state_that_is_not_reset(checkpoints: Path, gru_repository: Path) -> None:

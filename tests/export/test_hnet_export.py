@@ -176,7 +176,7 @@ def test_each_stage_of_a_step_is_an_if_in_that_of_the_stage_around_it(two_stage_
 
 
 @pytest.mark.slow
-def test_rings_that_are_written_where_they_lie_say_what_copied_ones_say(two_stage_repository: Path) -> None:
+def test_rings_written_in_place_have_the_outputs_of_copied_ones(two_stage_repository: Path) -> None:
     """Rings of 5 and 10 places go round; a row is reset, one goes and two come."""
     ids = texts(4, 80).numpy()
     with open_runtime(find(two_stage_repository, "hnet_step_onnx")) as runtime:

@@ -1,4 +1,4 @@
-"""Language models quantized for vLLM: the numbers are right, the gate sees wrong ones, what cannot run says so.
+"""Language models quantized for vLLM: the numbers are right, parity finds wrong ones, what cannot run has a reason.
 
 Without vLLM the checkpoint is run by transformers in its place; the tests marked `vllm` have the real one.
 """
@@ -183,7 +183,7 @@ def test_zero_points_off_by_one_fail_the_gate(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_a_checkpoint_of_whole_numbers_says_what_the_original_says(model: str, run: Run) -> None:
+def test_a_quantized_checkpoint_agrees_with_the_original(model: str, run: Run) -> None:
     """Adapters merged, pooling and projection in the layout of sentence-transformers: equal to 1e-5 in float32."""
     status, (cell,) = run("--model", model, "--precision", "fp32")
     assert (status, cell["status"]) == (0, "ok")
@@ -236,7 +236,7 @@ def with_vllm() -> None:
 @pytest.mark.vllm
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_vllm_itself_says_what_the_original_says(
+def test_vllm_agrees_with_the_original(
     model: str, with_vllm: None, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     require_llmcompressor()

@@ -1,4 +1,4 @@
-"""A manifest comes back as it was written, and a folder that does not hold what it says is noticed."""
+"""A manifest is read as it was written, and a folder that does not match it is refused."""
 
 import contextlib
 import json

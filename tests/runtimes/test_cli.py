@@ -1,4 +1,4 @@
-"""A command line ends in an exit status and says what is wrong in one line, never in a traceback."""
+"""A command line ends in an exit status and with an error of one line, never in a traceback."""
 
 import argparse
 import json
@@ -72,7 +72,7 @@ def test_an_error_is_one_line_and_a_status(
     assert capsys.readouterr() == ("", "error: expected this, found that\n")
 
 
-def test_a_fault_of_ours_is_not_hidden() -> None:
+def test_an_error_of_another_kind_is_raised() -> None:
     @command
     def main(argv: list[str] | None = None) -> int:
         raise ZeroDivisionError
@@ -91,9 +91,7 @@ def test_an_interruption_is_130_without_a_traceback(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["--nothing"], 2), ([], 2), (["a", "b"], 2)])
-def test_what_argparse_ends_is_a_status_too(
-    arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_exit_of_argparse_is_a_status(arguments: list[str], status: int, capsys: pytest.CaptureFixture[str]) -> None:
     @command
     def main(argv: list[str] | None = None) -> int:
         made = parser("toy", "Does nothing.", "first --x 1", "second")
@@ -153,7 +151,7 @@ def test_flags_are_settings_with_dashes() -> None:
     ("arguments", "found"),
     [(["--a"], "'--a'"), (["a", "1"], "'a' 1"), (["--a", "1", "--b"], "'--b'"), (["-a", "1"], "'-a' 1")],
 )
-def test_what_is_no_flag_with_its_value_is_refused(arguments: list[str], found: str) -> None:
+def test_a_flag_without_a_value_and_a_value_without_a_flag_are_refused(arguments: list[str], found: str) -> None:
     with pytest.raises(InputError, match=f"expected --NAME VALUE, found {found}"):
         flags(arguments)
 
@@ -178,7 +176,7 @@ def test_a_table_aligns_words_left_and_numbers_right() -> None:
     ]
 
 
-def test_a_negative_number_is_a_number_and_a_sentence_that_begins_with_one_is_not() -> None:
+def test_a_negative_number_is_aligned_as_a_number_and_a_sentence_that_begins_with_one_is_not() -> None:
     assert table(["change"], [("-1.5",), ("10.25",)]).splitlines()[2:] == ["  -1.5", " 10.25"]
     assert table(["reason"], [("3 failed",), ("all of them failed",)]).splitlines()[2:] == [
         "3 failed",
@@ -229,7 +227,7 @@ def test_a_package_that_is_not_installed_is_one_line_with_its_extra(
     assert error.count("\n") == 1
 
 
-def test_a_module_of_ours_that_is_missing_is_a_fault_with_a_traceback() -> None:
+def test_a_missing_module_of_this_project_is_raised() -> None:
     @command
     def main(argv: list[str] | None = None) -> int:
         import runtimes.no_such_module

@@ -17,13 +17,15 @@ NAMES = {name for package in PACKAGES for name in plugins.names(package)} | set(
 # Names that are also words: what they mean in the files (or folders) of the core where they stand.
 ALLOWED = {
     "host/environment.py": ({"onnxruntime", "openvino", "tensorrt", "torch", "transformers"}, "recorded versions"),
+    "host/cli.py": ({"statements", "strategy", "torch", "transformers"}, "packages, and the extras that install them"),
     "triton/server.py": ({"triton"}, "a folder of the package runtimes"),
     "vllm/server.py": ({"vllm"}, "the package whose environment is looked for"),
     "search/papers.py": ({"statements"}, "a key of the files with papers, and their number"),
     "search/collection.py": ({"statements"}, "the number of statements to read"),
     "web/server.py": ({"statements"}, "a key of the page's API"),
-    "bench": ({"openvino", "optimum", "statements", "tensorrt", "torch", "transformers", "triton", "vllm"},
-              "labels, colours and peers of the measurements"),
+    "bench": ({"openvino", "optimum", "statements", "tensorrt", "torch", "transformers", "triton", "vllm"}
+              | {"policy_mamba"},
+              "labels, colours and peers of the measurements, and a model in the examples of its help"),
     "advise.py": ({"openvino", "tensorrt", "vllm"}, "targets with reduced precision"),
 }  # fmt: skip
 

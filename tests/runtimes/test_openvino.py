@@ -1,4 +1,4 @@
-"""OpenVINO: the second served engine, added as two files; here alone and behind a real Triton."""
+"""OpenVINO: the second served engine, added as two files; in this process and on a real Triton."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -1,8 +1,6 @@
 """What `import runtimes` offers, and that the names of the version before still import and run."""
 
 import importlib
-import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +30,10 @@ def test_importing_the_package_imports_no_library() -> None:
 FOLDER = Path(runtimes.__file__).parent
 PREVIOUS = sorted(path.stem for path in Path(previous_names.__file__).parent.glob("[a-z]*.py"))
 COMMANDS = {"approximate", "search_bench", "vllm_bench", "write"}
-WORKERS = {"worker"}
 
 
 def test_the_modules_of_the_version_before_are_known() -> None:
-    assert set(PREVIOUS) == {"base", "waiting_line", "writing"} | COMMANDS | WORKERS
+    assert set(PREVIOUS) == {"base", "waiting_line", "writing"} | COMMANDS
 
 
 @pytest.mark.parametrize("name", PREVIOUS)
@@ -59,16 +56,3 @@ def test_a_command_runs_under_its_previous_name(name: str) -> None:
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "usage: " in ran.stdout
-
-
-def test_the_worker_answers_under_its_previous_name(tmp_path: Path) -> None:
-    """`runtimes.compare` of an older checkout starts this name with a socket and sends the artifact to open."""
-    ours, its = socket.socketpair()
-    with ours, its, ours.makefile("r") as answers:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "runtimes.worker", str(its.fileno())], pass_fds=[its.fileno()]
-        )
-        its.close()
-        ours.sendall(json.dumps({"root": str(tmp_path), "options": {}}).encode() + b"\n")
-        assert "artifact.json: expected this file, found none" in json.loads(answers.readline())["error"]
-    assert process.wait(30) == 0

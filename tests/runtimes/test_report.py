@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtimes import advise, matrix, report
+from runtimes import advise, compare, matrix, report
 from runtimes.artifact import write_json
 from runtimes.bench.results import SCHEMA
 
@@ -456,3 +457,20 @@ def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("page", ["README.md", "docs/matrix.md"])
 def test_the_published_matrix_is_that_of_the_results_kept_here(page: str) -> None:
     assert matrix.main([str(RESULTS), "--into", str(ROOT / page), "--check"]) == 0
+
+
+def test_results_of_version_0_1_still_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The stored file has rows of three scenarios with the keys of 0.1, and no figures of windows."""
+    stored = Path(__file__).parent / "bench" / "results_of_0_1.json"
+    assert '"window_medians_s"' not in stored.read_text()
+    assert report.main([str(stored), "--html", str(tmp_path / "page.html")]) == 0
+    assert report.main([str(stored)]) == 0
+    assert "concurrency=2" in capsys.readouterr().out
+    assert advise.main(["policy_gru", "--results", str(stored)]) == 0
+    assert capsys.readouterr().out.endswith("choose onnx\n")
+    assert compare.main([str(stored), str(stored), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["cells"]) == 6, "all but the row of arrivals"
+    shutil.copy(stored, tmp_path / "results.json")
+    write_json(tmp_path / "export.json", {"cells": [cell("onnx", model="policy_gru")]})
+    (line, *_) = matrix.read_matrix(tmp_path)[0]
+    assert (line.speedup.times > 1, line.batch, line.status) == (True, 1, "ok")  # type: ignore[union-attr]

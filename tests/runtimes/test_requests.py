@@ -1,4 +1,4 @@
-"""A wrong request is an InputError whatever it holds, in every pipeline, and the schema knows every right one."""
+"""A wrong request is an InputError in every pipeline, and the schema accepts every valid one."""
 
 import math
 from pathlib import Path

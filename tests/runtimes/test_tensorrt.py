@@ -1,4 +1,4 @@
-"""TensorRT: real engines are built ahead of time by TensorRT-RTX; what needs a GPU is not reported as run."""
+"""TensorRT: TensorRT-RTX builds real engines without a GPU; what needs a GPU is not reported as run."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The declaration of tensors refuses what contradicts itself, and what does not fit it."""
+"""The declaration of tensors refuses contradictions, and tensors that do not match it."""
 
 import json
 from typing import Any

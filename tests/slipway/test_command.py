@@ -1,6 +1,7 @@
 """The slipway command: a table of subcommands, light help, the exit statuses and texts of the modules behind it."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -122,6 +123,25 @@ def test_training_without_torch_is_one_line_with_the_extra() -> None:
     ran = run("-c", WITHOUT_TORCH, "train", "policy_gru", "--out", "/tmp/nothing")
     assert ran.returncode == 2
     assert re.fullmatch(r"error: expected package 'torch', found none .*'\.\[train\]'\n", ran.stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["-m", "export.all"], ["-m", "slipway", "export"]], ids=["module", "slipway"])
+def test_export_without_torch_is_one_line_with_the_extras(
+    command: list[str], checkpoints: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('planted', name='torch')")
+    places = ["--checkpoints", str(checkpoints), "--repository", str(tmp_path / "repository")]
+    ran = subprocess.run(
+        [sys.executable, *command, "policy_gru", "--target", "onnx", *places],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert (ran.returncode, "Traceback" in ran.stderr) == (2, False), ran.stderr[-500:]
+    assert re.fullmatch(r"error: expected package 'torch', found none .*'\.\[export,train\]'\n", ran.stderr)
 
 
 def test_a_part_of_slipway_that_is_not_installed_is_one_line(

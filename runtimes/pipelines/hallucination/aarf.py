@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.generation import GeneratingPipeline, Option, Piece
 from runtimes.pipeline import Schema
 from runtimes.pipelines.hallucination.decoding import Generated, Mitigation, open_generator
 from runtimes.pipelines.hallucination.grounding import (
@@ -19,6 +18,7 @@ from runtimes.pipelines.hallucination.grounding import (
 )
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors
+from runtimes.text_pipeline import GeneratingPipeline, Option, Piece
 
 NAMES = {"prompt", "contexts", "question"}
 DEFAULTS = Mitigation()

@@ -61,7 +61,7 @@ class Generated:
 
 @runtime_checkable
 class DeviceRuntime(Protocol):
-    """An engine that computes on tensors of torch where they lie."""
+    """An engine that computes on tensors of torch on their device."""
 
     def call(self, inputs: Mapping[str, Any]) -> dict[str, Any]: ...
 

@@ -1,4 +1,4 @@
-"""The generator behind the hallucination detector: how likely it holds each token of a text, or how it goes on."""
+"""The generator behind the hallucination detector: the log-probability of each token of a text, or its continuation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +20,7 @@ SAMPLING: dict[str, Schema] = {LENGTH: whole(1), "temperature": real(0, 2), "top
 
 @runtime_checkable
 class Generates(Protocol):
-    """A runtime that writes on after a text."""
+    """A runtime that continues a text."""
 
     def complete(self, prompts: Sequence[str], **sampling: Any) -> list[Completion]: ...
 
@@ -28,11 +28,11 @@ class Generates(Protocol):
 class GeneratorPipeline(TextPipeline):
     """A request is `{"text": ...}`; an answer is `{"token_logprobs": [...], "perplexity": ...}`, in nats.
 
-    The first token of a text has no log-probability: nothing comes before it. Of a longer text, the first `max_tokens`
+    The first token of a text has no log-probability: no token precedes it. Of a longer text, the first `max_tokens`
     less one are read.
 
     With `max_tokens` in the request, and perhaps `temperature` (0 if it is left out), `top_p` and `seed`, the answer is
-    what the generator writes after the text: `{"text": ..., "finish_reason": ...}`.
+    the continuation of the text: `{"text": ..., "finish_reason": ...}`.
     """
 
     tokenizer = "tokenizer.json"
@@ -50,7 +50,7 @@ class GeneratorPipeline(TextPipeline):
     def decode(self, outputs: Mapping[str, np.ndarray]) -> list[Any]:
         scores = outputs[TOKEN_LOGPROBS].astype(float)
         require_finite({TOKEN_LOGPROBS: scores})
-        return [_answer(np.trim_zeros(row)) for row in scores]  # zero is what nothing predicts, and padding
+        return [_answer(np.trim_zeros(row)) for row in scores]  # the first token and padding are zero
 
     def respond(self, runtime: Runtime, requests: Sequence[Any]) -> list[Any]:
         if not any(isinstance(request, dict) and LENGTH in request for request in requests):
@@ -63,7 +63,7 @@ class GeneratorPipeline(TextPipeline):
         return [self.continuation(runtime, request) for request in requests]
 
     def continuation(self, runtime: Generates, request: Any) -> Any:
-        """What the model writes after the text of a request; `InputError` for a request that is not of that kind."""
+        """The continuation of the text of a request; `InputError` for a request of another kind."""
         sampling = {name: value for name, value in request.items() if name != "text" and value is not None}
         text = read_texts([{name: value for name, value in request.items() if name == "text"}])[0]
         if LENGTH not in sampling or not sampling.keys() <= SAMPLING.keys():

@@ -38,7 +38,7 @@ class Grounded:
     prompt_spans: Spans
 
     def cut(self, length: int) -> "Grounded":
-        """With the first `length` characters of the prompt only; spans end there, and those beyond are gone."""
+        """With the first `length` characters of the prompt only; spans end there, and later ones are dropped."""
         spans = tuple((start, min(end, length)) for start, end in self.prompt_spans if start < length)
         return replace(self, prompt=self.prompt[:length], prompt_spans=spans)
 
@@ -60,7 +60,7 @@ class Tokenized:
     answer       the tokens of the answer
     spans        of the answer, in tokens from its first one
     prompt_spans of the prompt, in tokens of `ids`
-    text         what was read, its prompt perhaps cut
+    text         the texts that were read, the prompt perhaps cut
     """
 
     ids: tuple[int, ...]
@@ -94,7 +94,7 @@ def read_request(request: Any, where: str, chunk_characters: int, most: tuple[in
 
 
 def read_prompt(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
-    """The prompt of a request and where its contexts lie in it; `InputError` if there is none or two."""
+    """The prompt of a request and the spans of its contexts; `InputError` if there is none or two."""
     if ("prompt" in request) == ("contexts" in request) or ("prompt" in request and "question" in request):
         raise InputError(
             f"{where}: expected either 'prompt' or 'contexts' and 'question', found {_show(sorted(request))}"
@@ -259,7 +259,7 @@ def _shifted(span: Span, by: int) -> Span:
 
 
 def _joined(request: Mapping[str, Any], where: str) -> tuple[str, Spans]:
-    """The prompt of contexts and a question, and where each context lies in it."""
+    """The prompt of contexts and a question, and the span of each context."""
     contexts = request["contexts"]
     if not isinstance(contexts, list) or not contexts:
         raise InputError(f"{where}, contexts: expected a list of texts, found {_show(contexts)}")

@@ -77,7 +77,7 @@ def padded_rows(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Utf8Writer:
-    """Which byte may come next, so that what is written is UTF-8; between code points also BOS, which ends it."""
+    """The bytes that may come next in UTF-8; between code points also BOS, which ends the text."""
 
     def __init__(self, limit: int) -> None:
         self.left = limit

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.generation import generate_one
 from runtimes.pipeline import TEXT, Schema, real, record, whole
 from runtimes.pipelines.hnet.byte_text import BOS, VOCABULARY, Utf8Writer, check_text, choose
 from runtimes.runtime import Runtime
 from runtimes.tensors import BATCH, Signature, require_finite
+from runtimes.text_pipeline import generate_one
 
 PROMPT_BYTES, NEW_BYTES = 4096, 4096  # at most
 DEFAULTS = {"max_bytes": 256, "temperature": 1.0, "top_k": 0, "seed": 0}
@@ -87,7 +87,7 @@ class Writing:
         self._rng = np.random.default_rng((request.seed, row))
 
     def take(self, logits: np.ndarray) -> str:
-        """Choose what follows the byte that was just read; the character it completes, or nothing yet."""
+        """Choose the byte after the one that was read; the character that it completes, or an empty text."""
         given = next(self._prompt, None)
         if given is not None:
             self.next = given
@@ -143,5 +143,5 @@ class ContinuousBatcher:
 
 
 def write(runtime: Runtime, request: GenerationRequest) -> Iterator[dict[str, str]]:
-    """`{"text": ...}` for every character, the last with `finish_reason`; each costs the same, wherever it stands."""
+    """`{"text": ...}` for every character, the last with `finish_reason`; each at the same cost."""
     return generate_one(ContinuousBatcher(runtime), Writing(request))

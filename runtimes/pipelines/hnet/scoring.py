@@ -20,7 +20,7 @@ class HNetPipeline(Pipeline):
     """
 
     def encode(self, requests: Sequence[Any]) -> Tensors:
-        """`byte_ids` int64 [batch, time] and `lengths` int64 [batch]; what begins a text is counted."""
+        """`byte_ids` int64 [batch, time] and `lengths` int64 [batch]; the byte that begins a text is counted."""
         refuse_no_requests(requests)
         ids, lengths = padded_rows([read_request(request, i, BYTES_MAX) for i, request in enumerate(requests)])
         return {"byte_ids": ids, "lengths": lengths}

@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import InputError
-from runtimes.generation import BatchingPipeline, Option
 from runtimes.pipeline import Schema, record, whole
 from runtimes.pipelines.hnet.byte_text import VOCABULARY
 from runtimes.pipelines.hnet.generation import DEFAULTS, SCHEMA, ContinuousBatcher, Writing, read_generation_request
 from runtimes.pipelines.hnet.generation import EXAMPLE as GENERATION_EXAMPLE
 from runtimes.runtime import Runtime
 from runtimes.tensors import Tensors, require_finite
+from runtimes.text_pipeline import BatchingPipeline, Option
 
 LIKELIEST = 8
 

@@ -176,7 +176,7 @@ def to_bucket(value: np.ndarray | float, count: int) -> np.ndarray:
 
 
 def from_bucket(bucket: np.ndarray | int, count: int) -> np.ndarray:
-    """The value in 0..1 at the middle of a bucket; 0, 0.5 and 1 come back from `to_bucket` unchanged."""
+    """The value in 0..1 at the middle of a bucket; 0, 0.5 and 1 are unchanged by `to_bucket` and back."""
     return np.asarray(bucket, np.float64) / (count - 1)
 
 

@@ -55,7 +55,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dialogue:
-    """Turns, oldest first, and what is known of them beforehand.
+    """Turns, oldest first, and outputs for them that are known already.
 
     edges           (head, tail, relation) with turns counted from 1 and head 0 for the root; None if not parsed
     emotion_logits  float32 [turns, 7], or None if not classified
@@ -123,10 +123,10 @@ def strategy_id(value: Any, strategies: Sequence[str], where: str) -> int | None
 
 
 def graph_tensors(dialogues: Sequence[Dialogue], strategies: int, longest: int = 0) -> Tensors:
-    """What the graph part reads of dialogues, padded to the longest or to `longest`.
+    """The inputs of the graph part for dialogues, padded to the longest or to `longest`.
 
     kinds       int64 [B, T]: 0 padding, 1 seeker, 2 anyone else
-    strategies  int64 [B, T]; `strategies` itself stands for none
+    strategies  int64 [B, T]; the number of strategies is none
     relations   int64 [B, T, T]: at [tail, head] the relation of that discourse edge, else -1
     """
     batch, longest = len(dialogues), max(longest, *(len(dialogue.turns) for dialogue in dialogues))

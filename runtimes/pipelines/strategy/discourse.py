@@ -1,4 +1,4 @@
-"""The discourse of a dialogue: what the parser reads of it, and the tree that its scores make.
+"""The discourse of a dialogue: the inputs of the parser, and the tree of its scores.
 
 For training and serving alike. Shapes: B batch, T turns, P pairs of turns.
 """
@@ -15,7 +15,7 @@ from runtimes.text_pipeline import Tokens
 
 PAIR_TOKENS = 96
 NO_PAIR = -1e4  # every score of a place without a pair; fits float16
-NO_HEAD = "this is the placeholder for start of dialogue"  # what public weights were trained to read before a root
+NO_HEAD = "this is the placeholder for start of dialogue"  # before a root, as in the training of the public weights
 
 
 def pair_tokens(tokenizer_json: bytes) -> Tokens:
@@ -39,7 +39,7 @@ def parser_dialogue(text: str) -> Dialogue:
 
 
 def pair_tensors(dialogues: Sequence[Dialogue], tokens: Tokens) -> Tensors:
-    """What the parser reads: every turn after each earlier one, and after nothing. A dialogue with edges is not read.
+    """The inputs of the parser: every turn after each earlier one, and after none. A dialogue with edges is left out.
 
     pair_ids     int64 [B, P, tokens]
     pair_places  int64 [B, T, T]: at [head, tail] the pair's row of `pair_ids`, on the diagonal that of no head; or -1
@@ -70,7 +70,7 @@ def best_trees(scores_BTTC: np.ndarray) -> list[np.ndarray]:
 
 
 def _best_tree(scores_TTC: np.ndarray) -> np.ndarray:
-    """No turn answers a later one, so the best head of each can be taken by itself and no cycle comes of it.
+    """No turn answers a later one, so that the best head of each turn is independent of the others and makes no cycle.
 
     The root has one child, as in the parser's own decoding: the first turn, which has no other head.
     """

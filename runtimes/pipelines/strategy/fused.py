@@ -1,4 +1,4 @@
-"""Next strategy of a supporter: a dialogue as text in, the strategy and what led to it out."""
+"""Next strategy of a supporter: a dialogue as text in, the strategy, emotions and attention out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,7 +57,7 @@ class StrategyPipeline(Pipeline):
         }
 
     def _unparsed(self, dialogues: Sequence[Dialogue], tokens: Tokens) -> Tensors:
-        """What the parser reads, and int64 [batch]: 1 for a dialogue whose edges are given, which it does not read."""
+        """The inputs of the parser, and int64 [batch]: 1 for a dialogue with given edges, which it does not read."""
         known = [dialogue.edges is not None for dialogue in dialogues]
         return {**pair_tensors(dialogues, tokens), "edges_known": np.array(known, np.int64)}
 

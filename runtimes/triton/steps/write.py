@@ -25,9 +25,9 @@ if source := os.environ.get("SLIPWAY_PATH"):
 
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, SlipwayError
-from runtimes.generation import BatchingPipeline, Writing, piece
 from runtimes.pipeline import open_pipeline, parse_request, write_answer
 from runtimes.runtime import open_runtime
+from runtimes.text_pipeline import BatchingPipeline, Writing, piece
 from runtimes.triton.request_queue import Limits, RequestQueue
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}

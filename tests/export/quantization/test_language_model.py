@@ -19,8 +19,8 @@ from training.checkpoint import Checkpoint
 from training.language_model import LanguageModel
 from training.spec import find_spec
 
-# What vLLM's own code says that it runs on a CPU.
-ASK = """
+# Prints what vLLM's own code accepts on a CPU.
+LIMITS_PROGRAM = """
 import json, torch
 from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearLayerConfig
@@ -47,7 +47,7 @@ def language_model(name: str, checkpoints: Path) -> LanguageModel:
     return Source(spec, Checkpoint.load(checkpoints / spec.checkpoint)).language_model
 
 
-def test_documents_are_told_apart_by_blank_lines(tmp_path: Path) -> None:
+def test_blank_lines_separate_documents(tmp_path: Path) -> None:
     (tmp_path / "texts.te").write_text("one\nstill one\n\n\ntwo\n")
     assert list(read_texts(tmp_path / "texts.te")) == ["one\nstill one", "two"]
 
@@ -93,7 +93,7 @@ def test_widths_that_no_group_divides_are_refused() -> None:
         ),
     ],
 )
-def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
+def test_models_that_vllm_refuses_on_a_cpu_are_found_before_it_starts(
     changes: dict[str, int], precision: str, reason: str | None
 ) -> None:
     assert why_not_on_cpu(llama(**changes), precision) == (reason and f"built, not run: vLLM on a CPU {reason}")
@@ -102,7 +102,7 @@ def test_what_vllm_refuses_on_a_cpu_is_known_beforehand(
 @pytest.mark.parametrize(
     ("kind", "width", "refused"), [("qwen2", 32, True), ("qwen2", 16, False), ("llama", 32, False)]
 )
-def test_heads_of_a_width_that_vllm_does_not_ask_for_are_named(kind: str, width: int, refused: bool) -> None:
+def test_heads_of_a_width_that_vllm_misreads_are_refused(kind: str, width: int, refused: bool) -> None:
     config = AutoConfig.for_model(kind, hidden_size=64, num_attention_heads=4, head_dim=width)
     reason = "built, not run: expected heads of width 16, as vLLM has for qwen2, found 32"
     assert why_nowhere(config) == (reason if refused else None)
@@ -110,12 +110,12 @@ def test_heads_of_a_width_that_vllm_does_not_ask_for_are_named(kind: str, width:
 
 @pytest.mark.vllm
 @pytest.mark.skipif(gpu() is not None, reason="vLLM for a GPU has no kernels for a CPU")
-def test_what_is_known_of_vllm_on_a_cpu_is_what_vllm_says_itself() -> None:
+def test_the_limits_of_vllm_on_a_cpu_are_those_in_its_own_code() -> None:
     try:
         python = find_python()
     except MissingPackage as error:
         pytest.skip(str(error))
-    asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True, check=False)
+    asked = subprocess.run([python, "-c", LIMITS_PROGRAM], capture_output=True, text=True, check=False)
     assert asked.returncode == 0, asked.stderr[-2000:]
     sizes = [size for size in range(16, 161, 16) if size % CPU_MULTIPLE == 0]
     expected = {

@@ -114,7 +114,7 @@ def test_a_channel_that_sticks_out_is_moved_into_the_weights() -> None:
     rows = rng.normal(size=(500, 16)).astype(np.float32)
     rows[:, OUTLIER] *= 100
     weights = rng.normal(size=(16, 8)).astype(np.float32)
-    seen = static.Seen(largest=np.abs(rows).max(0), rows=rows)
+    seen = static.Observed(largest=np.abs(rows).max(0), rows=rows)
     scales = choose_scales(seen, weights)
     assert scales.smooth.argmax() == OUTLIER
     # The reference: one scale for the whole activation, and nothing moved.

@@ -1,4 +1,4 @@
-"""config.pbtxt says what the artifact is, in words that Triton's own schema accepts."""
+"""config.pbtxt describes the artifact in Triton's own schema, and equals what version 0.1 published."""
 
 import dataclasses
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_one_number_per_row_is_reshaped(doubling: Artifact) -> None:
     )
 
 
-def test_the_state_of_a_recurrent_model_is_kept_by_triton_and_seen_by_nobody(running: Artifact) -> None:
+def test_triton_keeps_the_state_of_a_recurrent_model_and_no_client_sees_it(running: Artifact) -> None:
     config = model_config(running, "onnxruntime")
     assert ([each.name for each in config.input], [each.name for each in config.output]) == (["x"], ["y"])
     (state,) = config.sequence_batching.state
@@ -72,7 +72,7 @@ def test_an_onnx_model_runs_where_it_was_built_for(doubling: Artifact) -> None:
 
 
 @pytest.mark.parametrize(("task", "more"), [("generate", set()), ("embed", {"embedding_request"})])
-def test_vllm_takes_text_and_sends_what_it_writes_piece_by_piece(doubling: Artifact, task: str, more: set[str]) -> None:
+def test_vllm_takes_text_and_streams_its_answer(doubling: Artifact, task: str, more: set[str]) -> None:
     """As NVIDIA's vllm backend completes its own config."""
     config = model_config(dataclasses.replace(doubling, built_with={"task": task}), "vllm")
     assert (config.backend, config.max_batch_size) == ("vllm", 0)
@@ -115,7 +115,7 @@ def test_the_ensemble_leads_from_request_to_answer(running: Artifact) -> None:
 
 
 @pytest.mark.parametrize("step", ["encode", "decode"])
-def test_a_step_knows_which_one_it_is(doubling: Artifact, step: str) -> None:
+def test_a_step_has_its_name_as_a_parameter(doubling: Artifact, step: str) -> None:
     config = step_config(doubling, step)
     assert (config.name, config.backend) == (f"doubling_{step}", "python")
     assert config.parameters["step"].string_value == step
@@ -186,7 +186,7 @@ def test_limits_on_waiting_are_the_batchers_queue_policy(doubling: Artifact, run
     assert recurrent.HasField("sequence_batching")
 
 
-def test_what_queues_by_itself_is_told_the_limits(doubling: Artifact) -> None:
+def test_a_model_with_its_own_queue_has_the_limits_as_parameters(doubling: Artifact) -> None:
     limited = Scheduling(instances=2, queue=64, timeout_ms=250)
     generator = dataclasses.replace(doubling, built_with={"task": "generate"})
     for text in (writer_config(doubling, "writes", limited), model_config(generator, "vllm", limited)):

@@ -1,4 +1,4 @@
-"""Publishing shows whole models only, whatever interrupts it; the linter sees what was planted."""
+"""A repository holds complete models only, also after an interruption; the linter finds planted faults."""
 
 import errno
 import json
@@ -115,7 +115,7 @@ def test_steps_are_not_taken_for_artifacts(repository: Path) -> None:
     assert [folder.parent.name for folder in published(repository)] == ["running_onnx"]
 
 
-def test_a_draft_that_is_not_what_its_manifest_says_is_refused(repository: Path) -> None:
+def test_a_draft_that_differs_from_its_manifest_is_refused(repository: Path) -> None:
     with drafting(repository) as draft:
         artifact = toys.make(draft, toys.DOUBLING)
         (draft / "model.onnx").write_bytes(b"changed")
@@ -170,7 +170,7 @@ with repository.drafting(place) as draft:
 """
 
 
-def test_a_killed_publisher_leaves_no_trace_once_the_next_has_come(repository: Path) -> None:
+def test_the_next_publisher_removes_what_a_killed_one_left(repository: Path) -> None:
     program = KILLED.format(root=str(ROOT), place=str(repository))
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
     assert list(repository.iterdir()) == []
@@ -188,7 +188,7 @@ def test_an_unchanged_ensemble_is_not_written_again(repository: Path) -> None:
     assert snapshot(repository) == before
 
 
-def test_the_ensemble_says_what_a_request_must_be(repository: Path) -> None:
+def test_the_ensemble_holds_the_schema_of_a_request(repository: Path) -> None:
     publish_all(repository)
     version = repository / "running" / "1"
     assert [path.name for path in version.iterdir()] == ["request.schema.json"]
@@ -218,7 +218,7 @@ def test_an_ensemble_needs_a_served_artifact(repository: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("signature", [toys.RUNNING, toys.DOUBLING], ids=["recurrent", "stateless"])
-def test_what_was_published_is_as_its_artifacts_say(repository: Path, signature: Signature) -> None:
+def test_a_published_repository_has_no_faults(repository: Path, signature: Signature) -> None:
     publish_all(repository, signature)
     assert lint(repository) == []
 
@@ -235,7 +235,7 @@ def test_the_ensemble_goes_through_onnx_whatever_is_exported_last(repository: Pa
     assert lead(target="onnx", checkpoint="newer")
 
 
-def test_a_damaged_artifact_stands_in_the_way_of_no_ensemble(repository: Path) -> None:
+def test_a_damaged_artifact_blocks_no_ensemble(repository: Path) -> None:
     for damaged in (publish_toy(repository, model="other"), publish_toy(repository, target="openvino")):
         write_manifest(damaged / "artifact.json", FORMAT, {"model": "of an earlier version"})
     assert is_ensemble_target(Artifact.load(publish_toy(repository, target="tensorrt")), repository)

@@ -1,4 +1,4 @@
-"""An entry of Triton's vllm backend names its folders as the server sees them, and the linter sees what is wrong."""
+"""An entry of Triton's vllm backend names its folders by their paths on the server, and the linter finds faults."""
 
 import json
 from collections.abc import Callable

@@ -124,7 +124,7 @@ def check_row(row: Mapping[str, Any]) -> None:
     assert row["device_p50_s"] is None
 
 
-def test_what_was_measured_before_an_interruption_is_kept(
+def test_rows_measured_before_an_interruption_are_kept(
     gru_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> Iterator[dict[str, Any]]:
@@ -349,7 +349,7 @@ def row(engine: str, samples: int, seconds: float = 0.002, precision: str = "fp3
     return joined([Observation(subject=subject, scenario="single-stream", sizes=STEP, columns={}, result=result)])
 
 
-def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_path: Path) -> None:
+def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_has_that_device(tmp_path: Path) -> None:
     """With one engine refusing the device, a benchmark on a GPU would always fail."""
     engines = {"torch": "torch", "onnx": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt"}
     for target, engine in engines.items():
@@ -366,7 +366,7 @@ def test_an_engine_without_a_gpu_is_measured_on_the_cpu_and_its_row_says_so(tmp_
         assert all(each.options["threads"] == 1 for each in subjects)
 
 
-def test_what_generates_is_left_out(tmp_path: Path) -> None:
+def test_an_artifact_that_generates_is_left_out(tmp_path: Path) -> None:
     make(tmp_path / "doubling_torch" / "1", DOUBLING, target="torch", runtime="torch", pipeline="hallucination_aarf")
     make(tmp_path / "doubling_onnx" / "1", DOUBLING)
     found = suite.choose(tmp_path, [], [], {"device": "cpu"})
@@ -380,12 +380,12 @@ def test_the_device_an_engine_is_measured_on_is_one_it_has(engine: str) -> None:
     assert all(device_for(engine, wanted) in has for wanted in DEVICES)
 
 
-def test_a_row_tells_what_the_conversion_cost() -> None:
+def test_a_row_has_the_accuracy_of_the_conversion() -> None:
     found = row("onnx", 10)
     assert (found["agreement"], found["agreement_check"], found["difference"]) == (0.5, "same", 0.1)
 
 
-def test_a_table_says_how_many_times_as_fast_as_eager_each_engine_is() -> None:
+def test_a_table_has_the_speed_of_each_engine_as_a_multiple_of_eager() -> None:
     rows = [row("torch", 10, 0.004), row("torch", 10, 0.001, "bf16"), row("onnx", 10, 0.002)]
     header, _, *lines = row_table(rows).splitlines()
     end = header.index("x eager") + len("x eager")
@@ -429,7 +429,7 @@ def test_a_speedup_has_an_interval_where_windows_or_runs_are_paired() -> None:
 
 
 @pytest.mark.parametrize(("eager", "other"), [(10, 3), (3, 10), (3, 3)])
-def test_a_table_copes_with_too_few_samples_for_a_median(eager: int, other: int) -> None:
+def test_too_few_samples_for_a_median_leave_a_table_intact(eager: int, other: int) -> None:
     lines = row_table([row("torch", eager), row("onnx", other)]).splitlines()
     assert len(lines) == 4
 

@@ -1,4 +1,4 @@
-"""What may be said of noisy times: percentiles, steadiness, comparisons that cry no wolf and miss no slowdown."""
+"""Statistics of noisy times: percentiles, steadiness, comparisons without false alarms that miss no slowdown."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from runtimes.bench.statistics import (
     Difference,
     knee,
     paired_difference,
+    paired_ratio,
     percentile,
     unpaired_difference,
 )
@@ -56,7 +57,7 @@ def test_a_planted_speed_up_is_seen_too() -> None:
     assert {paired_difference(*rounds(seed, -PLANTED)).verdict(0.0) for seed in range(20)} == {"faster"}
 
 
-def test_without_pairs_the_drift_of_the_machine_would_look_like_a_slowdown() -> None:
+def test_without_pairs_the_drift_of_the_machine_looks_like_a_slowdown() -> None:
     """The same machine, BASE measured in the first half of the time and NEW in the second: why runs are interleaved."""
     times = rounds(0, planted=0.0, runs=40)
     apart = unpaired_difference(times[0, :20], times[1, 20:])
@@ -64,7 +65,7 @@ def test_without_pairs_the_drift_of_the_machine_would_look_like_a_slowdown() -> 
     assert paired_difference(*times).verdict(0.0) == "alike"
 
 
-def test_runs_measured_apart_under_the_same_conditions_are_judged_by_their_own_spread() -> None:
+def test_runs_measured_apart_are_compared_by_their_own_spread() -> None:
     rng = np.random.default_rng(0)
     base, new = np.exp(rng.normal(0, 0.03, (2, 10)))
     assert unpaired_difference(base, new).verdict(0.0) == "alike"
@@ -104,9 +105,20 @@ def test_too_few_runs_are_refused() -> None:
         unpaired_difference(few[0], few[1])
 
 
-def test_the_knee_is_where_more_in_flight_only_wait_longer() -> None:
+def test_the_knee_is_where_throughput_stops_growing() -> None:
     """A server that takes 100 requests a second, 20 ms each: two in flight are enough."""
     flights = (1, 2, 4, 8)
     throughput = [min(n / 0.020, 100.0) for n in flights]
     latency = [n / rate for n, rate in zip(flights, throughput, strict=True)]
     assert flights[knee(list(zip(throughput, latency, strict=True)))] == 2
+
+
+def test_a_paired_ratio_is_free_of_the_drift_that_both_share() -> None:
+    """Times that triple meanwhile: the ratio of each pair is 2 within its noise of 1 %."""
+    rng = np.random.default_rng(0)
+    drift = np.linspace(1, 3, 20)
+    base, other = 2 * drift * np.exp(rng.normal(0, 0.01, 20)), drift * np.exp(rng.normal(0, 0.01, 20))
+    times, low, high = paired_ratio(base, other)
+    assert 1.97 < low < times < high < 2.03
+    with pytest.raises(ValueError, match="expected 5 or more pairs, found 4"):
+        paired_ratio(base[:4], other[:4])

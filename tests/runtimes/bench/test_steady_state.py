@@ -1,4 +1,4 @@
-"""Which windows count: an engine that does not change is steady, also under arrivals; one that falls behind is not."""
+"""Counted windows: an engine that does not change is steady, also under arrivals; one that does not keep up is not."""
 
 import heapq
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def test_a_window_without_an_answer_is_in_no_steady_stretch() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """Takes a second for a call on average: in this process, or a server with instances, where a client sees less.
+    """An engine with calls of one second on average: in this process, or a server with instances.
 
     spread   of single calls, as a share
     queue    requests that may wait for an instance; more are refused at once
@@ -118,7 +118,7 @@ def test_an_engine_that_does_not_change_is_hardly_ever_marked(engine: Engine, lo
 
 
 def test_the_rates_of_such_windows_agree_by_chance_alone() -> None:
-    """Why they are not asked: 30 arrivals are 30 give or take 5."""
+    """The reason not to use them: 30 arrivals are 30 plus or minus 5."""
     runs = [HERE.run(seed, 0.8) for seed in range(TRIALS)]
     rates = [[len(window.samples_s) / window.wall_s for window in run[:3]] for run in runs]
     assert np.mean([max(each) <= 1.1 * min(each) for each in rates]) < 0.3
@@ -138,15 +138,15 @@ def test_an_engine_that_is_offered_more_than_it_can_do_is_marked(engine: Engine,
     assert unstable(engine, load * engine.instances, trials=30) == 1
 
 
-def test_a_server_that_refuses_what_is_too_much_is_steady_once_its_queue_is_short_against_a_window() -> None:
-    """It settles all that is sent, by answers and refusals; while its queue is still filling, it does not."""
+def test_a_server_that_refuses_the_excess_is_steady_once_its_queue_is_short_against_a_window() -> None:
+    """It answers or refuses every request; while its queue is still filling, it does not."""
     refusing = Engine(remote=True, instances=3, queue=4)
     assert unstable(refusing, 6.0, trials=10, arrivals=600) == 0
     assert unstable(Engine(remote=True, instances=3), 6.0, trials=10, arrivals=600) == 1
     assert sum(window.refused for window in refusing.run(0, 6.0, arrivals=600)) > 500
 
 
-def test_what_comes_before_the_steady_stretch_of_arrivals_does_not_count() -> None:
+def test_windows_before_the_steady_stretch_of_arrivals_do_not_count() -> None:
     even = Engine(spread=0.02)
     assert {steady_from(even.run(seed, 0.5, slow=0)) for seed in range(TRIALS)} == {1}
     assert unstable(HERE, 0.5, slow=1) < 0.05

@@ -1,4 +1,4 @@
-"""The store: what was kept comes back, in this process or the next; another model's store is refused."""
+"""The store: entries are read back, in this process or the next; another model's store is refused."""
 
 import json
 import subprocess

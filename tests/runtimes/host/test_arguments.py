@@ -50,6 +50,17 @@ def test_a_command_for_one_model_has_its_name(arguments: list[str]) -> None:
     assert named(most=1, least=1).parse_args(arguments).model == "gru"
 
 
+@pytest.mark.parametrize(
+    ("least", "most", "shown"),
+    [(0, None, "[MODEL ...]"), (1, None, "MODEL [MODEL ...]"), (0, 1, "[MODEL]"), (1, 1, "MODEL")],
+)
+def test_the_usage_shows_how_many_models_a_command_takes(least: int, most: int | None, shown: str) -> None:
+    made = parser("toy", "Does nothing.")
+    models_argument(made, "models", least=least, most=most)
+    assert made.format_usage() == f"usage: python -m toy [-h] {shown}\n"
+    assert "\n  MODEL       models\n" in made.format_help()
+
+
 @pytest.mark.parametrize(("arguments", "error"), [([], "required: MODEL"), (["a", "b"], "expected one MODEL")])
 def test_too_few_and_too_many_models_are_refused(
     arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]

@@ -1,4 +1,4 @@
-"""Memory of process trees, sampled from outside; what a GPU is asked, as far as that shows without one."""
+"""Memory of process trees, sampled by another process; queries of a GPU, with a fake library."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What libraries write without being asked stays out of an answer."""
+"""Output that libraries write stays out of an answer."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A server's log is bounded in memory and on disk, and whoever cannot take it does not stop the server."""
+"""A server's log is bounded in memory and on disk, and a copy that fails does not stop the server."""
 
 import os
 from collections.abc import Iterator

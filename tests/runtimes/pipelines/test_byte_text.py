@@ -1,4 +1,4 @@
-"""Bytes of UTF-8: what may be asked, what may follow, and where a segment begins."""
+"""Bytes of UTF-8: valid requests, the bytes that may follow, and the beginnings of segments."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A collection: rows stay beside their statements, a killed run goes on, and what is damaged says so in one line."""
+"""A collection: rows stay with their statements, a killed run continues, and a damaged one is an error of one line."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Exact search finds what a float64 product finds, in one order whatever is asked with it, and refuses NaN."""
+"""Exact search finds the rows of a float64 product, in an order that other queries do not change, and refuses NaN."""
 
 import numpy as np
 import pytest

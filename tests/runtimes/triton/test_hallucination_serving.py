@@ -140,7 +140,7 @@ def test_what_was_precomputed_in_shares_is_not_read_again(
     def forbidden(*_: Any) -> Any:
         raise AssertionError("the decoder ran again")
 
-    monkeypatch.setattr(FeatureReader, "ask", forbidden)
+    monkeypatch.setattr(FeatureReader, "run", forbidden)
     assert run(["hallucination", "--data", data, "--store", store, "--out", str(tmp_path), "--folds", "2"]) == 0
     printed = capsys.readouterr().out
     assert evaluate(["hallucination", "--data", data, "--checkpoint", str(tmp_path / "hallucination")]) == 0
@@ -150,13 +150,13 @@ def test_what_was_precomputed_in_shares_is_not_read_again(
 def test_precomputing_reads_every_answer_once_in_batches_of_the_size_that_is_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, ask = [], FeatureReader.ask
+    sizes, ask = [], FeatureReader.run
 
     def counted(reader: FeatureReader, texts: Any) -> Any:
         sizes.append(len(texts))
         return ask(reader, texts)
 
-    monkeypatch.setattr(FeatureReader, "ask", counted)
+    monkeypatch.setattr(FeatureReader, "run", counted)
     store = str(tmp_path / "store")
     assert precompute(["hallucination", "--store", store, "--responses", "4", "--padded_size", "1"]) == 0
     assert sizes == [1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""H-Net behind every door: a text is scored and divided, another is gone on with, and a wrong one is refused."""
+"""H-Net in every runtime: a text is scored and segmented, another is continued, and a wrong one is refused."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def runtime(repository: Path) -> Iterator[Any]:
         yield runtime
 
 
-def wish(**changes: Any) -> Any:
+def request(**changes: Any) -> Any:
     return read_generation_request({**EXAMPLE, **changes}, "request")
 
 
@@ -130,7 +130,7 @@ def test_the_step_runs_what_lies_inside_in_an_if_and_skips_it(repository: Path) 
 
 def test_what_is_written_is_whole_characters_of_at_most_so_many_bytes(runtime: Any) -> None:
     for seed in range(4):
-        pieces = list(write(runtime, wish(temperature=5.0, max_bytes=61, seed=seed)))
+        pieces = list(write(runtime, request(temperature=5.0, max_bytes=61, seed=seed)))
         assert all(len(piece["text"]) <= 1 for piece in pieces)
         assert 0 < len(written(pieces).encode()) <= 61
         reasons = [piece.get("finish_reason") for piece in pieces]
@@ -139,38 +139,38 @@ def test_what_is_written_is_whole_characters_of_at_most_so_many_bytes(runtime: A
 
 
 def test_a_text_may_begin_with_nothing(runtime: Any) -> None:
-    assert written(write(runtime, wish(text="", max_bytes=9)))
+    assert written(write(runtime, request(text="", max_bytes=9)))
 
 
 def test_a_seed_writes_one_text_and_another_seed_another(runtime: Any) -> None:
-    first, again, other = (written(write(runtime, wish(seed=seed))) for seed in (1, 1, 2))
+    first, again, other = (written(write(runtime, request(seed=seed))) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
 def test_texts_that_begin_at_different_times_do_not_meet(runtime: Any) -> None:
     """Three texts, each begun some steps after the one before, are what each is alone."""
-    wishes = [wish(seed=seed, text=text, max_bytes=40) for seed, text in enumerate(["ab", "తెలుగు భాష", "x"])]
-    desk, printed = ContinuousBatcher(runtime), {}
-    waiting = [Writing(each) for each in wishes]
+    drafts = [request(seed=seed, text=text, max_bytes=40) for seed, text in enumerate(["ab", "తెలుగు భాష", "x"])]
+    batcher, printed = ContinuousBatcher(runtime), {}
+    waiting = [Writing(each) for each in drafts]
     for writing in waiting:
         printed[writing] = ""
-        desk.add(writing)
+        batcher.add(writing)
         for _ in range(7):
-            for each, text in desk.step():
+            for each, text in batcher.step():
                 printed[each] += text
-    while desk.writings:
-        for each, text in desk.step():
+    while batcher.writings:
+        for each, text in batcher.step():
             printed[each] += text
-    assert list(printed.values()) == [written(write(runtime, each)) for each in wishes]
+    assert list(printed.values()) == [written(write(runtime, each)) for each in drafts]
 
 
 def test_no_more_texts_are_written_at_once_than_the_model_is_proved_for(runtime: Any) -> None:
-    desk = ContinuousBatcher(runtime)
+    batcher = ContinuousBatcher(runtime)
     for _ in range(16):
-        desk.add(Writing(wish()))
+        batcher.add(Writing(request()))
     with pytest.raises(InputError, match="at most 16 texts"):
-        desk.add(Writing(wish()))
+        batcher.add(Writing(request()))
 
 
 @pytest.mark.parametrize(
@@ -187,9 +187,9 @@ def test_no_more_texts_are_written_at_once_than_the_model_is_proved_for(runtime:
         ({"stop": "x"}, "expected fields text, max_bytes, .*; found 'stop'"),
     ],
 )
-def test_a_wrong_wish_is_refused(change: dict[str, Any], message: str) -> None:
+def test_a_wrong_request_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        wish(**change)
+        request(**change)
 
 
 def test_a_text_is_written_from_the_command_line(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,7 +259,7 @@ class TestServer:
 
     def test_a_server_writes_what_this_process_writes(self, client: Any, runtime: Any) -> None:
         for seed in range(2):
-            assert written(ask(client, seed=seed)) == written(write(runtime, wish(seed=seed)))
+            assert written(ask(client, seed=seed)) == written(write(runtime, request(seed=seed)))
 
     def test_the_command_line_streams_from_a_server(
         self, server: TritonServer, repository: Path, capsys: pytest.CaptureFixture[str]
@@ -283,13 +283,13 @@ class TestServer:
             thread.start()
         for thread in threads:
             thread.join()
-        assert got[3] == written(write(runtime, wish(seed=3, max_bytes=30)))
+        assert got[3] == written(write(runtime, request(seed=3, max_bytes=30)))
         assert sorted(got) == list(range(20))
 
     @pytest.mark.parametrize(
         ("change", "message"), [({"text": "a" * 5000}, "0 to 4,096"), ({"max_bytes": 5000}, "max_bytes")]
     )
-    def test_a_wrong_wish_is_refused_by_the_server(self, client: Any, change: dict[str, Any], message: str) -> None:
+    def test_a_wrong_request_is_refused_by_the_server(self, client: Any, change: dict[str, Any], message: str) -> None:
         with pytest.raises(SlipwayError, match=message):  # Triton 2.51 gives no status with an error in a stream
             list(ask(client, **change))
         assert written(ask(client, max_bytes=3))

@@ -1,4 +1,4 @@
-"""The last hop: every policy behind a real Triton says what the checkpoint says, also over a carried state."""
+"""The last hop: every policy on a real Triton agrees with the checkpoint, also over a carried state."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The proxy of deploy/ passes right requests on to a real Triton, and keeps from it what it cannot bear."""
+"""The proxy of deploy/ passes valid requests to a real Triton, and rejects those that would harm it."""
 
 import gzip
 import http.client

@@ -1,4 +1,4 @@
-"""A model that queues by itself refuses what is too much, at once, in words that a client takes for busy."""
+"""A model with its own queue refuses requests beyond its limits at once, with a message that a client reads as busy."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The state of a sequence lives from its start to its end, or until nobody has asked for too long."""
+"""The state of a sequence is kept from its start to its end, or until it is idle for too long."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""When something is wrong with a model, a process or a client, the right requests are still answered."""
+"""With a faulty model, process or client, valid requests are still answered."""
 
 import http.client
 import os

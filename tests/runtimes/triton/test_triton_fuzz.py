@@ -1,4 +1,4 @@
-"""Thousands of nearly right requests to real ensembles: each is answered or declined, and the server lives on.
+"""Thousands of nearly valid requests to real ensembles: each is answered or declined, and the server keeps running.
 
 SLIPWAY_FUZZ sets how many to each ensemble, SLIPWAY_REPOSITORY a folder with more ensembles than these two (make fuzz).
 """

@@ -1,4 +1,4 @@
-"""A Triton server starts or says why not, and nothing of it stays behind, whoever ends it."""
+"""A Triton server starts or reports why not, and leaves no process or file, however it ends."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""What a real Triton serves is what the artifacts say, over both protocols, and nothing of it stays behind."""
+"""The answers of a real Triton are those of the artifacts, over both protocols, and it leaves no process or file."""
 
 import json
 import re

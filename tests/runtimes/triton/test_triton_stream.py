@@ -1,4 +1,4 @@
-"""A decoupled model answers one request with many responses, and the client hands them on as they arrive."""
+"""A decoupled model answers one request with many responses, which the client yields as they arrive."""
 
 from collections.abc import Iterator
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""What does not fit its manifest is named before it is served, and nothing else is."""
+"""A version that does not match its manifest is named before it is served, and no other one."""
 
 import shutil
 from collections.abc import Callable, Iterator

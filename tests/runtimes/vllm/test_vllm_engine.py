@@ -1,4 +1,4 @@
-"""A real vLLM says what transformers says of the same weights, comes back when it died, and leaves nothing behind."""
+"""A real vLLM agrees with transformers on the same weights, restarts after a crash, and leaves no process or file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""vLLM reads a text as the pipelines do: its tokenizer stands apart from the model's config."""
+"""vLLM tokenizes a text as the pipelines do: its tokenizer is separate from the model's config."""
 
 from pathlib import Path
 

@@ -140,6 +140,26 @@ def synthetic_examples(seed: int, count: int) -> list[Example]:
     return [_synthetic(rng, number) for number in range(count)]
 
 
+def write_sample(folder: Path, seed: int) -> list[Path]:
+    """Writes 120 synthetic answers to response.jsonl and source_info.jsonl, RAGTruth's form; the paths written."""
+    examples = synthetic_examples(seed, 120)
+    sources = [{"source_id": each.source, "prompt": each.request["prompt"]} for each in examples]
+    responses = [
+        {
+            "source_id": each.source,
+            "model": "synthetic",
+            "response": each.request["answer"],
+            "response_spans": each.request["spans"],
+            "labels": [{"start": start, "end": end} for start, end in each.hallucinated],
+        }
+        for each in examples
+    ]
+    written = {folder / RESPONSES: responses, folder / SOURCES: sources}
+    for path, rows in written.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return list(written)
+
+
 def _synthetic(rng: np.random.Generator, number: int) -> Example:
     facts = {
         "opened": f"It was opened in {rng.integers(1850, 2020)}.",

@@ -124,6 +124,15 @@ def synthetic_corpora(seed: int, texts: int) -> tuple[Corpus, Corpus]:
     return Corpus.of(documents[held_out:]), Corpus.of(documents[:held_out])
 
 
+def write_sample(folder: Path, seed: int) -> list[Path]:
+    """Writes 400 synthetic texts to train.te and valid.te, with blank lines between them; the paths written."""
+    paths = [folder / "train.te", folder / "valid.te"]
+    for path, corpus in zip(paths, synthetic_corpora(seed, 400), strict=True):
+        documents = [corpus.text[begin:end].tobytes() for begin, end in pairwise(corpus.offsets)]
+        path.write_bytes(b"\n\n".join(documents) + b"\n")
+    return paths
+
+
 class Pieces(Dataset[Batch]):
     """Pieces of a corpus, cut elsewhere and in another order each time all of them have been shown.
 

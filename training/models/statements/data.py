@@ -1,12 +1,15 @@
 """Papers for training and validation, and pairs of statements of the same paper."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from runtimes.errors import InputError
 from runtimes.search.papers import Paper, read_papers
+from training.models.statements.synthetic import synthetic_papers
 
 
 def train_and_valid(data: Path, share: float, seed: int) -> tuple[list[Paper], list[Paper]]:
@@ -54,3 +57,12 @@ def draw_pairs(papers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if not pairs:
         raise InputError("expected papers with two or more statements to pair, found none")
     return rng.permutation(np.concatenate(pairs))
+
+
+def write_sample(folder: Path, seed: int) -> list[Path]:
+    """Writes 200 synthetic papers to train.jsonl and valid.jsonl, a paper a line; the paths written."""
+    parts = dict(zip(("train", "valid"), split_by_paper(synthetic_papers(seed, 200), 0.2, seed), strict=True))
+    for part, papers in parts.items():
+        rows = [{name: value for name, value in asdict(paper).items() if name != "empty"} for paper in papers]
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [folder / f"{part}.jsonl" for part in parts]

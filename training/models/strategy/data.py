@@ -6,7 +6,7 @@ Three forms are read: ESConv's JSON, its variant with Telugu keys, and JSON line
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,22 @@ def synthetic_samples(seed: int, dialogues: int, labels: str) -> list[Sample]:
             turns.append(Turn(speaker="supporter", text=f"{STRATEGIES[labels][label]}.", strategy=label))
             emotions.append(0)
     return samples
+
+
+def write_sample(folder: Path, seed: int) -> list[Path]:
+    """Writes 150 synthetic dialogues to esconv.jsonl, a sample a line as `--data` reads them; the paths written."""
+    path = folder / "esconv.jsonl"
+    with path.open("w", encoding="utf-8") as lines:
+        for sample in synthetic_samples(seed, 150, "esconv"):
+            dialogue = sample.dialogue
+            row = {
+                "turns": [asdict(turn) for turn in dialogue.turns],
+                "edges": dialogue.edges,
+                "emotion_logits": None if dialogue.emotion_logits is None else dialogue.emotion_logits.tolist(),
+                "label": sample.label,
+            }
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return [path]
 
 
 def _synthetic(turns: Sequence[Turn], emotions: Sequence[int], label: int, group: str) -> Sample:
