@@ -10,8 +10,7 @@ import numpy as np
 
 from runtimes import plugins
 from runtimes.artifact import ASSETS, Artifact
-from runtimes.errors import EngineError, InputError, one_line
-from runtimes.host.cli import unknown_name
+from runtimes.errors import EngineError, InputError, one_line, unknown_name
 from runtimes.runtime import Runtime
 
 Schema = dict[str, Any]  # a JSON Schema (2020-12)

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 from typing import Any
 
-from runtimes.host.cli import unknown_name
+from runtimes.errors import unknown_name
 
 
 def names(package: str) -> list[str]:

@@ -170,7 +170,7 @@ def _refuse_another_base(checkpoint: Checkpoint, frozen: Iterable[Frozen], own: 
         if expected != found:
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ArtifactError(
-                f"{checkpoint.folder}: expected the '{part.prefix}' from {part.source} that it was trained with, found "
+                f"{checkpoint.folder}: expected '{part.prefix}' from {part.source} that it was trained with, found "
                 f"another: {len(wrong)} tensors differ, first '{wrong[0]}'; give the base of revision {part.revision}"
             )
 

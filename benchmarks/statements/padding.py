@@ -77,9 +77,10 @@ def _embedder(arguments: Any) -> tuple[Any, int]:
         return open_embedder(checkpoint, spec, device="cpu"), checkpoint.config["max_tokens"]
     if not arguments.base:
         raise InputError("expected --checkpoint DIR or --base SOURCE, found neither; name one")
-    config = {**spec.preset("tiny").config, "base": arguments.base}
-    tokens = Tokens(spec.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
-    return Embedder(spec.part(spec.build(config).eval()), tokens, device="cpu"), config["max_tokens"]
+    config = {**spec.preset("tiny"), "base": arguments.base}
+    tokens = Tokens(spec.interface.assets(config)["tokenizer.json"], config["max_tokens"], keep="first")
+    module = spec.interface.part(spec.interface.build(config).eval())
+    return Embedder(module, tokens, device="cpu"), config["max_tokens"]
 
 
 def _parser() -> Any:

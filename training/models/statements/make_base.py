@@ -10,10 +10,10 @@ from typing import Any
 
 from runtimes.host.cli import command, parser
 from runtimes.search.papers import read_papers
+from training.models._random_folder import size_arguments, write_folder
 from training.models.statements.settings import GEOMETRIES
 from training.models.statements.synthetic import flatten
 from training.models.statements.tokenizer import PAD, statement_tokenizer
-from training.random_folder import size_arguments, write_folder
 from training.random_init import PREFIX, geometry
 
 MAX_POSITIONS = 1024

@@ -10,8 +10,8 @@ from typing import Any
 from runtimes.errors import InputError
 from runtimes.host.cli import command, parser
 from runtimes.pipelines.strategy.dialogue import STRATEGIES
+from training.models._random_folder import size_arguments, write_folder
 from training.models.strategy.data import read_samples
-from training.random_folder import size_arguments, write_folder
 from training.random_init import SPECIAL, train_tokenizer
 
 MAX_POSITIONS = 514

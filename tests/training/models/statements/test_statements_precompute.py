@@ -131,7 +131,7 @@ def test_a_killed_run_resumes_and_repeats_no_shard(whole: Path, file: Path, trai
         Collection.open(out)
     work = DatasetEmbedder(EmbeddingJob(model="statements", checkpoint=trained, data=file, out=out, shard_rows=16))
     assert len(work.missing()) == 6 - len(done)
-    assert embed_dataset.collect(work) == 6 - len(done)
+    assert embed_dataset.embed_shards(work) == 6 - len(done)
     assert same_bytes(out, whole)
 
 
