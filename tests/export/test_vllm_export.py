@@ -254,7 +254,7 @@ def test_vllm_agrees_with_the_original(
 @pytest.mark.parametrize("model", ["policy_gru", "strategy", "hallucination_scorer", "hallucination"])
 def test_what_is_no_decoder_is_skipped_with_that_reason(model: str, run: Run) -> None:
     status, (cell,) = run("--model", model)
-    assert (status, cell["status"]) == (0, "skipped")
+    assert (status, cell["status"]) == (1, "skipped"), "a named model that is not exported is status 1"
     assert "decoder language model" in cell["reason"] or "export hallucination_generator" in cell["reason"]
 
 
@@ -263,7 +263,7 @@ def test_an_encoder_as_the_base_is_skipped_with_its_kind(run: Run, tmp_path: Pat
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     base = based_on(BertModel(BertConfig(vocab_size=1024, **sizes)), tmp_path, checkpoints, "query,key,value")
     status, (cell,) = run("--model", "statements", source=base)
-    assert (status, cell["status"]) == (0, "skipped")
+    assert (status, cell["status"]) == (1, "skipped"), "a named model that is not exported is status 1"
     assert cell["reason"].startswith("not a decoder language model: ")
     assert cell["reason"].endswith("is of the kind 'bert'")
 

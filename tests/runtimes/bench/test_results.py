@@ -12,8 +12,8 @@ from runtimes.bench.interleave import Observation, Subject, joined
 from runtimes.bench.load import Window
 from runtimes.bench.measure import Measurement
 from runtimes.bench.results import SCHEMA, counted_samples, row_table
-from tests.runtimes.bench.test_bench import STEP, TOY, measurement
-from tests.runtimes.test_report import row as written
+from tests.runtimes.bench.measured import STEP, TOY, measurement
+from tests.runtimes.result_rows import row as written
 
 
 def row_of(*runs: Measurement, scenario: str = "single-stream", **more: Any) -> dict[str, Any]:
