@@ -31,7 +31,7 @@ _heed: ContextVar["Heed | None"] = ContextVar("heed", default=None)
 
 @dataclass(slots=True)
 class Heed:
-    """Whether there was anything to write in the form that was asked for."""
+    """Whether the module had anything to write in the requested form."""
 
     paid: bool = False
 
@@ -49,7 +49,7 @@ def scan_form(form: Form) -> Iterator[Heed]:
 
 
 def current_form() -> Form | None:
-    """The form that is asked for; None outside of `scan_form`."""
+    """The requested form; None outside of `scan_form`."""
     if heed := _heed.get():
         heed.paid = True
     return _form.get()
