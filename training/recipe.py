@@ -56,8 +56,8 @@ class Recipe(ABC):
         """`module` with its loss: called with a batch, it returns {"loss": scalar}."""
         raise NotImplementedError
 
-    def datasets(self, lanes: int) -> tuple[Any, Any]:
-        """Training and validation datasets; `lanes` is the number of rows of a step over all devices."""
+    def datasets(self, step_rows: int) -> tuple[Any, Any]:
+        """Training and validation datasets; `step_rows` is the number of rows of a step over all devices."""
         raise NotImplementedError
 
     def parameter_groups(self, module: "nn.Module") -> list[dict[str, Any]] | None:

@@ -26,7 +26,6 @@ ALLOWED = {
     "bench": ({"openvino", "optimum", "statements", "tensorrt", "torch", "transformers", "triton", "vllm"}
               | {"policy_mamba"},
               "labels, colours and peers of the measurements, and a model in the examples of its help"),
-    "advise.py": ({"openvino", "tensorrt", "vllm"}, "targets with reduced precision"),
 }  # fmt: skip
 
 
@@ -66,7 +65,7 @@ def test_the_core_names_no_plug_in_and_no_model(path: Path) -> None:
 
 
 # Not of the measurements: their names change with the peers that are measured.
-@pytest.mark.parametrize("place", sorted(ALLOWED.keys() - {"bench", "advise.py"}))
+@pytest.mark.parametrize("place", sorted(ALLOWED.keys() - {"bench"}))
 def test_an_exception_is_in_use(place: str) -> None:
     assert set(named_in((FOLDER / place).read_text(encoding="utf-8"))) == ALLOWED[place][0]
 

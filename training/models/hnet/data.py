@@ -136,16 +136,16 @@ def write_sample(folder: Path, seed: int) -> list[Path]:
 class Pieces(Dataset[Batch]):
     """Pieces of a corpus, cut elsewhere and in another order each time all of them have been shown.
 
-    An epoch shows `epoch_bytes` of text, or all of it if that is 0; only full batches of `lanes` pieces.
+    An epoch shows `epoch_bytes` of text, or all of it if that is 0; only full batches of `step_rows` pieces.
     """
 
-    def __init__(self, corpus: Corpus, max_bytes: int, *, lanes: int, seed: int, epoch_bytes: int = 0) -> None:
+    def __init__(self, corpus: Corpus, max_bytes: int, *, step_rows: int, seed: int, epoch_bytes: int = 0) -> None:
         if max_bytes < 4:
             raise InputError(f"expected max_bytes of 4 or more, the longest code point; found {max_bytes}")
         self.corpus, self.max_bytes, self.seed = corpus, max_bytes, seed
         count = len(corpus.pieces(max_bytes))
         wanted = -(-epoch_bytes // max_bytes) if epoch_bytes else count
-        self.length = min(wanted, count) // lanes * lanes or min(wanted, count)
+        self.length = min(wanted, count) // step_rows * step_rows or min(wanted, count)
         self.epochs_a_pass = max(1, count // self.length)
         self.set_epoch(0)
 

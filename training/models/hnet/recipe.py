@@ -88,9 +88,9 @@ class HNetRecipe(Recipe):
         self._with_loss = HNetWithLoss(module, self.training, self.n_compress)
         return self._with_loss
 
-    def datasets(self, lanes: int) -> tuple[Pieces, Pieces]:
+    def datasets(self, step_rows: int) -> tuple[Pieces, Pieces]:
         train, valid = self.corpora
-        common = {"lanes": lanes, "seed": self.training["seed"]}
+        common = {"step_rows": step_rows, "seed": self.training["seed"]}
         most = self.training["max_bytes"]
         return Pieces(train, most, **common, epoch_bytes=self.training["epoch_bytes"]), Pieces(valid, most, **common)
 

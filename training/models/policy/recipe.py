@@ -56,11 +56,11 @@ class PolicyRecipe(Recipe):
     def module_with_loss(self, module: nn.Module) -> nn.Module:
         return PolicyWithLoss(module, self.config, self.training)
 
-    def datasets(self, lanes: int) -> tuple[WindowDataset, WindowDataset]:
+    def datasets(self, step_rows: int) -> tuple[WindowDataset, WindowDataset]:
         train = WindowDataset(
             self._windows(self._train),
             carry=self.training["carry"],
-            lanes=lanes,
+            step_rows=step_rows,
             seed=self.training["seed"],
             shift=True,
         )

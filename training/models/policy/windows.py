@@ -171,8 +171,8 @@ class Permutation:
 class WindowDataset(Dataset[Batch]):
     """Windows in training order, as a map-style dataset to be read in sequence: the order is in the index.
 
-    Sample i of an epoch: batches are `lanes` wide (batch size times world size) and step t takes the window t % carry
-    of the segments permutation[t // carry * lanes + lane]; a segment is `carry` consecutive windows. So a row of
+    Sample i of an epoch: batches are `step_rows` wide (batch size times world size) and step t takes the window t % carry
+    of the segments permutation[t // carry * step_rows + step_row]; a segment is `carry` consecutive windows. So a row of
     successive batches continues in the same game, and `carried` bool [B] is true where the state of the row before is
     valid, and false where a segment or a game begins. The last segment ends with the last window; the last batches are
     filled with segments from the front. `carry=1` is independent windows in shuffled order.
@@ -183,24 +183,26 @@ class WindowDataset(Dataset[Batch]):
         windows: Windows,
         *,
         carry: int = 1,
-        lanes: int = 1,
+        step_rows: int = 1,
         seed: int = 0,
         shuffle: bool = True,
         shift: bool = False,
     ) -> None:
-        if carry < 1 or lanes < 1:
-            raise InputError(f"expected a carry and lanes of 1 or more, found {carry} and {lanes}")
+        if carry < 1 or step_rows < 1:
+            raise InputError(f"expected a carry and rows of 1 or more, found {carry} and {step_rows}")
         if carry > 1 and windows.stride != windows.length:
             raise InputError(f"expected a stride of {windows.length} to carry state over, found {windows.stride}")
         if carry > len(windows):
             raise InputError(f"expected {carry} or more windows to carry state over, found {len(windows)}")
         self.windows, self.carry, self.seed, self.shuffle, self.shifts = windows, carry, seed, shuffle, shift
-        self.lanes = lanes if carry > 1 else 1  # independent windows need no lanes, so none is repeated
+        self.step_rows = (
+            step_rows if carry > 1 else 1
+        )  # independent windows need no rows of a step, so none is repeated
         self.segments = -(-len(windows) // carry)
         self.set_epoch(0)
 
     def __len__(self) -> int:
-        return -(-self.segments // self.lanes) * self.lanes * self.carry
+        return -(-self.segments // self.step_rows) * self.step_rows * self.carry
 
     def set_epoch(self, epoch: int) -> None:
         """Another order, and with `shift` other window boundaries; the same for the same seed and epoch."""
@@ -210,9 +212,9 @@ class WindowDataset(Dataset[Batch]):
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The window int64 [B] and `carried` bool [B] of each sample of this epoch: a formula, so any order resumes."""
-        steps, lane = np.divmod(samples, self.lanes)
+        steps, step_row = np.divmod(samples, self.step_rows)
         block, within = np.divmod(steps, self.carry)
-        segment = (block * self.lanes + lane) % self.segments
+        segment = (block * self.step_rows + step_row) % self.segments
         if self.shuffle:
             segment = self.order(segment)
         window = np.minimum(segment * self.carry, len(self.windows) - self.carry) + within

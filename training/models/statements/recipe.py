@@ -60,13 +60,13 @@ class StatementsRecipe(Recipe):
         config = self.config
         return Tokens(tokenizer_json(config["base"], config["base_revision"]), config["max_tokens"], keep="first")
 
-    def datasets(self, lanes: int) -> tuple["Pairs", "Pairs"]:
-        train, valid = (self._pairs(papers, lanes) for papers in self.papers)
+    def datasets(self, step_rows: int) -> tuple["Pairs", "Pairs"]:
+        train, valid = (self._pairs(papers, step_rows) for papers in self.papers)
         return train, valid
 
-    def _pairs(self, papers: Sequence[Any], lanes: int) -> "Pairs":
+    def _pairs(self, papers: Sequence[Any], step_rows: int) -> "Pairs":
         texts, numbers = flatten(papers)
-        return Pairs(self.tokens.rows(texts), numbers, self.tokens.pad, lanes, self.training["seed"])
+        return Pairs(self.tokens.rows(texts), numbers, self.tokens.pad, step_rows, self.training["seed"])
 
     def module_with_loss(self, module: nn.Module) -> nn.Module:
         if self.training["quantize"] not in ("none", "nf4"):
@@ -101,13 +101,13 @@ class StatementsRecipe(Recipe):
 class Pairs(Dataset[Batch]):
     """Pairs of statements of the same paper, drawn anew in every epoch; whole batches are made at once.
 
-    Only full batches of `lanes` pairs are in an epoch; which pairs are left over differs between epochs.
+    Only full batches of `step_rows` pairs are in an epoch; which pairs are left over differs between epochs.
     """
 
-    def __init__(self, rows: Sequence[np.ndarray], papers: np.ndarray, pad: int, lanes: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[np.ndarray], papers: np.ndarray, pad: int, step_rows: int, seed: int) -> None:
         self.rows, self.papers, self.pad, self.seed = rows, papers, pad, seed
         self.set_epoch(0)
-        self.length = len(self.pairs) // lanes * lanes or len(self.pairs)
+        self.length = len(self.pairs) // step_rows * step_rows or len(self.pairs)
 
     def set_epoch(self, epoch: int) -> None:
         self.pairs = draw_pairs(self.papers, np.random.default_rng((self.seed, epoch)))

@@ -90,7 +90,7 @@ class StrategyRecipe(Recipe):
         weights = counts ** -float(self.training["class_weights"])
         return weights * classes / weights.sum()
 
-    def datasets(self, lanes: int) -> tuple[Dataset[Batch], Dataset[Batch]]:
+    def datasets(self, step_rows: int) -> tuple[Dataset[Batch], Dataset[Batch]]:
         train, valid = self.tables
         return Shuffled(train, self.training["seed"]), Shuffled(valid, None)
 

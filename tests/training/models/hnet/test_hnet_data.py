@@ -85,7 +85,7 @@ def test_a_batch_reads_bos_before_its_bytes() -> None:
 
 def test_an_epoch_is_part_of_a_pass_in_which_nothing_comes_twice() -> None:
     corpus = Corpus.of([bytes(range(32, 122)) * 4] * 6)
-    data = Pieces(corpus, 30, lanes=2, seed=0, epoch_bytes=600)
+    data = Pieces(corpus, 30, step_rows=2, seed=0, epoch_bytes=600)
     shown = []
     assert (len(data), data.epochs_a_pass) == (20, 3)
     for epoch in range(3):

@@ -202,35 +202,35 @@ def test_without_shuffling_windows_come_in_order() -> None:
     assert not carried.any()
 
 
-@pytest.mark.parametrize(("carry", "lanes"), [(1, 4), (2, 1), (3, 4), (4, 3), (15, 2)])
+@pytest.mark.parametrize(("carry", "step_rows"), [(1, 4), (2, 1), (3, 4), (4, 3), (15, 2)])
 @pytest.mark.parametrize("epoch", [0, 1, 2])
-def test_carried_state_belongs_to_the_rows_just_before(carry: int, lanes: int, epoch: int) -> None:
-    dataset = WindowDataset(numbered_windows(8, 8), carry=carry, lanes=lanes, shift=True, seed=5)
+def test_carried_state_belongs_to_the_rows_just_before(carry: int, step_rows: int, epoch: int) -> None:
+    dataset = WindowDataset(numbered_windows(8, 8), carry=carry, step_rows=step_rows, shift=True, seed=5)
     dataset.set_epoch(epoch)
-    seen, carries, ends = set(), 0, [None] * lanes
-    for batch in batches(dataset, lanes):
+    seen, carries, ends = set(), 0, [None] * step_rows
+    for batch in batches(dataset, step_rows):
         first, last = batch["frames"][:, 0, :2].int().tolist(), batch["frames"][:, -1, :2].int().tolist()
-        for lane, carried in enumerate(batch["carried"].tolist()):
-            game, row = first[lane]
+        for step_row, carried in enumerate(batch["carried"].tolist()):
+            game, row = first[step_row]
             seen.add((game, row))
             if carried:
-                assert ends[lane] == [game, row - 1]
+                assert ends[step_row] == [game, row - 1]
                 carries += 1
-            ends[lane] = last[lane]
+            ends[step_row] = last[step_row]
     assert len(seen) == len(dataset.windows)  # every window is seen
     assert (carries > 0) == (carry > 1)
 
 
 def test_state_is_dropped_only_where_a_segment_or_a_game_begins() -> None:
     windows = numbered_windows(8, 8)  # 6, 1, 3 and 8 windows of four games
-    dataset = WindowDataset(windows, carry=9, lanes=2, shuffle=False)
+    dataset = WindowDataset(windows, carry=9, step_rows=2, shuffle=False)
     window, carried = dataset.locate(np.arange(len(dataset)).reshape(9, 2).T.ravel())
     np.testing.assert_array_equal(window, np.arange(18))
     assert np.flatnonzero(~carried).tolist() == [0, 6, 7, 9, 10]
 
 
 def test_the_last_segment_ends_with_the_last_window_and_the_last_batch_is_full() -> None:
-    dataset = WindowDataset(numbered_windows(8, 8), carry=4, lanes=3)
+    dataset = WindowDataset(numbered_windows(8, 8), carry=4, step_rows=3)
     assert (dataset.segments, len(dataset)) == (5, 24)
     window, _ = dataset.locate(np.arange(24))
     assert set(window) == set(range(18))
@@ -241,7 +241,7 @@ def test_the_last_segment_ends_with_the_last_window_and_the_last_batch_is_full()
 
 
 def test_any_samples_in_any_order_are_those_of_the_whole_epoch() -> None:
-    dataset = WindowDataset(numbered_windows(8, 8), carry=3, lanes=2, seed=3)
+    dataset = WindowDataset(numbered_windows(8, 8), carry=3, step_rows=2, seed=3)
     whole = dataset.__getitems__(range(len(dataset)))
     some = [17, 3, 3, 0, 11]
     for name, tensor in dataset.__getitems__(some).items():
