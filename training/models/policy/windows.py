@@ -171,11 +171,11 @@ class Permutation:
 class WindowDataset(Dataset[Batch]):
     """Windows in training order, as a map-style dataset to be read in sequence: the order is in the index.
 
-    Sample i of an epoch: batches are `step_rows` wide (batch size times world size) and step t takes the window t % carry
-    of the segments permutation[t // carry * step_rows + step_row]; a segment is `carry` consecutive windows. So a row of
-    successive batches continues in the same game, and `carried` bool [B] is true where the state of the row before is
-    valid, and false where a segment or a game begins. The last segment ends with the last window; the last batches are
-    filled with segments from the front. `carry=1` is independent windows in shuffled order.
+    Sample i of an epoch: batches are `step_rows` wide (batch size times world size) and step t takes the window
+    t % carry of the segments permutation[t // carry * step_rows + step_row]; a segment is `carry` consecutive windows.
+    So a row of successive batches continues in the same game, and `carried` bool [B] is true where the state of the row
+    before is valid, and false where a segment or a game begins. The last segment ends with the last window; the last
+    batches are filled with segments from the front. `carry=1` is independent windows in shuffled order.
     """
 
     def __init__(
