@@ -94,7 +94,7 @@ def test_predict_says_the_same_through_the_server(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nonsense", "--example"], "policy_gru_onnx"),
+        (["nonsense", "--example"], "python -m export.all nonsense --target onnx"),
         (["policy_gru", "--target", "nonsense", "--example"], "policy_gru_onnx"),
         (["policy_gru"], "--input"),
         (["policy_gru", "--input", "missing.json"], "missing.json"),
