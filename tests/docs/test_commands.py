@@ -160,7 +160,14 @@ def runnable(page: Path) -> list[Block]:
     return [block for block in blocks_of(page) if block.language in kinds and not block.reason and not block.title]
 
 
-PAGES = [page for page in markdown_pages() if MEASUREMENTS not in page.parents and runnable(page)]
+def prints_files(page: Path) -> bool:
+    """Whether a page prints files of a plug-in; test_examples.py then runs its commands in a copy with these files."""
+    return any(block.title for block in blocks_of(page))
+
+
+PAGES = [
+    page for page in markdown_pages() if MEASUREMENTS not in page.parents and runnable(page) and not prints_files(page)
+]
 
 
 @pytest.fixture

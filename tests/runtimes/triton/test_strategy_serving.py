@@ -289,9 +289,9 @@ def test_every_part_answers_through_the_server(part: str, server: TritonServer, 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
-def test_the_server_answers_the_readmes_curl(server: TritonServer, repository: Path) -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    command = re.search(r"^curl -H 'Content-Type.*?^```", readme, re.MULTILINE | re.DOTALL)
+def test_the_server_answers_the_curl_of_the_documentation(server: TritonServer, repository: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    command = re.search(r"^curl -H 'Content-Type.*?^```", page, re.MULTILINE | re.DOTALL)
     assert command
     there = command[0].removesuffix("```").replace("127.0.0.1:8000", server.http_url)
     asked = subprocess.run(["bash", "-c", there], capture_output=True, text=True, check=True)

@@ -109,7 +109,12 @@ class StrategyRecipe(Recipe):
         return measure(confusion(labels, predicted_B.numpy(), len(STRATEGIES[self.config["labels"]])))
 
     def _text_only(self, train: Batch, valid: Batch) -> Tensor:
-        """The predictions of a logistic regression on the context vectors, with the same class weights."""
+        """The predictions of a logistic regression on the context vectors, with the same class weights.
+
+        Training data of one class leave nothing to fit; that class is predicted.
+        """
+        if len(train["labels"].unique()) == 1:
+            return train["labels"][:1].expand(len(valid["labels"]))
         linear = require("sklearn.linear_model", extra="strategy")
         pipeline = require("sklearn.pipeline", extra="strategy")
         preprocessing = require("sklearn.preprocessing", extra="strategy")
