@@ -11,8 +11,8 @@ help: ## list the targets
 
 # The torch programs are not served: runtimes.bench compares the other engines with them.
 export: .venv/ready ## set up .venv, train tiny checkpoints, publish ONNX artifacts in model_repository/
-	$(PY) -m training.run all --if-missing
-	$(PY) -m export.all --target onnx,torch --jobs 2
+	$(PY) -m slipway train all --if-missing
+	$(PY) -m slipway export --target onnx,torch --jobs 2
 
 # Two processes with one thread each: while one waits for a server to start, the other uses the cores.
 test: .venv/ready .venv-triton/ready ## set up .venv and .venv-triton, run all tests that do not start vLLM
@@ -86,7 +86,7 @@ peers: .venv-peers/ready .venv-peers-optimum/ready .venv-peers-openvino/ready ##
 MATRIX := benchmarks/matrix
 matrix: .venv/ready ## export and measure everything, write the matrix; half an hour on two cores
 	$(PY) -m training.run all --if-missing
-	-$(PY) -m export.all --target all --precision fp32 --precision fp16 --precision int8 --json > $(MATRIX)/export.json
+	-$(PY) -m export.all --target all --precision fp32,fp16,int8 --jobs 2 --json > $(MATRIX)/export.json
 	-$(MAKE) peer-optimum
 	-$(PY) -m runtimes.bench --windows 10 --max-windows 20 --seconds 0.1 --summary $(MATRIX)/results.json
 	$(PY) -m runtimes.matrix $(MATRIX) --into README.md --into docs/matrix.md

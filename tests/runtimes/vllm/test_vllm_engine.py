@@ -103,7 +103,7 @@ class TestGenerator:
         runtime, _ = vllm_generator
         with pytest.raises(InputError, match=r"vLLM refuses the request: .*context length is 64 tokens"):
             runtime.complete([[5] * 80])
-        with pytest.raises(InputError, match="expected a model that embeds, found one to generate"):
+        with pytest.raises(InputError, match="expected a model that embeds, found one of task generate"):
             runtime.embed(["text"])
         with pytest.raises(InputError, match="all texts or all token ids, found both"):
             runtime.complete(["text", [5]])

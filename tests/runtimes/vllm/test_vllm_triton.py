@@ -133,7 +133,7 @@ def test_a_wrong_request_fails_alone(client: TritonClient, name: str, inputs: di
 
 
 def test_scores_are_not_to_be_had(served: TritonVllmRuntime) -> None:
-    with pytest.raises(InputError, match="found one for scores, which Triton's vllm backend does not tell"):
+    with pytest.raises(InputError, match="found one for scores, which Triton's vllm backend does not return"):
         served.run(small_decoders.row_inputs([5, 9]))
 
 
