@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from export.calibration_texts import CalibrationTexts, read_texts
 from export.convert import Cell, Options, Outcome
 from export.jobs import fill_all
-from export.quantization.calibration_texts import CalibrationTexts, read_texts
 from export.target import Target
 from export.triton.scheduling import UNLIMITED, Scheduling
 from runtimes import plugins

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export import parity
+from export.calibration_texts import CalibrationTexts
 from export.key import artifact_key, library_versions
-from export.quantization.calibration_texts import CalibrationTexts
 from export.source import LastSource, Source
 from export.target import Built, Target
 from export.triton.ensemble import is_ensemble_target

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import export
-from export.quantization.calibration_texts import CalibrationTexts
+from export.calibration_texts import CalibrationTexts
 from export.target import Target
 from runtimes.artifact import sha256_json
 from runtimes.host.gpu import gpu

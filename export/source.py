@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from export.quantization.calibration_texts import CalibrationTexts
+from export.calibration_texts import CalibrationTexts
 from runtimes.tensors import Tensors
 from training.checkpoint import Checkpoint, restore
 from training.language_model import NotADecoder

@@ -154,14 +154,19 @@ def checkout_with_pipeline(folder: Path) -> Path:
     return folder
 
 
-def needs_server() -> list[pytest.MarkDecorator]:
-    """Marks for a test file that starts a Triton server: slow, and skipped with the reason if there is none."""
-    reason = ""
+def no_server() -> str:
+    """Why no Triton server can be started here, or empty."""
     try:
         if not shutil.which("tritonserver"):
             find_bundle()
     except MissingPackage as error:
-        reason = str(error)
+        return str(error)
+    return ""
+
+
+def needs_server() -> list[pytest.MarkDecorator]:
+    """Marks for a test file that starts a Triton server: slow, and skipped with the reason if there is none."""
+    reason = no_server()
     return [pytest.mark.slow, pytest.mark.skipif(bool(reason), reason=reason)]
 
 

@@ -1,1 +1,1 @@
-"""Quantization: static int8 (Q/DQ) for ONNX, AWQ and GPTQ for language models, and their calibration texts."""
+"""Quantization: static int8 (Q/DQ) for ONNX, and AWQ and GPTQ for language models."""

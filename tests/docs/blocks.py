@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
+SERVES = "<!-- starts a server on ports 8000 to 8002 -->"
 FENCE = re.compile(r"(?P<indent> *)```(?P<language>\w*)(?P<info>[^\n]*)")
 TITLE = re.compile(r'title="([^"]+)"')
 ASSIGNMENT = re.compile(r"[A-Z_]+=.*", re.DOTALL)
@@ -23,6 +24,7 @@ class Block:
     line    of its fence, counted from 1
     title   the path in the info string, for code that is a file
     reason  why a test cannot run it, or empty
+    serves  whether it starts a Triton server on the default ports, and ends it
     """
 
     page: Path
@@ -30,6 +32,7 @@ class Block:
     language: str
     title: str
     reason: str
+    serves: bool
     text: str
 
     @property
@@ -70,6 +73,7 @@ def _block(page: Path, lines: list[str], start: int, end: int) -> Block:
         language=opened["language"],
         title=title[1] if title else "",
         reason=marker[1] if marker else "",
+        serves=above.strip() == SERVES,
         text="\n".join(line[indent:] for line in lines[start + 1 : end]) + "\n",
     )
 

@@ -5,9 +5,12 @@ import importlib
 import inspect
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +19,7 @@ import pytest
 from runtimes.host import cli
 from runtimes.host.cli import flags, settings
 from tests.docs.blocks import ROOT, Block, blocks_of, commands, markdown_pages
+from tests.toys import no_server
 from training.settings import defaults, override
 from training.spec import all_specs, find_spec
 
@@ -175,10 +179,32 @@ def environment(tmp_path: Path) -> dict[str, str]:
     """Variables with which `slipway` and `python` are those of this checkout, in any folder."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for name, command in (("slipway", f"{sys.executable} -m slipway"), ("python", sys.executable)):
+    commands = {"slipway": f"{sys.executable} -m slipway", "python": sys.executable}
+    if make := shutil.which("make"):
+        commands["make"] = f"{make} -C {ROOT}"
+    for name, command in commands.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (folder / name).chmod(0o755)
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run_bounded(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[int, str, str]:
+    """(status, stdout, stderr) of a command; no process of its session is left after RUN_LIMIT_S."""
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=RUN_LIMIT_S)
+            return process.returncode, printed, errors
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
 
 
 @pytest.mark.slow
@@ -187,9 +213,9 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, environme
     folder = tmp_path / "work"
     folder.mkdir()
     for block in runnable(page):
+        if block.serves and (reason := no_server()):
+            pytest.skip(reason)
         shell = ["bash", "-euo", "pipefail", "-c", block.text]
         command = shell if block.language == "bash" else [sys.executable, "-c", block.text]
-        ended = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=RUN_LIMIT_S, check=False
-        )
-        assert ended.returncode == 0, f"{block.place}\n{ended.stdout[-1500:]}\n{ended.stderr[-1500:]}"
+        status, printed, errors = run_bounded(command, folder, environment)
+        assert status == 0, f"{block.place}\n{printed[-1500:]}\n{errors[-1500:]}"

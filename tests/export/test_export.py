@@ -13,8 +13,8 @@ import pytest
 
 from export import all as export_all
 from export import parity
+from export.calibration_texts import CalibrationTexts
 from export.convert import Cell, why_skipped
-from export.quantization.calibration_texts import CalibrationTexts
 from export.source import LastSource, Source
 from export.targets import onnx as onnx_target
 from runtimes import plugins

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from export.all import choose_cells
+from export.calibration_texts import CalibrationTexts
 from export.convert import Cell, Options, Outcome
 from export.jobs import Worker, fill_all
-from export.quantization.calibration_texts import CalibrationTexts
 from tests.toys import gone, wait_for
 
 MODELS = ("policy_lstm", "policy_gru")

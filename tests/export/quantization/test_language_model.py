@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from export.quantization.calibration_texts import CalibrationTexts, read_texts
+from export.calibration_texts import CalibrationTexts, read_texts
 from export.quantization.language_model import group_size, pinning_left_out
 from export.source import Source
 from export.targets.vllm import CPU_BITS, CPU_HEADS, CPU_MULTIPLE, why_not_on_cpu, why_nowhere
